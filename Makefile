@@ -1,0 +1,46 @@
+# Every target works from a fresh clone: `setup` makes .venv and is done at once when nothing changed.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Both names: pip reads the first for what it installs, and newer versions the second for isolated builds.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint gate bench clean
+
+help:  ## print this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv and install the package with its tests (quick when done)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; call make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: setup  ## the main job on the embedded models: table, report.html (minutes the first time)
+	$(BIN)/bwla-compile demo --html report.html
+
+test: setup lint  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: setup  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+gate: setup lint  ## lint, and every kernel against its reference on each ISA that this machine runs
+	$(BIN)/python -m pytest -n $(WORKERS) tests/codegen tests/runtime
+
+bench: setup  ## time the kernels and models on this machine
+	@test -f benchmarks/__main__.py || { echo "error: this version has no benchmarks yet; nothing was measured" >&2; exit 1; }
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove what the targets made here (not the user's cache)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis report.html

@@ -1,0 +1,182 @@
+"""The public functions: load, plan, rotate, quantize, save, measure, generate."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bwla_compiler import tokens as token_sources
+from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.calibrate.report import QuantizeReport
+from bwla_compiler.checkpoint import hf
+from bwla_compiler.demo import is_demo, load_demo
+from bwla_compiler.errors import CheckpointError, PlanError
+from bwla_compiler.evaluate.perplexity import perplexity
+from bwla_compiler.evaluate.verification import Verification, verify_rotations
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.passes.apply import check_weights
+from bwla_compiler.passes.base import PassContext, PassReport
+from bwla_compiler.passes.fold_norms import FoldNorms
+from bwla_compiler.passes.fold_rotations import FoldRotations
+from bwla_compiler.passes.pipeline import run_pass
+from bwla_compiler.passes.untie import Untie
+from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.runtime.bits import measure_bits
+from bwla_compiler.runtime.modules import PackedLinear, set_activation_bits
+
+Progress = Callable[[str, int, int], None]
+
+__all__ = [
+    "LoadedModel",
+    "bits",
+    "generate",
+    "load",
+    "perplexity",
+    "plan",
+    "quantize",
+    "rotate",
+    "save",
+    "set_activation_bits",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer (None where the folder has none) and the name that it was loaded by."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Return the causal LM of a directory, a hub id, "demo:" or "demo:outliers"; packed checkpoints too.
+
+    dtype: of the float weights, None for float32. Raises CheckpointError, saying what is wrong with the folder.
+    """
+    name = str(source)
+    if is_demo(name):
+        demo = load_demo(name, progress=progress)
+        return LoadedModel(demo.model.to(dtype or torch.float32).to(device), demo.tokenizer, name)
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{name}: the folder has no config.json; give the folder that save_pretrained wrote")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: cannot be loaded as a causal LM: {first}. Give a model folder, a hub id, or demo:"
+        ) from error
+    return LoadedModel(model.eval().to(device), _tokenizer(name), name)
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # many test models have none; whoever needs one says so
+
+
+def plan(model: nn.Module) -> Plan:
+    """Return the plan: bases, groups, what folds, what is online, and why. The model is not changed."""
+    _refuse_packed(model, "planned")
+    return make_plan(model)
+
+
+def rotate(
+    model: nn.Module, *, seed: int = 0, kind: Literal["hadamard", "haar"] = "hadamard"
+) -> tuple[PassReport, ...]:
+    """Fold norm gains and random rotations into every free basis, in place; the function does not change.
+
+    A head tied to the embedding gets its own weight. Returns what each pass did.
+    """
+    _refuse_packed(model, "rotated")
+    check_weights(model)
+    context = PassContext(model, make_plan(model), load_recipe("bwla-w1a16"), seed)
+    steps = (Untie(), FoldNorms(), FoldRotations(kind=kind, every=True))
+    return tuple(run_pass(model, step, context) for step in steps)
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    recipe: str | Path | Recipe = "bwla-w1a6",
+    settings: dict[str, Any] | None = None,
+    calibration: str | Path | Sequence[str] | Tensor = "self",
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a causal LM in place and return the report; `model.save_pretrained` then writes packed weights.
+
+    recipe: name, TOML file or Recipe; settings: dotted fields to change, {"psp.hidden_over": 32}. calibration:
+    "self" (the model generates it), "random", "none", a file, texts (then a tokenizer is needed), or token ids
+    [sequences, length] int64. Raises RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
+    """
+    _refuse_packed(model, "quantized")
+    chosen = load_recipe(recipe, settings)
+    check_weights(model)
+    batches = None
+    if chosen.needs_calibration:
+        batches = token_sources.calibration_tokens(
+            calibration,
+            model=model,
+            tokenizer=tokenizer,
+            sequences=chosen.calibration.sequences,
+            length=chosen.calibration.length,
+            seed=seed,
+            progress=progress,
+        )
+    report = quantize_model(model, chosen, batches, seed=seed, progress=progress)
+    hf.attach(model, recipe=chosen, plan=report.plan, bits=report.bits)
+    return report
+
+
+def _refuse_packed(model: nn.Module, verb: str) -> None:
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise PlanError(f"{type(model).__name__} is already packed: it cannot be {verb}; load the float model")
+
+
+def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
+    """Write a model, packed or float, with its tokenizer into a folder that `load` reads."""
+    model.save_pretrained(path)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def bits(model: nn.Module) -> Bits:
+    """Return the true bits: per block-linear weight, per weight of the model, and the model's bytes."""
+    return measure_bits(model)
+
+
+def verify(model: nn.Module, *, seed: int = 0, progress: Progress | None = None) -> Verification:
+    """Rotate every free basis of a float64 copy and compare logits; see `Verification.passed`."""
+    _refuse_packed(model, "verified")
+    return verify_rotations(model, seed=seed, progress=progress)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 64, seed: int = 0) -> str:
+    """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7."""
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        out = model.generate(encoded, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)  # type: ignore[operator]
+    return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))

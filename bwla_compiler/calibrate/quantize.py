@@ -1,0 +1,236 @@
+"""Quantize a model in place: plan, fold, then group by group along the data flow: gather, rotate, fit, replace."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from bwla_compiler.calibrate.fit import LinearFit, fit_linear
+from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
+from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
+from bwla_compiler.graph.basis import analyse
+from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.plan import Group, Linear
+from bwla_compiler.graph.planner import make_plan, site_modules
+from bwla_compiler.numerics.activations import fake_quantize
+from bwla_compiler.numerics.stats import LinearStats
+from bwla_compiler.passes.apply import check_weights
+from bwla_compiler.passes.base import Pass, PassContext, PassReport
+from bwla_compiler.passes.insert_online import InsertOnline, skip_reason
+from bwla_compiler.passes.pipeline import folding_passes, run_pass
+from bwla_compiler.passes.quantize_ends import QuantizeEnds, head_names
+from bwla_compiler.passes.quantize_linears import QuantizeLinears
+from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.bits import measure_bits
+from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.transformed import TransformedLinear
+from bwla_compiler.tokens import evaluating
+
+log = logging.getLogger(__name__)
+
+BATCH = 8
+"""Calibration sequences that run through the graph at a time."""
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a causal LM in place and return the report.
+
+    tokens [sequences, length] int64: calibration; None fits to the weights alone. Deterministic given the seed.
+    Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
+    """
+    with evaluating(model):
+        return _Quantizer(model, recipe, tokens, seed, progress).run()
+
+
+class _Quantizer:
+    """The state of one run: reports gathered so far, and the streams where there is calibration."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, tokens: Tensor | None, seed: int, progress: Progress | None
+    ) -> None:
+        self.model, self.recipe, self.seed = model, recipe, seed
+        self.tokens = tokens if recipe.needs_calibration else None
+        self.progress = progress or (lambda label, done, total: None)
+        self.passes: list[PassReport] = []
+        self.linears: list[LinearReport] = []
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> QuantizeReport:
+        start = time.perf_counter()
+        check_weights(self.model)
+        self.plan = make_plan(self.model)
+        self.seconds["plan"] = time.perf_counter() - start
+        for step in folding_passes(self.recipe):
+            self._pass(step)
+        self.stream = self._open_stream()
+        ends = QuantizeEnds(rotated=self.recipe.transform.kind != "none" and self.recipe.residual == "folded")
+        self._groups()
+        self._pass(ends)
+        self.seconds["total"] = time.perf_counter() - start
+        bits = measure_bits(self.model)
+        return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
+
+    def _context(self) -> PassContext:
+        return PassContext(self.model, self.plan, self.recipe, self.seed)
+
+    def _pass(self, step: Pass) -> None:
+        report = run_pass(self.model, step, self._context())
+        self.passes.append(report)
+        self.seconds[step.name] = self.seconds.get(step.name, 0.0) + report.seconds
+
+    def _open_stream(self) -> TwinStream | None:
+        if self.tokens is None:
+            return None
+        batch = min(BATCH, self.tokens.shape[0])
+        usable = self.tokens[: self.tokens.shape[0] // batch * batch]
+        graph = capture(self.model, batch=batch, length=usable.shape[1])
+        analysis = analyse(graph)
+        self.nodes = site_modules(self.model, analysis)
+        calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
+        return TwinStream(graph, self.model, usable.split(batch), calls)
+
+    def _groups(self) -> None:
+        heads = set(head_names(self.model, self.plan))
+        groups = [g for g in self.plan.groups if not heads.intersection(g.linears)]
+        for done, group in enumerate(groups):
+            self.progress(f"quantizing {group.name}", done, len(groups))
+            self._group(group)
+            log.info("%s: %d linears", group.name, len(group.linears))
+        self.progress("quantizing", len(groups), len(groups))
+
+    def _group(self, group: Group) -> None:
+        start = time.perf_counter()
+        members = [self.plan.linear(name) for name in group.linears]
+        recipes = {x.name: self.recipe.override_for(x.name) for x in members}
+        kept = [name for name, recipe in recipes.items() if recipe is None]
+        if kept:
+            report = PassReport("quantize-linears")
+            for name in kept:
+                report.skip(name, "an override keeps it as it is")
+            self.passes.append(report)
+        if self.stream is not None:
+            self.stream.advance(self.nodes[group.name].node)
+        x_max = self._input_maxima(group) if skip_reason(members[0], self.recipe) == "" else {}
+        if not kept:
+            self._pass(InsertOnline((group.name,), x_max=x_max))
+        gram, cross = self._statistics(group, members)
+        fits = self._fit(members, gram, cross)
+        bits = {name: recipe.activations.bits for name, recipe in recipes.items() if recipe is not None}
+        self._pass(QuantizeLinears({n: f.weight for n, f in fits.items()}, bits))
+        if self.stream is not None:
+            self.stream.replaced.update(fits)
+        seconds = (time.perf_counter() - start) / max(1, len(fits))
+        self.linears.extend(self._linear_report(self.plan.linear(n), fit, seconds) for n, fit in fits.items())
+
+    def _input_maxima(self, group: Group) -> dict[str, Tensor]:
+        if self.stream is None:
+            return {}
+        source = self.nodes[group.name].source
+        maxima = [q.abs().amax(0) for _, q in self.stream.pairs(source)]
+        return {group.name: torch.stack(maxima).amax(0).float()}
+
+    def _statistics(self, group: Group, members: Sequence[Linear]) -> tuple[Tensor | None, Tensor | None]:
+        """Return gram [in, in] and cross [sum of out, in] of the inputs as the linears will see them."""
+        if self.stream is None:
+            return None, None
+        weight = torch.cat([self._weight(x) for x in members])
+        bits = self.recipe.activations.bits
+        module = self.model.get_submodule(group.name)
+        drift_of = self._drift_nodes(members) if self.recipe.target.drift else None
+        stats = LinearStats.empty(weight.shape[1], weight.shape[0] if drift_of is not None else None)
+        drifts = list(self._drifts(drift_of, weight.shape[0])) if drift_of is not None else None
+        for i, (fp, q) in enumerate(self.stream.pairs(self.nodes[group.name].source)):
+            if isinstance(module, TransformedLinear):
+                fp, q = module.transform(fp), module.transform(q)
+            seen = fake_quantize(q.float(), bits=bits)
+            if drifts is None:
+                stats.update(seen)
+            else:
+                stream = drifts[i]
+                drift = (fp.float() - seen) @ weight.T
+                stats.update(seen, drift if stream is None else drift + stream)
+        return stats.gram(), stats.cross() if drifts is not None else None
+
+    def _drift_nodes(self, members: Sequence[Linear]) -> list[Node | None]:
+        """What each member's output is added to, where that is the residual stream and already computed."""
+        assert self.stream is not None
+        found: list[Node | None] = []
+        for linear in members:
+            other = residual_operand(self.nodes[linear.name].node) if linear.writes_residual else None
+            found.append(other if other is not None and self.stream.computed(other) else None)
+        return found
+
+    def _drifts(self, nodes: Sequence[Node | None], rows: int) -> "list[Tensor | None]":
+        """Per batch, the drift [tokens, rows] of the stream that the group writes to; None where it writes none."""
+        assert self.stream is not None
+        if len(nodes) != 1 or nodes[0] is None:
+            return [None] * len(self.stream.batches)
+        drifts = [(fp - q).float() for fp, q in self.stream.pairs(nodes[0])]
+        return [d if d.shape[1] == rows else None for d in drifts]
+
+    def _weight(self, linear: Linear) -> Tensor:
+        """A linear's float weight [out, in] in the basis that it reads now."""
+        module = self.model.get_submodule(linear.name)
+        weight = module.get_parameter("weight").detach().float()
+        return weight if isinstance(module, TransformedLinear) else weight.movedim(linear.in_axis, -1)
+
+    def _fit(self, members: Sequence[Linear], gram: Tensor | None, cross: Tensor | None) -> dict[str, LinearFit]:
+        fits, row = {}, 0
+        for linear in members:
+            rows = slice(row, row + linear.out_features)
+            row += linear.out_features
+            recipe = self.recipe.override_for(linear.name)
+            if recipe is None:
+                continue
+            fits[linear.name] = fit_linear(
+                self._weight(linear),
+                gram=gram,
+                cross=None if cross is None else cross[rows].float(),
+                recipe=recipe,
+                rank=self._rank(recipe, linear),
+            )
+        return fits
+
+    def _rank(self, recipe: Recipe, linear: Linear) -> int:
+        """Rank of the low-rank pair: tied to the model's width, since one tied to in_features costs down_proj most."""
+        if recipe.psp.hidden_over == 0:
+            return 0
+        hidden = int(getattr(self.model.config, "hidden_size", 0)) or min(linear.in_features, linear.out_features)
+        rank = max(1, hidden // recipe.psp.hidden_over)
+        return min(rank, linear.in_features, linear.out_features)
+
+    def _linear_report(self, linear: Linear, fit: LinearFit, seconds: float) -> LinearReport:
+        module = self.model.get_submodule(linear.name)
+        assert isinstance(module, PackedLinear)
+        kind = module.transform.spec.kind if module.transform is not None else "none"
+        return LinearReport(
+            name=linear.name,
+            decision=linear.decision,
+            transform="folded" if kind == "none" and linear.decision == "folded" else kind,
+            rank=fit.weight.rank,
+            true_bits=measure_bits(module).linears,
+            weight_error=fit.weight_error,
+            output_error=fit.output_error,
+            seconds=seconds,
+        )
+
+
+def _merged(reports: Sequence[PassReport]) -> tuple[PassReport, ...]:
+    """Put the reports of one pass, run group by group, together."""
+    merged: dict[str, PassReport] = {}
+    for report in reports:
+        into = merged.setdefault(report.name, PassReport(report.name))
+        into.changed.extend(report.changed)
+        into.skipped.extend(report.skipped)
+        into.seconds += report.seconds
+    return tuple(merged.values())

@@ -1,0 +1,57 @@
+"""What quantizing a model did and cost, as data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.passes.base import PassReport
+from bwla_compiler.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear: its decision, true bits per weight (its transform counted), and errors of the fit.
+
+    weight_error: ||W - W^||^2 / ||W||^2 in the basis that is read. output_error: tr(E H E^T) / tr(W H W^T), the
+    share of the output's energy on calibration tokens that is lost (equal to weight_error without calibration).
+    """
+
+    name: str
+    decision: str
+    transform: str
+    rank: int
+    true_bits: float
+    weight_error: float
+    output_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` returns: the plan and recipe, what each pass did, each linear's errors, bits and seconds."""
+
+    recipe: Recipe
+    plan: Plan
+    passes: tuple[PassReport, ...]
+    linears: tuple[LinearReport, ...]
+    bits: Bits
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        """Return the report as JSON; edits are left out, their descriptions are in `passes`."""
+        passes = [
+            {"name": p.name, "changed": p.changed, "skipped": p.skipped, "seconds": p.seconds} for p in self.passes
+        ]
+        return json.dumps(
+            {
+                "recipe": self.recipe.to_dict(),
+                "plan": json.loads(self.plan.to_json()),
+                "passes": passes,
+                "linears": [dataclasses.asdict(x) for x in self.linears],
+                "bits": dataclasses.asdict(self.bits),
+                "seconds": self.seconds,
+            },
+            indent=1,
+        )

@@ -1,0 +1,130 @@
+"""TwinStream: one captured graph, run over all calibration batches by two streams that advance together.
+
+The fp stream computes with the float weights, the quantized stream with the packed modules that have replaced
+them so far. Both stop in front of each group of linears, so that its statistics can be gathered and its linears
+replaced before anything downstream runs. Every node runs once per batch and stream; what nobody will read again
+is freed, so that memory holds the live activations alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node, map_arg
+
+from bwla_compiler.graph import opkinds as ops
+from bwla_compiler.graph.capture import attribute
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node that stands for a module: when the module was replaced, it is called on `source` instead."""
+
+    node: Node
+    source: Node
+    module: str
+
+
+class TwinStream:
+    """See the module's docstring.
+
+    gm: captured for batches of the shape of `batches` (int64 [batch, length] each). calls: nodes that the
+    quantized stream runs through the model's modules once those are replaced.
+    """
+
+    def __init__(self, gm: GraphModule, model: nn.Module, batches: Sequence[Tensor], calls: Sequence[Call]) -> None:
+        self.gm, self.model, self.batches = gm, model, batches
+        self.calls = {call.node: call for call in calls}
+        self.nodes: list[Node] = list(gm.graph.nodes)
+        self.position = 0
+        self.replaced: set[str] = set()
+        self._index = {node: i for i, node in enumerate(self.nodes)}
+        self._last_use = self._last_uses()
+        self._constant = self._constants()
+        self._shared: dict[Node, Any] = {}
+        self._fp: list[dict[Node, Any]] = [{} for _ in batches]
+        self._q: list[dict[Node, Any]] = [{} for _ in batches]
+
+    def _last_uses(self) -> dict[Node, int]:
+        found = {node: self._index[node] for node in self.nodes}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                found[source] = self._index[node]
+        for call in self.calls.values():
+            found[call.source] = max(found[call.source], self._index[call.node])
+        return found
+
+    def _constants(self) -> set[Node]:
+        found: set[Node] = set()
+        for node in self.nodes:
+            free = node.op == "call_function" and all(i in found for i in node.all_input_nodes)
+            if node.op == "get_attr" or free:
+                found.add(node)
+        return found
+
+    def keep(self, node: Node, until: Node) -> None:
+        """Keep a node's values alive until another node has run."""
+        self._last_use[node] = max(self._last_use[node], self._index[until])
+
+    def advance(self, until: Node) -> None:
+        """Run both streams over all batches up to, and without, a node."""
+        end = self._index[until]
+        for node in self.nodes[self.position : end]:
+            if node in self._constant:
+                self._shared[node] = self._run(node, self._shared)
+                continue
+            for fp, q, batch in zip(self._fp, self._q, self.batches, strict=True):
+                fp[node] = batch if node.op == "placeholder" else self._run(node, fp)
+                q[node] = self._run_quantized(node, q, batch)
+            self._free(self._index[node])
+        self.position = end
+
+    def pairs(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give a node's values in the fp and in the quantized stream, batch by batch, as [tokens, channels]."""
+        for fp, q in zip(self._fp, self._q, strict=True):
+            yield fp[node].flatten(0, -2), q[node].flatten(0, -2)
+
+    def computed(self, node: Node) -> bool:
+        """Whether a node has run and its values are still there."""
+        return node in self._fp[0]
+
+    def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return attribute(self.gm, node)
+        if node.op == "output":
+            return None
+        look = lambda n: env[n] if n in env else self._shared[n]  # noqa: E731
+        assert callable(node.target)
+        return node.target(*map_arg(node.args, look), **map_arg(node.kwargs, look))
+
+    def _run_quantized(self, node: Node, env: dict[Node, Any], batch: Tensor) -> Any:
+        if node.op == "placeholder":
+            return batch
+        call = self.calls.get(node)
+        if call is not None and call.module in self.replaced:
+            return self.model.get_submodule(call.module)(env[call.source])
+        return self._run(node, env)
+
+    def _free(self, done: int) -> None:
+        dead = [node for node in self._fp[0] if self._last_use[node] <= done]
+        for env in (*self._fp, *self._q):
+            for node in dead:
+                env.pop(node, None)
+
+
+def residual_operand(node: Node) -> Node | None:
+    """Return what a linear's output is added to, where it is added to something through layout alone."""
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        if user.target in ops.SAME | ops.VIEW:
+            current = user
+        elif user.target is torch.ops.aten.add.Tensor and len(user.all_input_nodes) == 2:
+            return next(n for n in user.all_input_nodes if n is not current)
+        else:
+            return None
+    return None

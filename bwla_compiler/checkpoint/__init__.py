@@ -1,0 +1,1 @@
+"""Packed checkpoints on disk and their way into transformers."""

@@ -1,0 +1,329 @@
+"""The command line: bwla-compile demo | quantize | inspect | eval | generate | verify | recipes | doctor."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, PlanError
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.inspector.progress import ProgressBars
+from bwla_compiler.inspector.table import Cell, Table, duration, fixed, row, size
+from bwla_compiler.inspector.terminal import print_report, render_table
+from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe, parse_setting
+from bwla_compiler.settings import settings
+
+
+def _examples(*lines: str) -> str:
+    """Return the end of a command's help: one example a line."""
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+app = typer.Typer(
+    name="bwla-compile",
+    help="Compile a decoder LM to 1-bit weights and low-bit activations.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog=_examples("bwla-compile demo --quick", "bwla-compile inspect demo:", "bwla-compile quantize DIR -o OUT"),
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, demo: or demo:outliers.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="A recipe's name, or a .toml file. See: bwla-compile recipes.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; repeatable."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click, or uses click's
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0; 1 for an error, said in one line; 2 for wrong usage."""
+    debug = settings().debug
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            list(sys.argv[1:] if arguments is None else arguments), "bwla-compile", standalone_mode=False
+        )
+    except UsageError as error:
+        message: str = getattr(error, "format_message", error.__str__)()
+        return _fail(message, code=2) if message else 2  # no message: the help was asked for and is printed
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", code=130)
+    except BwlaError as error:
+        if debug:
+            raise
+        return _fail(str(error), code=1)
+    if code == 130:  # typer's own answer to an interrupt
+        return _fail("interrupted", code=130)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, *, code: int) -> int:
+    line = " ".join(message.split())
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), (line, "red")), soft_wrap=True)
+    return code
+
+
+def _out() -> Console:
+    return Console(soft_wrap=False)
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressBars]:
+    with ProgressBars(Console(stderr=True)) as bars:
+        yield bars
+
+
+def _recipe(name: str, changes: list[str] | None) -> Recipe:
+    return load_recipe(name, dict(parse_setting(text) for text in changes or []))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+@app.command(epilog=_examples("bwla-compile demo", "bwla-compile demo --quick --json result.json"))
+def demo(
+    json_file: JsonFile = None,
+    html: Annotated[Path, typer.Option("--html", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens: rougher figures, sooner.")] = False,
+) -> None:
+    """The main job on the embedded models: quantize, compare recipes, time, and write a page."""
+    from bwla_compiler.inspector.results import result_tables
+    from bwla_compiler.main_job import run_demo
+
+    with _progress() as progress:
+        result = run_demo(json_path=json_file, html_path=html, quick=quick, progress=progress)
+    out = _out()
+    for table in result_tables(result):
+        out.print(render_table(table))
+        out.print()
+    out.print(f"wrote {html}" + (f" and {json_file}" if json_file else ""), highlight=False)
+
+
+@app.command(
+    epilog=_examples(
+        "bwla-compile quantize demo: -o small", "bwla-compile quantize DIR -o OUT --set activations.bits=8"
+    )
+)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the packed model goes.")],
+    recipe: RecipeName = "bwla-w1a6",
+    changes: Settings = None,
+    calibration: Annotated[
+        str, typer.Option(help="self (sampled from the model), random, none, or a file of text or token ids.")
+    ] = "self",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")
+    ] = None,
+) -> None:
+    """Quantize a model and save it packed."""
+    chosen = _recipe(recipe, changes)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
+    from bwla_compiler import api
+
+    with _progress() as progress:
+        loaded = api.load(model, device=device, progress=progress)
+        report = api.quantize(
+            loaded.model,
+            recipe=chosen,
+            calibration=calibration,
+            tokenizer=loaded.tokenizer,
+            seed=seed,
+            progress=progress,
+        )
+    api.save(loaded.model, out, tokenizer=loaded.tokenizer)
+    if json_file:
+        _write(json_file, report.to_json())
+    _print_quantized(report, model, out, html)
+
+
+def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
+    from bwla_compiler.inspector.report import build_report
+
+    shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
+    console = _out()
+    print_report(shown, console)
+    if html:
+        from bwla_compiler.inspector.sections import report_page
+
+        _write(html, report_page(shown))
+    console.print(f"wrote {out} in {duration(sum(report.seconds.values()))}", highlight=False)
+
+
+@app.command(
+    epilog=_examples(
+        "bwla-compile inspect demo:", "bwla-compile inspect DIR -o report.html", "bwla-compile inspect DIR --json"
+    )
+)
+def inspect(
+    model: Model,
+    html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
+    device: Device = "cpu",
+) -> None:
+    """Show what the compiler sees and decides: bases, what folds, what is online, and why."""
+    chosen = _recipe(recipe, None) if recipe else None
+    from bwla_compiler import api
+    from bwla_compiler.inspector.report import build_report
+
+    with _progress() as progress:
+        loaded = api.load(model, device=device, progress=progress)
+        packed = _packed(loaded.model)
+        plan = Plan.from_json(json.dumps(packed.plan)) if packed else api.plan(loaded.model)
+    name = packed.recipe["name"] if packed else chosen.name if chosen else ""
+    report = build_report(plan, source=model, recipe=name, bits=api.bits(loaded.model) if packed else None)
+    if html:
+        from bwla_compiler.inspector.sections import report_page
+
+        _write(html, report_page(report))
+    if as_json:
+        print(report.to_json())
+    else:
+        print_report(report, _out())
+
+
+def _packed(model: Any) -> Any:
+    """Return what a packed checkpoint's config tells of plan and recipe, or None for a float model."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config if getattr(config, "plan", None) else None
+
+
+@app.command("eval", epilog=_examples("bwla-compile eval demo:", "bwla-compile eval DIR --text wiki.txt --length 2048"))
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(metavar="FILE", help="Text or token ids; demo:test and demo:ood are the embedded text.")
+    ] = "",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Measure perplexity on a text, and count true bits."""
+    from bwla_compiler import api
+
+    source = text or ("demo:test" if model.startswith("demo:") else "")
+    if not source:
+        raise CalibrationError(f"{model}: which text? give --text FILE, or --text demo:test for the embedded text")
+    with _progress() as progress:
+        loaded = api.load(model, device=device, progress=progress)
+        tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
+        found = api.perplexity(loaded.model, tokens, progress=progress)
+    bits = api.bits(loaded.model)
+    if as_json:
+        fields = {"perplexity": found, "n_tokens": tokens.numel(), "bits": bits.linears, "n_bytes": bits.n_bytes}
+        print(json.dumps(fields))
+        return
+    cells = row(model, fixed(found), tokens.numel(), fixed(bits.linears), fixed(bits.model), size(bits.n_bytes))
+    columns = ("model", ">perplexity", ">tokens", ">bits, linears", ">bits, model", ">bytes")
+    _out().print(render_table(Table("", columns, (cells,), f"text: {source}")))
+
+
+def _tokens(source: str, tokenizer: Any, *, sequences: int, length: int) -> Any:
+    """Return tokens [n, length + 1] int64 of a file, or of a split of the embedded text."""
+    if source in ("demo:test", "demo:ood"):
+        from bwla_compiler.demo.model import demo_tokens
+
+        return demo_tokens("ood" if source == "demo:ood" else "test", sequences=sequences, length=length)
+    from bwla_compiler.tokens import from_file
+
+    return from_file(source, tokenizer, length=length + 1, limit=sequences)
+
+
+@app.command(epilog=_examples('bwla-compile generate demo: --prompt "Return the" --tokens 32'))
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt."""
+    from bwla_compiler import api
+
+    with _progress() as progress:
+        loaded = api.load(model, device=device, progress=progress)
+        text = api.generate(loaded.model, loaded.tokenizer, prompt, tokens=tokens, seed=seed)
+    print(text)
+
+
+@app.command(epilog=_examples("bwla-compile verify demo:outliers --seed 3"))
+def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
+    """Check that rotations change nothing: random ones in every free space, no quantization, float64."""
+    from bwla_compiler import api
+    from bwla_compiler.inspector.report import build_report
+
+    with _progress() as progress:
+        loaded = api.load(model, device=device, progress=progress)
+        result = api.verify(loaded.model, seed=seed, progress=progress)
+    out = _out()
+    print_report(build_report(result.plan, source=model), out)
+    out.print(
+        f"{result.n_free} free spaces rotated: relative logit error {result.error:.2e}, allowed {result.tolerance:.0e}",
+        highlight=False,
+    )
+    if result.n_free == 0:
+        raise PlanError(f"{model}: no space is free, so nothing was verified; the reasons are above")
+    if not result.passed:
+        raise PlanError(f"{model}: the rotated model differs; please report this with the model's name")
+    out.print("verified", style="green")
+
+
+@app.command(epilog=_examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))
+def recipes(name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this recipe's fields.")] = "") -> None:
+    """List the recipes, or show the fields of one; --set changes them by these names."""
+    if name:
+        found = load_recipe(name)
+        out = _out()
+        out.print(render_table(Table(found.name, ("field", "value"), tuple(_fields(found.to_dict())))))
+        return
+    rows = tuple(row(r.name, r.purpose, Cell(r.source, "quiet")) for r in builtin_recipes().values())
+    _out().print(render_table(Table("", ("recipe", "what for", "source"), rows)))
+
+
+def _fields(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[Cell, ...]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+        elif value != ():
+            yield row(prefix + key, str(value).lower() if isinstance(value, bool) else str(value))
+
+
+@app.command(epilog=_examples("bwla-compile doctor"))
+def doctor() -> None:
+    """Say what this machine has, and what follows from it."""
+    from bwla_compiler.inspector.machine import machine_table
+
+    _out().print(render_table(machine_table()))

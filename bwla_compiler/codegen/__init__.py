@@ -1,0 +1,1 @@
+"""Emission, compilation and loading of kernels."""

@@ -1,0 +1,168 @@
+"""C++ text of the AVX-512 kernels: sign sums looked up in registers (vpermw on int16, vpermps on float32).
+
+Sixteen signs of a row are one 16-bit lane; 32 lanes fill a register, four registers make a block of 128 rows.
+The table of one word of sixteen activations holds every signed sum of its parts (5 + 5 + 6 codes, or four
+times 4 floats), so that adding sixteen products costs three (or four) permutations for 32 (or 16) rows.
+Needs F, BW, VL and DQ alone. Source of the method: lookup-table GEMM as in T-MAC (EuroSys 2025), kept in registers.
+"""
+
+KERNELS = r"""
+#include <immintrin.h>
+#define UNROLL _Pragma("GCC unroll 8")
+
+using Word = uint16_t;
+constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 64, TILE = 4;
+constexpr long AHEAD = 6144;  // bytes of weights fetched into L2 ahead of use, measured best
+
+static inline void add(int32_t* to, __m512i v) {
+  _mm512_storeu_si512(to, _mm512_add_epi32(v, _mm512_loadu_si512(to)));
+}
+static inline void add(float* to, __m512 v) { _mm512_storeu_ps(to, _mm512_add_ps(v, _mm512_loadu_ps(to))); }
+static inline void add_scaled(float* to, __m512 v, const float* scale) {
+  _mm512_storeu_ps(to, _mm512_fmadd_ps(v, _mm512_loadu_ps(scale), _mm512_loadu_ps(to)));
+}
+static inline void add_scaled(float* to, __m512i v, const float* scale) {
+  add_scaled(to, _mm512_cvtepi32_ps(v), scale);
+}
+
+struct IntKernel {
+  using Code = int8_t;
+  using Entry = int16_t;
+  using Sum = int32_t;
+  static constexpr long TABLE = 128;
+
+  // Words that int16 lanes can add up when codes lie in [-limit, limit].
+  static long span(int limit) { return 32767 / (COLUMNS * limit); }
+
+  static void build(const Code* q, Entry* table) {
+    const __mmask32 bit[5] = {0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000};
+    UNROLL for (int part = 0; part < 3; part++, q += 5) {
+      __m512i sum = _mm512_set1_epi16((int16_t)-(q[0] + q[1] + q[2] + q[3] + q[4]));
+      UNROLL for (int i = 0; i < 5; i++)
+        sum = _mm512_mask_add_epi16(sum, bit[i], sum, _mm512_set1_epi16((int16_t)(2 * q[i])));
+      if (part < 2) {
+        _mm512_storeu_si512(table + 32 * part, sum);
+      } else {  // the sixth code picks the half of the table
+        __m512i sixth = _mm512_set1_epi16(q[5]);
+        _mm512_storeu_si512(table + 64, _mm512_sub_epi16(sum, sixth));
+        _mm512_storeu_si512(table + 96, _mm512_add_epi16(sum, sixth));
+      }
+    }
+  }
+
+  template <int T, class Sink>
+  static void block(const Word* w, const Entry* table, long words, long span, const Sink& sink) {
+    for (long first = 0; first < words; first += span) {
+      const long last = first + span < words ? first + span : words;
+      __m512i acc[4][T];
+      UNROLL for (int v = 0; v < 4; v++) UNROLL for (int t = 0; t < T; t++) acc[v][t] = _mm512_setzero_si512();
+      for (long k = first; k < last; k++, w += ROWS) {
+        __m512i low[4], middle[4], high[4];
+        UNROLL for (int v = 0; v < 4; v++) {
+          if (T <= 2) _mm_prefetch((const char*)(w + 32 * v) + AHEAD, _MM_HINT_T1);
+          low[v] = _mm512_loadu_si512(w + 32 * v);
+          middle[v] = _mm512_srli_epi16(low[v], 5);
+          high[v] = _mm512_srli_epi16(low[v], 10);
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+          const Entry* entry = table + (k * T + t) * TABLE;
+          __m512i a = _mm512_loadu_si512(entry), b = _mm512_loadu_si512(entry + 32);
+          __m512i c = _mm512_loadu_si512(entry + 64), d = _mm512_loadu_si512(entry + 96);
+          // Keep the tables in registers: left alone, the compiler reloads them for each permutation.
+          asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
+          UNROLL for (int v = 0; v < 4; v++) {
+            __m512i s = _mm512_add_epi16(_mm512_permutexvar_epi16(low[v], a), _mm512_permutexvar_epi16(middle[v], b));
+            s = _mm512_add_epi16(s, _mm512_permutex2var_epi16(c, high[v], d));
+            acc[v][t] = _mm512_add_epi16(acc[v][t], s);
+          }
+        }
+      }
+      UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < 4; v++) {
+        sink(first / span, t, 32 * v, _mm512_cvtepi16_epi32(_mm512_castsi512_si256(acc[v][t])));
+        sink(first / span, t, 32 * v + 16, _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(acc[v][t], 1)));
+      }
+    }
+  }
+};
+
+struct FloatKernel {
+  using Code = float;
+  using Entry = float;
+  using Sum = float;
+  static constexpr long TABLE = 64;
+
+  // Two levels of addition bound the rounding error; nothing overflows.
+  static long span(int) { return 16; }
+
+  static void build(const Code* x, Entry* table) {
+    const __mmask16 bit[4] = {0xAAAA, 0xCCCC, 0xF0F0, 0xFF00};
+    UNROLL for (int part = 0; part < 4; part++, x += 4) {
+      __m512 sum = _mm512_set1_ps(-(x[0] + x[1] + x[2] + x[3]));
+      UNROLL for (int i = 0; i < 4; i++) sum = _mm512_mask_add_ps(sum, bit[i], sum, _mm512_set1_ps(2 * x[i]));
+      _mm512_storeu_ps(table + 16 * part, sum);
+    }
+  }
+
+  template <int T, class Sink>
+  static void block(const Word* w, const Entry* table, long words, long span, const Sink& sink) {
+    for (long first = 0; first < words; first += span) {
+      const long last = first + span < words ? first + span : words;
+      for (int half = 0; half < 2; half++) {
+        __m512 acc[4][T];
+        UNROLL for (int v = 0; v < 4; v++) UNROLL for (int t = 0; t < T; t++) acc[v][t] = _mm512_setzero_ps();
+        for (long k = first; k < last; k++) {
+          const Word* at = w + k * ROWS + 64 * half;
+          if (T <= 2) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1);
+          if (T <= 2) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T1);
+          __m512i index[4];
+          UNROLL for (int v = 0; v < 4; v++)
+            index[v] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + 16 * v)));
+          UNROLL for (int part = 0; part < 4; part++) {
+            UNROLL for (int t = 0; t < T; t++) {
+              __m512 a = _mm512_loadu_ps(table + (k * T + t) * TABLE + 16 * part);
+              UNROLL for (int v = 0; v < 4; v++)  // vpermps reads the low four bits of each lane
+                acc[v][t] = _mm512_add_ps(acc[v][t], _mm512_permutexvar_ps(index[v], a));
+            }
+            UNROLL for (int v = 0; v < 4; v++) index[v] = _mm512_srli_epi32(index[v], 4);
+          }
+        }
+        UNROLL for (int t = 0; t < T; t++)
+          UNROLL for (int v = 0; v < 4; v++) sink(first / span, t, 64 * half + 16 * v, acc[v][t]);
+      }
+    }
+  }
+};
+
+static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
+  __m512i acc = _mm512_setzero_si512();
+  long i = 0;
+  for (; i + 32 <= n; i += 32)
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(a + i))),
+                                                  _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(b + i)))));
+  int32_t sum = _mm512_reduce_add_epi32(acc);
+  for (; i < n; i++) sum += (int32_t)a[i] * b[i];
+  return sum;
+}
+
+// Dot products of one row of codes with T rows of x, `stride` floats apart.
+template <int T>
+static inline void dots(const int8_t* codes, const float* x, long stride, long n, float* out) {
+  __m512 acc[T][2];
+  UNROLL for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+  long i = 0;
+  for (; i + 32 <= n; i += 32) {
+    _mm_prefetch((const char*)codes + i + 2048, _MM_HINT_T0);
+    UNROLL for (int h = 0; h < 2; h++) {
+      const long at = i + 16 * h;
+      __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + at))));
+      UNROLL for (int t = 0; t < T; t++)
+        acc[t][h] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + t * stride + at), acc[t][h]);
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    float sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[t][0], acc[t][1]));
+    for (long j = i; j < n; j++) sum += codes[j] * x[t * stride + j];
+    out[t] = sum;
+  }
+}
+"""

@@ -1,0 +1,258 @@
+"""C++ text around the kernels, the same for every instruction set: threads, rounding, and sweeps over blocks."""
+
+HEADER = r"""
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+static long process_id() { return (long)getpid(); }
+#else
+static long process_id() { return 0; }
+#endif
+#define EXPORT extern "C" __attribute__((visibility("default")))
+"""
+
+THREADS = r"""
+// A grow-only buffer of one thread; freed when the thread ends.
+template <class T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  long size = 0;
+  T* get(long n) {
+    if (n > size) {
+      data.reset();
+      data.reset(new T[n]);
+      size = n;
+    }
+    return data.get();
+  }
+};
+
+// Threads that sleep between calls and take the next job of a call from one counter, so that a stolen core delays
+// one job and not a static share. Never destroyed: its threads may outlive static destructors.
+class Pool {
+ public:
+  using Job = void (*)(void*, long);
+
+  // Run job(context, i) for i in [0, n) on up to `threads` threads, the caller among them.
+  static void run(long n, long threads, Job job, void* context) {
+    static std::mutex gate;
+    static Pool* pool = nullptr;
+    std::unique_lock<std::mutex> lock(gate, std::defer_lock);
+    threads = std::min(threads, n);
+    if (threads <= 1 || !lock.try_lock()) {  // another caller holds the pool: it uses the cores already
+      for (long i = 0; i < n; i++) job(context, i);
+      return;
+    }
+    if (!pool || pool->process != process_id()) pool = new Pool;  // a forked child has no threads
+    pool->call(n, threads - 1, job, context);
+  }
+
+ private:
+  void call(long n, long wanted, Job job, void* context) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (; workers < wanted; workers++) std::thread(&Pool::work, this, workers, generation.load()).detach();
+      this->job = job;
+      this->context = context;
+      jobs = n;
+      next = 0;
+      helpers = wanted;
+      running = wanted;
+      generation++;
+    }
+    wake.notify_all();
+    take();
+    for (long spin = 0; running.load() && spin < 20000; spin++) std::atomic_signal_fence(std::memory_order_seq_cst);
+    if (running.load()) {
+      std::unique_lock<std::mutex> lock(mutex);
+      done.wait(lock, [&] { return running.load() == 0; });
+    }
+  }
+
+  void take() {
+    for (long i; (i = next.fetch_add(1)) < jobs;) job(context, i);
+  }
+
+  void work(long id, long seen) {
+    for (;;) {
+      // A decode step calls again within microseconds, sooner than a sleeper wakes.
+      for (long spin = 0; generation.load() == seen && spin < 20000; spin++)
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return generation.load() != seen; });
+        seen = generation.load();
+        if (id >= helpers) continue;
+      }
+      take();
+      if (running.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex);
+        done.notify_one();
+      }
+    }
+  }
+
+  const long process = process_id();
+  std::mutex mutex;
+  std::condition_variable wake, done;
+  std::atomic<long> generation{0}, next{0}, running{0};
+  long workers = 0, helpers = 0, jobs = 0;
+  Job job = nullptr;
+  void* context = nullptr;
+};
+
+template <class F>
+static void parallel(long n, long threads, F&& f) {
+  Pool::run(n, threads, [](void* context, long i) { (*(std::remove_reference_t<F>*)context)(i); }, (void*)&f);
+}
+"""
+
+ROUNDING = r"""
+// Round one token to symmetric integers: codes = round_half_even(x / scale), scale = max |x| / limit.
+// `padded` - `in` codes are zero. A token that is not finite gets the scale NaN, so that its output is NaN.
+static float quantize(const float* x, const float* column_scale, long in, long padded, int limit, int8_t* codes) {
+  static thread_local Buffer<float> scaled;
+  if (column_scale) {
+    float* product = scaled.get(in);
+    for (long i = 0; i < in; i++) product[i] = x[i] * column_scale[i];
+    x = product;
+  }
+  constexpr int LANES = 64;
+  float peak[LANES] = {}, poison[LANES] = {};
+  long i = 0;
+  for (; i + LANES <= in; i += LANES)
+    for (int j = 0; j < LANES; j++) {
+      const float v = std::abs(x[i + j]);
+      peak[j] = v > peak[j] ? v : peak[j];
+      poison[j] += x[i + j] * 0.0f;
+    }
+  for (; i < in; i++) {
+    peak[0] = std::max(peak[0], std::abs(x[i]));
+    poison[0] += x[i] * 0.0f;
+  }
+  float top = 0, sick = 0;
+  for (int j = 0; j < LANES; j++) top = std::max(top, peak[j]), sick += poison[j];
+  std::memset(codes + in, 0, padded - in);
+  const float ratio = top / (float)limit, scale = ratio > 0 ? ratio : 1.0f;
+  if (sick != 0) {
+    std::memset(codes, 0, in);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
+  const float bound = (float)limit;
+  for (long k = 0; k < in; k++) {
+    const float ratio = std::min(std::max(x[k] / scale, -bound), bound);
+    codes[k] = (int8_t)(int32_t)((ratio + MAGIC) - MAGIC);
+  }
+  return scale;
+}
+
+// Floats are not rounded: copy, padded with zeros.
+static float quantize(const float* x, const float* column_scale, long in, long padded, int, float* values) {
+  for (long i = 0; i < in; i++) values[i] = column_scale ? x[i] * column_scale[i] : x[i];
+  std::fill(values + in, values + padded, 0.0f);
+  return 1.0f;
+}
+"""
+
+SWEEP = r"""
+constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, PANEL = 4096 / ROWS;
+static_assert(CHUNK % GROUP_WORDS == 0, "a chunk holds whole groups");
+static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
+
+template <int T>
+using Int = std::integral_constant<int, T>;
+
+// Call f(Int<T>, first token) for tiles of 4, 2 and 1 tokens.
+template <class F>
+static void for_tiles(long tokens, const F& f) {
+  long m = 0;
+  if constexpr (TILE >= 4)
+    for (; m + 4 <= tokens; m += 4) f(Int<4>{}, m);
+  if constexpr (TILE >= 2)
+    for (; m + 2 <= tokens; m += 2) f(Int<2>{}, m);
+  for (; m < tokens; m++) f(Int<1>{}, m);
+}
+
+template <class Sum>
+struct RowSink {  // add up sums of the whole row
+  Sum* acc;
+  long stride;
+  template <class V>
+  void operator()(long, int t, long row, V v) const { add(acc + t * stride + row, v); }
+};
+
+struct GroupSink {  // add up the sums of groups of columns, each times its scale
+  float* acc;
+  long stride;
+  const float* scale;
+  template <class V>
+  void operator()(long span, int t, long row, V v) const {
+    add_scaled(acc + t * stride + row, v, scale + span * ROWS + row);
+  }
+};
+
+// Tables of a wave of tokens: tile by tile, word by word, token by token.
+template <class K>
+static void build_tables(const typename K::Code* codes, long tokens, long words, typename K::Entry* tables,
+                         long threads) {
+  const long chunks = divide_up(words, CHUNK);
+  auto build = [&](long job) {
+    const long first = job % chunks * CHUNK, last = std::min(first + CHUNK, words), tile = job / chunks * TILE;
+    for_tiles(std::min(TILE, tokens - tile), [&](auto width, long m) {
+      constexpr int T = decltype(width)::value;
+      for (long k = first; k < last; k++)
+        for (int t = 0; t < T; t++)
+          K::build(codes + ((tile + m + t) * words + k) * COLUMNS,
+                   tables + ((tile + m) * words + k * T + t) * K::TABLE);
+    });
+  };
+  parallel(chunks * divide_up(tokens, TILE), threads, build);
+}
+
+// Visit `count` blocks of rows from `first` with all tokens, a chunk of words at a time so that tables stay in cache.
+template <class K, class MakeSink>
+static inline void sweep(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
+                         long tokens, long span, const MakeSink& sink) {
+  for (long chunk = 0; chunk < words; chunk += CHUNK) {
+    const long n = std::min(CHUNK, words - chunk);
+    for_tiles(tokens, [&](auto width, long m) {
+      constexpr int T = decltype(width)::value;
+      for (long b = 0; b < count; b++)
+        K::template block<T>(signs + ((first + b) * words + chunk) * ROWS, tables + (m * words + chunk * T) * K::TABLE,
+                             n, span, sink(m, b, chunk));
+    });
+  }
+}
+
+// acc [tokens, count * ROWS] += sums over whole rows.
+template <class K>
+static void sweep_rows(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
+                       long tokens, int limit, typename K::Sum* acc) {
+  const long stride = count * ROWS;
+  sweep<K>(signs, words, first, count, tables, tokens, K::span(limit), [&](long m, long b, long) {
+    return RowSink<typename K::Sum>{acc + m * stride + b * ROWS, stride};
+  });
+}
+
+// total [tokens, count * ROWS] += sums over groups of columns, times scale [blocks, groups, ROWS].
+template <class K>
+static void sweep_groups(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
+                         long tokens, const float* scale, float* total) {
+  const long stride = count * ROWS, groups = divide_up(words, GROUP_WORDS);
+  sweep<K>(signs, words, first, count, tables, tokens, GROUP_WORDS, [&](long m, long b, long chunk) {
+    return GroupSink{total + m * stride + b * ROWS, stride,
+                     scale + ((first + b) * groups + chunk / GROUP_WORDS) * ROWS};
+  });
+}
+"""

@@ -1,0 +1,232 @@
+"""C++ text of whole operators over the kernels, and the C entries that Python calls."""
+
+LINEAR = r"""
+// One linear of those that share an input. All pointers are to contiguous float32 or int8 arrays; null for "none".
+struct Member {
+  const Word* signs;        // packed [planes, blocks, words, ROWS]
+  const float* scale;       // [planes, out], or packed [planes, blocks, groups, ROWS]
+  const int8_t* rank_in;    // [rank, in]
+  const int8_t* rank_out;   // [out, rank]
+  const float* rank_scale;  // [rank]
+  const float* bias;        // [out]
+  float* y;                 // [tokens, out]
+  long out, planes, groups, rank;
+};
+
+template <class K>
+struct Wave {  // a few tokens, rounded and tabulated
+  long first, tokens, in, words, limit, threads;
+  const typename K::Code* codes;
+  const float* scale;
+  const typename K::Entry* tables;
+};
+
+static inline float project(const int8_t* codes, const int8_t* row, long n) { return (float)dot(codes, row, n); }
+static inline float project(const float* x, const int8_t* row, long n) {
+  float sum;
+  dots<1>(row, x, n, n, &sum);
+  return sum;
+}
+
+// Write y = (sum + low rank) * token scale + bias for `rows` rows from `first` on.
+template <class K>
+static void finish(const Member& member, const Wave<K>& wave, const float* sums, const float* projected, long stride,
+                   long first, long rows) {
+  const long rank = member.rank;
+  static thread_local Buffer<float> buffer;
+  float* side = buffer.get(wave.tokens);
+  for (long r = 0; rank && r < rows; r++) {
+    const int8_t* out = member.rank_out + (first + r) * rank;
+    for_tiles(wave.tokens, [&](auto width, long m) {
+      constexpr int T = decltype(width)::value;
+      dots<T>(out, projected + m * rank, rank, rank, side + m);
+      for (int t = 0; t < T; t++) const_cast<float*>(sums)[(m + t) * stride + r] += side[m + t];
+    });
+  }
+  for (long m = 0; m < wave.tokens; m++) {
+    float* y = member.y + (wave.first + m) * member.out + first;
+    const float scale = wave.scale[m];
+    if (member.bias)
+      for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale + member.bias[first + r];
+    else
+      for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale;
+  }
+}
+
+// Compute `count` blocks of rows of one member for one wave.
+template <class K>
+static void panel(const Member& member, const Wave<K>& wave, const float* projected, long first, long count) {
+  using Sum = typename K::Sum;
+  static thread_local Buffer<float> float_buffer;
+  static thread_local Buffer<Sum> sum_buffer;
+  const long stride = count * ROWS, blocks = divide_up(member.out, ROWS), plane_words = blocks * wave.words * ROWS;
+  const long row = first * ROWS, rows = std::min(stride, member.out - row);
+  float* total = float_buffer.get(wave.tokens * stride);
+  std::fill(total, total + wave.tokens * stride, 0.0f);
+  for (long p = 0; p < member.planes; p++) {
+    const Word* signs = member.signs + p * plane_words;
+    if (member.groups > 1) {
+      sweep_groups<K>(signs, wave.words, first, count, wave.tables, wave.tokens,
+                      member.scale + p * blocks * member.groups * ROWS, total);
+      continue;
+    }
+    Sum* acc = sum_buffer.get(wave.tokens * stride);
+    std::fill(acc, acc + wave.tokens * stride, Sum(0));
+    sweep_rows<K>(signs, wave.words, first, count, wave.tables, wave.tokens, wave.limit, acc);
+    const float* scale = member.scale + p * member.out + row;
+    for (long m = 0; m < wave.tokens; m++)
+      for (long r = 0; r < rows; r++) total[m * stride + r] += (float)acc[m * stride + r] * scale[r];
+  }
+  finish<K>(member, wave, total, projected, stride, row, rows);
+}
+
+// All members for one wave: project on the low-rank pairs, then take panels of rows in any order.
+template <class K>
+static void run_wave(const Wave<K>& wave, const Member* members, long n_members) {
+  static thread_local Buffer<float> buffer;
+  long ranks = 0, blocks = 0;
+  for (long i = 0; i < n_members; i++) ranks += members[i].rank, blocks += divide_up(members[i].out, ROWS);
+  float* projected = buffer.get(ranks * wave.tokens);
+  const long padded = wave.words * COLUMNS;
+  float* at = projected;
+  for (long i = 0; i < n_members; at += members[i++].rank * wave.tokens) {
+    const long rank = members[i].rank;
+    auto job = [&](long r) {
+      for (long m = 0; m < wave.tokens; m++)
+        at[m * rank + r] =
+            project(wave.codes + m * padded, members[i].rank_in + r * wave.in, wave.in) * members[i].rank_scale[r];
+    };
+    parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
+  }
+  const long height = std::max(1L, std::min(PANEL, blocks / (wave.threads * 4)));
+  long jobs = 0;
+  for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
+  auto job = [&](long j) {
+    const Member* member = members;
+    const float* side = projected;
+    for (;; side += member->rank * wave.tokens, member++) {
+      const long panels = divide_up(divide_up(member->out, ROWS), height);
+      if (j < panels) break;
+      j -= panels;
+    }
+    const long first = j * height, count = std::min(height, divide_up(member->out, ROWS) - first);
+    panel<K>(*member, wave, side, first, count);
+  };
+  // Under some tens of microseconds of work a second thread costs more than it saves.
+  parallel(jobs, blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
+}
+
+template <class K>
+static void linear(const float* x, const float* column_scale, long tokens, long in, int limit, const Member* members,
+                   long n_members, long threads) {
+  static thread_local Buffer<typename K::Code> codes_buffer;
+  static thread_local Buffer<typename K::Entry> table_buffer;
+  static thread_local Buffer<float> scale_buffer;
+  const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
+  const long token_bytes = words * K::TABLE * (long)sizeof(typename K::Entry);
+  const long wave_tokens = std::min(tokens, std::clamp((8L << 20) / token_bytes / 4 * 4, 4L, 64L));
+  for (long first = 0; first < tokens; first += wave_tokens) {
+    const long n = std::min(wave_tokens, tokens - first), helpers = n <= 4 ? 1 : threads;
+    auto* codes = codes_buffer.get(n * padded);
+    auto* tables = table_buffer.get(n * words * K::TABLE);
+    float* scale = scale_buffer.get(n);
+    parallel(n, helpers, [&](long m) {
+      scale[m] = quantize(x + (first + m) * in, column_scale, in, padded, limit, codes + m * padded);
+    });
+    build_tables<K>(codes, n, words, tables, helpers);
+    run_wave<K>(Wave<K>{first, n, in, words, limit, threads, codes, scale, tables}, members, n_members);
+  }
+}
+"""
+
+ENTRIES = r"""
+EXPORT long bwla_packed_bytes(long planes, long out, long in) {
+  return planes * divide_up(out, ROWS) * ROWS * divide_up(in, COLUMNS) * (long)sizeof(Word);
+}
+
+// Canonical signs [planes, out, ceil(in / 8)] -> [planes, blocks, words, ROWS]; rows and columns padded with zero bits.
+EXPORT void bwla_pack(const uint8_t* signs, Word* packed, long planes, long out, long in, long threads) {
+  const long blocks = divide_up(out, ROWS), words = divide_up(in, COLUMNS), bytes = divide_up(in, 8);
+  parallel(planes * blocks, threads, [&](long job) {
+    const long plane = job / blocks, first = job % blocks * ROWS;
+    uint8_t* to = (uint8_t*)(packed + job * words * ROWS);
+    std::memset(to, 0, words * ROWS * sizeof(Word));
+    for (long r = 0; r < std::min(ROWS, out - first); r++) {
+      const uint8_t* row = signs + (plane * out + first + r) * bytes;
+      for (long b = 0; b < bytes; b++) to[(b / sizeof(Word) * ROWS + r) * sizeof(Word) + b % sizeof(Word)] = row[b];
+    }
+  });
+}
+
+EXPORT long bwla_packed_scales(long planes, long out, long groups) {
+  return planes * divide_up(out, ROWS) * ROWS * groups;
+}
+
+// Group scales [planes, out, groups] -> [planes, blocks, groups, ROWS].
+EXPORT void bwla_pack_scale(const float* scale, float* packed, long planes, long out, long groups) {
+  const long blocks = divide_up(out, ROWS);
+  std::fill(packed, packed + bwla_packed_scales(planes, out, groups), 0.0f);
+  for (long p = 0; p < planes; p++)
+    for (long row = 0; row < out; row++)
+      for (long g = 0; g < groups; g++)
+        packed[((p * blocks + row / ROWS) * groups + g) * ROWS + row % ROWS] = scale[(p * out + row) * groups + g];
+}
+
+// Linears that share x [tokens, in]; activations rounded to [-limit, limit], or left as they are where limit is 0.
+EXPORT void bwla_linear(const float* x, const float* column_scale, long tokens, long in, int limit,
+                        const Member* members, long n_members, long threads) {
+  if (limit)
+    linear<IntKernel>(x, column_scale, tokens, in, limit, members, n_members, threads);
+  else
+    linear<FloatKernel>(x, column_scale, tokens, in, limit, members, n_members, threads);
+}
+
+EXPORT void bwla_quantize(const float* x, const float* column_scale, long tokens, long in, int limit, int8_t* codes,
+                          float* scale) {
+  for (long m = 0; m < tokens; m++) scale[m] = quantize(x + m * in, column_scale, in, in, limit, codes + m * in);
+}
+
+// The integer sums of one plane, acc [tokens, out], for codes [tokens, in] in [-limit, limit]; for tests.
+EXPORT void bwla_accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
+                            int32_t* acc) {
+  const long words = divide_up(in, COLUMNS), padded = words * COLUMNS, blocks = divide_up(out, ROWS);
+  const long stride = blocks * ROWS;
+  Buffer<int8_t> rows;
+  Buffer<IntKernel::Entry> tables;
+  Buffer<int32_t> sums;
+  int8_t* row = rows.get(tokens * padded);
+  std::memset(row, 0, tokens * padded);
+  for (long m = 0; m < tokens; m++) std::memcpy(row + m * padded, codes + m * in, in);
+  IntKernel::Entry* table = tables.get(tokens * words * IntKernel::TABLE);
+  build_tables<IntKernel>(row, tokens, words, table, 1);
+  int32_t* sum = sums.get(tokens * stride);
+  std::fill(sum, sum + tokens * stride, 0);
+  sweep_rows<IntKernel>(signs, words, 0, blocks, table, tokens, limit, sum);
+  for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
+}
+"""
+
+INT8 = r"""
+// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], in float32.
+EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
+                             long tokens, long out, long in, long threads) {
+  const long height = std::clamp(out / (threads * 8), 1L, 64L);
+  parallel(divide_up(out, height), out * in < (1 << 18) ? 1 : threads, [&](long job) {
+    const long last = std::min((job + 1) * height, out);
+    auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };
+    long m = 0;
+    for (; m + 4 <= tokens; m += 4)
+      for (long row = job * height; row < last; row++) {
+        float sums[4];
+        dots<4>(codes + row * in, x + m * in, in, in, sums);
+        for (int t = 0; t < 4; t++) store(m + t, row, sums[t]);
+      }
+    for (; m < tokens; m++)
+      for (long row = job * height; row < last; row++) {
+        float sum;
+        dots<1>(codes + row * in, x + m * in, in, in, &sum);
+        store(m, row, sum);
+      }
+  });
+}
+"""

@@ -1,0 +1,26 @@
+"""The C++ source of every kernel of one instruction set: one self-contained translation unit without torch."""
+
+from bwla_compiler.codegen import cpp_avx2, cpp_avx512, cpp_driver, cpp_entries, cpp_portable
+from bwla_compiler.codegen.isa import Isa
+
+KERNELS: dict[Isa, str] = {
+    "avx512": cpp_avx512.KERNELS,
+    "avx2": cpp_avx2.KERNELS,
+    "portable": cpp_portable.KERNELS,
+}
+
+
+def emit(isa: Isa) -> str:
+    """Return the C++17 source of all kernels for `isa`; the entries it exports are declared in library.py."""
+    parts = (
+        f"// bwla kernels for {isa}; generated",
+        cpp_driver.HEADER,
+        KERNELS[isa],
+        cpp_driver.THREADS,
+        cpp_driver.ROUNDING,
+        cpp_driver.SWEEP,
+        cpp_entries.LINEAR,
+        cpp_entries.ENTRIES,
+        cpp_entries.INT8,
+    )
+    return "\n".join(part.strip("\n") for part in parts) + "\n"

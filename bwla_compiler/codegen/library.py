@@ -1,0 +1,94 @@
+"""The compiled kernels of one instruction set, callable from Python by ctypes on raw addresses.
+
+All arrays are contiguous; addresses are what `tensor.data_ptr()` gives, 0 for "none". Nothing here knows torch.
+"""
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, c_int, c_long, c_void_p
+from pathlib import Path
+
+from bwla_compiler.codegen.build import build
+from bwla_compiler.codegen.cpp_linear import emit
+from bwla_compiler.codegen.isa import Isa, best_isa
+from bwla_compiler.errors import BuildError
+from bwla_compiler.settings import settings
+
+log = logging.getLogger(__name__)
+
+GROUP = 128
+"""Columns that share one scale in weights with group scales; the kernels know no other group size."""
+
+
+class Member(ctypes.Structure):
+    """One linear of those that share an input; mirrors `struct Member` of the emitted source.
+
+    signs: packed by `pack`. scale: [planes, out] float32, or packed by `pack_scale` where groups > 1.
+    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y [tokens, out] float32.
+    """
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("signs", "scale", "rank_in", "rank_out", "rank_scale", "bias", "y")),
+        *((name, c_long) for name in ("out_features", "planes", "groups", "rank")),
+    )
+
+
+_LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
+    "packed_bytes": (c_long, (c_long,) * 3),
+    "packed_scales": (c_long, (c_long,) * 3),
+}
+_CALLS: dict[str, tuple[type, ...]] = {
+    "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+    "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
+    "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
+    "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
+    "accumulate": (c_void_p, c_void_p, c_long, c_long, c_long, c_int, c_void_p),
+    "int8_linear": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+}
+
+
+class KernelLibrary:
+    """The C entries of one compiled library; the emitted source documents each, under the name bwla_<entry>.
+
+    isa: what it was emitted for. Raises BuildError where the library does not load.
+    """
+
+    def __init__(self, path: Path, isa: Isa) -> None:
+        self.isa = isa
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"{path} does not load: {error}; delete it to have it built anew") from error
+        for name, (result, arguments) in _LONGS.items():
+            self._declare(name, result, arguments)
+        for name, arguments in _CALLS.items():
+            self._declare(name, None, arguments)
+        self.packed_bytes = self._library.bwla_packed_bytes
+        self.packed_scales = self._library.bwla_packed_scales
+        self.pack = self._library.bwla_pack
+        self.pack_scale = self._library.bwla_pack_scale
+        self.linear = self._library.bwla_linear
+        self.quantize = self._library.bwla_quantize
+        self.accumulate = self._library.bwla_accumulate
+        self.int8_linear = self._library.bwla_int8_linear
+
+    def _declare(self, name: str, result: type | None, arguments: tuple[type, ...]) -> None:
+        entry = getattr(self._library, f"bwla_{name}")
+        entry.restype, entry.argtypes = result, list(arguments)
+
+
+@functools.cache
+def load(isa: Isa) -> KernelLibrary | None:
+    """Return the kernels of `isa`, built where needed; None where there is no compiler. Raises BuildError."""
+    source = emit(isa)
+    if dump := settings().dump:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / f"kernels-{isa}.cpp").write_text(source)
+    path = build(source, isa)
+    return None if path is None else KernelLibrary(path, isa)
+
+
+def best_library() -> KernelLibrary | None:
+    """Return the kernels of the best instruction set of this processor; None where there is no compiler."""
+    return load(best_isa())

@@ -1,0 +1,45 @@
+"""Every exception of the project. A message says what was found, where, and what to do."""
+
+
+class BwlaError(Exception):
+    """Base of all errors that the project raises on purpose."""
+
+
+class RecipeError(BwlaError, ValueError):
+    """A recipe, an override or a backend option is unknown, malformed or out of range."""
+
+
+class CaptureError(BwlaError, RuntimeError):
+    """The model cannot be turned into the normal form."""
+
+
+class PlanError(BwlaError, ValueError):
+    """The model has nothing to plan: no linears, or none that may be quantized."""
+
+
+class WeightError(BwlaError, ValueError):
+    """A weight is NaN, infinite, freed, or of a dtype that cannot be quantized."""
+
+
+class CalibrationError(BwlaError, ValueError):
+    """The calibration tokens are empty, too few, of a wrong shape or dtype."""
+
+
+class ShapeError(BwlaError, ValueError):
+    """A tensor has a shape that the function does not take."""
+
+
+class CheckpointError(BwlaError, OSError):
+    """A checkpoint is missing, corrupt, truncated or of an unknown format version."""
+
+
+class BuildError(BwlaError, RuntimeError):
+    """An emitted kernel does not compile or load; carries the compiler's own words."""
+
+
+class GradientError(BwlaError, RuntimeError):
+    """Gradients were asked through a quantized linear, which has none."""
+
+
+class DemoError(BwlaError, RuntimeError):
+    """The embedded model cannot be built or found."""

@@ -1,0 +1,1 @@
+"""Capture to one normal form, basis analysis, and the plan."""

@@ -1,0 +1,277 @@
+"""Basis analysis: which tensor axes may be rotated, decided by dataflow alone.
+
+Every axis of every tensor carries a space (see `spaces`); parameters are no exception: an orthogonal matrix R
+chosen for a space multiplies every parameter axis that lives in it, and the graph computes the same function.
+Each operation has one rule that unifies or constrains the spaces of its operands. An operation without a rule
+pins all it touches: never wrong, only left alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+
+from bwla_compiler.graph import opkinds as ops
+from bwla_compiler.graph.capture import attribute, parameter_name
+from bwla_compiler.graph.spaces import Space, pin, pinned
+
+
+@dataclass
+class Value:
+    """What is known of a tensor: a space per axis; `squared` where it holds squares of a rotated vector."""
+
+    axes: list[Space]
+    squared: bool = False
+    items: list["Value"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a linear: node, its input, and the weight's parameter with its two axes."""
+
+    node: Node
+    source: Node
+    weight: str
+    bias: str | None
+    in_axis: int
+    out_axis: int
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """A per-channel gain (and shift) read by linears alone, which can take it over.
+
+    gain: its parameter; the gain is `gain_offset + parameter` (Gemma stores the gain less one).
+    """
+
+    node: Node
+    source: Node
+    gain: str | None
+    gain_offset: float
+    shift: str | None
+    readers: tuple[Node, ...]
+
+
+class Analysis:
+    """The analysis of one captured graph by a table of rules; run at construction.
+
+    values: per node. parameters: per parameter name, a space per axis. sites: linears in graph order.
+    absorptions: norms whose affine part moves into the readers. kept: norms where it does not, and why.
+    tied: parameters that serve both as embedding and as linear (the linear's use has a value of its own).
+    unknown: operations without a rule.
+    """
+
+    def __init__(self, gm: GraphModule, rules: "Mapping[Any, Rule]") -> None:
+        self.gm = gm
+        self.rules = rules
+        self.values: dict[Node, Value] = {}
+        self.parameters: dict[str, Value] = {}
+        self.sites: dict[Node, Site] = {}
+        self.embeddings: dict[Node, str] = {}
+        self.absorptions: list[Absorption] = []
+        self.kept: list[tuple[str, str]] = []
+        self.tied: dict[str, str] = {}
+        self.unknown: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        self.constant = self._constants()
+        self._n_uses = self._count_uses()
+        self.embedded = {self.parameter_of(node.args[0]) for node in gm.graph.nodes if node.target in ops.EMBEDDING}
+        for node in gm.graph.nodes:
+            self._step(node)
+
+    # ---- reading the graph
+
+    def _constants(self) -> set[Node]:
+        """Nodes that do not depend on the graph's inputs."""
+        found: set[Node] = set()
+        for node in self.gm.graph.nodes:
+            inputs = node.all_input_nodes
+            computed = node.op == "call_function" and node.target not in ops.EMBEDDING
+            if node.op == "get_attr" or (computed and all(i in found for i in inputs)):
+                found.add(node)
+        return found
+
+    def _count_uses(self) -> dict[str, int]:
+        """How many operations, embeddings and layout aside, read each parameter."""
+        count: dict[str, int] = {}
+        for node in self.gm.graph.nodes:
+            if node.target in ops.LAYOUT | ops.EMBEDDING:
+                continue
+            for name in filter(None, map(self.parameter_of, node.all_input_nodes)):
+                count[name] = count.get(name, 0) + 1
+        return count
+
+    def is_constant(self, argument: Any) -> bool:
+        """Whether an argument does not depend on the graph's inputs (numbers included)."""
+        return not isinstance(argument, Node) or argument in self.constant
+
+    def value(self, argument: Any) -> Value | None:
+        """What is known of an argument, None for what is no tensor of the graph."""
+        return self.values.get(argument) if isinstance(argument, Node) else None
+
+    def shape(self, node: Node) -> list[int]:
+        """Sizes of a node's tensor."""
+        return [int(s) for s in node.meta["val"].shape]
+
+    def is_tensor(self, node: Any) -> bool:
+        """Whether a node gives one tensor."""
+        return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+    def parameter_of(self, argument: Any) -> str | None:
+        """Name of the parameter that a node is, through layout operations alone."""
+        node = argument
+        while isinstance(node, Node) and node.target in ops.LAYOUT:
+            node = node.args[0]
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        tensor = attribute(self.gm, node)
+        if not isinstance(tensor, torch.nn.Parameter):
+            return None
+        # two names of one tied tensor are one parameter
+        return self._names.setdefault(id(tensor), parameter_name(node))
+
+    def constant_value(self, node: Node) -> Tensor:
+        """Compute a constant node."""
+        if node.op == "get_attr":
+            return attribute(self.gm, node).detach()
+        args = map_arg(node.args, self.constant_value)
+        kwargs = map_arg(node.kwargs, self.constant_value)
+        assert callable(node.target)
+        result = node.target(*args, **kwargs)
+        assert isinstance(result, Tensor)
+        return result
+
+    def linear_operands(self, node: Any) -> tuple[Node, Node, Any, bool] | None:
+        """Return (input, weight, bias, transposed) where a node is a linear; transposed: the weight is [in, out]."""
+        args = node.args
+        if node.target in ops.LINEAR and self.is_constant(args[1]):
+            return args[0], args[1], args[2] if len(args) > 2 else None, False
+        if node.target in ops.ADDMM and self.is_constant(args[2]) and self.is_constant(args[0]) and not node.kwargs:
+            return args[1], args[2], args[0], True
+        reads_constant = node.target in ops.MATMUL and self.is_constant(args[1]) and not self.is_constant(args[0])
+        if reads_constant and len(self.shape(args[1])) == 2:
+            return args[0], args[1], None, True
+        return None
+
+    # ---- walking it
+
+    def _step(self, node: Node) -> None:
+        if node.target in ops.SHAPE_ONLY:
+            return
+        if node.op == "get_attr":
+            self.values[node] = self._parameter_value(node)
+        elif node.op == "placeholder":
+            self.fresh(node, "graph input")
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                self.pin_all(source, "graph output")
+        else:
+            self._guard_squares(node)
+            rule = self.rules.get(node.target)
+            if rule is None or not rule(self, node):
+                self.unsupported(node)
+
+    def _parameter_value(self, node: Node) -> Value:
+        name = self.parameter_of(node)
+        if name is None:
+            return Value([pinned(s, "buffer") for s in self.shape(node)])
+        if name not in self.parameters:
+            self.parameters[name] = Value([Space(s) for s in self.shape(node)])
+        return self.parameters[name]
+
+    def _guard_squares(self, node: Node) -> None:
+        """Squares may only be averaged or summed over; anything else sees single channels."""
+        if node.target in ops.REDUCTION or node.target in ops.SAME:
+            return
+        for source in node.all_input_nodes:
+            if source in self.values and self.values[source].squared:
+                self.pin_all(source, f"{node.name}: reads squares one by one")
+
+    def fresh(self, node: Node, reason: str) -> None:
+        if self.is_tensor(node):
+            self.values[node] = Value([pinned(s, reason) for s in self.shape(node)])
+
+    def pin_all(self, node: Node, reason: str) -> None:
+        value = self.values.get(node)
+        for axis in value.axes if value else []:
+            pin(axis, reason)
+        for item in value.items if value else []:
+            for axis in item.axes:
+                pin(axis, reason)
+
+    def unsupported(self, node: Node) -> None:
+        """Pin everything that an operation without a rule touches."""
+        reason = f"{node.name}: {node.target} has no rule"
+        if node not in self.constant:
+            self.unknown[str(node.target)] = self.unknown.get(str(node.target), 0) + 1
+        for source in node.all_input_nodes:
+            self.pin_all(source, reason)
+        result = node.meta.get("val")
+        if isinstance(result, (tuple, list)):
+            tensors = [r for r in result if isinstance(r, Tensor)]
+            self.values[node] = Value([], items=[Value([pinned(int(s), reason) for s in t.shape]) for t in tensors])
+        else:
+            self.fresh(node, reason)
+
+    # ---- who reads a normed tensor
+
+    def linear_readers(self, node: Any) -> tuple[Node, ...] | str:
+        """Return the linears that alone read a tensor's last axis through layout, or the name of who else does."""
+        readers: list[Node] = []
+        for user in node.users:
+            if user.target in ops.SHAPE_ONLY:
+                continue
+            keeps_last = self.is_tensor(user) and self.shape(user)[-1:] == self.shape(node)[-1:]
+            passes = user.target in ops.SAME or (
+                keeps_last and user.target in ops.VIEW | ops.UNSQUEEZE | ops.EXPAND | ops.INDEX | ops.SLICE
+            )
+            if passes and not (user.target in ops.INDEX and len(user.args[1]) >= len(self.shape(node))):
+                below = self.linear_readers(user)
+                if isinstance(below, str):
+                    return below
+                readers.extend(below)
+            elif self._reads_weight(user, node):
+                readers.append(user)
+            else:
+                return f"also read by {user.name}"
+        return tuple(readers) if readers else "read by nothing"
+
+    def _reads_weight(self, user: Node, source: Node) -> bool:
+        """Whether `user` is a linear with a parameter that no other operation reads, and `source` its input."""
+        operands = self.linear_operands(user)
+        if operands is None or operands[0] is not source:
+            return False
+        name = self.parameter_of(operands[1])
+        return name is not None and self._n_uses[name] == 1
+
+    def gain_parameter(self, node: Node) -> tuple[str, float] | None:
+        """Return (parameter, offset) where a constant is offset + parameter, and nothing else reads the parameter."""
+        source, users = node, [node]
+        while source.op != "get_attr":
+            tensors = [a for a in source.args if isinstance(a, Node)]
+            if len(tensors) != 1 or source.op != "call_function":
+                return None
+            source = tensors[0]
+            users.append(source)
+        name = self.parameter_of(source)
+        if name is None or any(len(u.users) != 1 for u in users):
+            return None
+        parameter = attribute(self.gm, source).detach().flatten().to(torch.float32)
+        offset = self.constant_value(node).detach().flatten().to(torch.float32) - parameter
+        value = float(offset[0]) if offset.numel() else 0.0
+        if value not in (0.0, 1.0) or not bool(((offset - value).abs() <= 1e-5 * (1 + parameter.abs())).all()):
+            return None
+        return name, value
+
+
+Rule = Callable[[Analysis, Any], bool]
+"""What one operation does to spaces; a rule that returns False leaves the node to `Analysis.unsupported`."""
+
+
+def aligned(value: Value | None, rank: int) -> list[Space]:
+    """Axes of an operand, padded on the left to `rank` as broadcasting does."""
+    axes = list(value.axes) if value else []
+    return [pinned(1, "broadcast")] * (rank - len(axes)) + axes

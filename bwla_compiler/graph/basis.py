@@ -1,0 +1,20 @@
+"""The basis analysis as a whole: one table of rules, applied to a captured graph."""
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from bwla_compiler.graph.analysis import Analysis, Rule
+from bwla_compiler.graph.rules_arithmetic import ARITHMETIC_RULES
+from bwla_compiler.graph.rules_contraction import CONTRACTION_RULES
+from bwla_compiler.graph.rules_layout import LAYOUT_RULES
+
+RULES: dict[Any, Rule] = {
+    target: rule for targets, rule in (*CONTRACTION_RULES, *LAYOUT_RULES, *ARITHMETIC_RULES) for target in targets
+}
+"""One rule per operation of the normal form."""
+
+
+def analyse(gm: GraphModule) -> Analysis:
+    """Return which axes of a captured graph live in which space, and what each space may be rotated by."""
+    return Analysis(gm, RULES)

@@ -1,0 +1,239 @@
+"""The planner: analysis of a captured graph -> Plan, in the model's own names."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from bwla_compiler.errors import PlanError
+from bwla_compiler.graph import opkinds as ops
+from bwla_compiler.graph.analysis import Analysis, Site
+from bwla_compiler.graph.basis import analyse
+from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Freedom, Group, Linear, Norm, Plan
+from bwla_compiler.graph.spaces import Freedom as SpaceFreedom
+from bwla_compiler.graph.spaces import Space, leaves
+
+_FREEDOM: dict[SpaceFreedom, Freedom] = {
+    SpaceFreedom.FREE: "free",
+    SpaceFreedom.FIXES_ONES: "fixes-ones",
+    SpaceFreedom.PINNED: "pinned",
+}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear: nn.Linear, or transformers' Conv1D (weight [in, out])."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def block_of(name: str) -> str:
+    """Return the repeated block of a module name, "model.layers.3" of "model.layers.3.mlp.up_proj"; else ""."""
+    found = re.match(r"^(.*?\.\d+)\.", name)
+    return found.group(1) if found else ""
+
+
+def make_plan(model: nn.Module, *, graph: GraphModule | None = None) -> Plan:
+    """Return the plan of a model: captured here, or given as its captured graph.
+
+    Raises CaptureError where it cannot be traced, PlanError where it has no linears.
+    """
+    analysis = analyse(graph if graph is not None else capture(model))
+    return _Planner(model, analysis).plan()
+
+
+class _Planner:
+    """Translates spaces and nodes into names."""
+
+    def __init__(self, model: nn.Module, analysis: Analysis) -> None:
+        self.model, self.analysis = model, analysis
+        self.names = self._weight_names()
+        self.basis_names: dict[Space, str] = {}
+
+    def _weight_names(self) -> dict[str, str]:
+        """Map the analysis' parameter names to the model's; a tied linear's copy gets its module's name."""
+        by_tensor: dict[int, list[str]] = {}
+        for name, tensor in self.model.named_parameters(remove_duplicate=False):
+            by_tensor.setdefault(id(tensor), []).append(name)
+        names: dict[str, str] = {}
+        for own in self.analysis.parameters:
+            plain = self.analysis.tied.get(own, own)
+            aliases = by_tensor[id(self.model.get_parameter(plain))]
+            wants_linear = own in self.analysis.tied
+            fitting = [a for a in aliases if is_linear(self._owner(a)) == wants_linear]
+            names[own] = (fitting or aliases)[0]
+        return names
+
+    def _owner(self, parameter: str) -> nn.Module:
+        return self.model.get_submodule(parameter.rpartition(".")[0])
+
+    def plan(self) -> Plan:
+        sites = list(self.analysis.sites.values())
+        if not sites:
+            raise PlanError(
+                f"{type(self.model).__name__} has no linears with weights of their own: nothing to quantize. "
+                "Is it a causal LM with nn.Linear or Conv1D layers?"
+            )
+        self._name_bases(sites)
+        groups = self._groups(sites)
+        linears = tuple(self._linear(site, groups) for site in sites)
+        return Plan(
+            model=type(self.model).__name__,
+            bases=tuple(self._bases(linears)),
+            linears=linears,
+            groups=self._group_entries(linears),
+            norms=tuple(self._norms()),
+            axes=tuple(self._axes()),
+            tied=tuple((self.names[plain], self._module(own)) for own, plain in self.analysis.tied.items()),
+            unknown=dict(self.analysis.unknown),
+        )
+
+    # ---- names
+
+    def _module(self, parameter: str) -> str:
+        return self.names[parameter].rpartition(".")[0]
+
+    def _name_bases(self, sites: list[Site]) -> None:
+        """Name each rotatable leaf after the first parameter that writes it; the embedding's is the residual."""
+        for parameter in self.analysis.embeddings.values():
+            self._name_leaves(self.analysis.parameters[parameter].axes[1], "residual")
+        for site in sites:
+            value = self.analysis.parameters[site.weight]
+            self._name_leaves(value.axes[site.out_axis], self._module(site.weight))
+            self._name_leaves(value.axes[site.in_axis], f"{self._module(site.weight)}.input")
+        for name, value in self.analysis.parameters.items():
+            for axis in value.axes:
+                self._name_leaves(axis, self.names[name])
+
+    def _name_leaves(self, space: Space, name: str) -> None:
+        fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
+        fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
+        for i, leaf in enumerate(fresh):
+            self.basis_names[leaf] = name if len(fresh) == 1 else f"{name}[{i}]"
+
+    def expression(self, space: Space) -> Expression:
+        root = space.find()
+        if root.kind is None:
+            return Expression("leaf", root.size, self.basis_names.get(root, ""))
+        return Expression(root.kind, root.size, "", tuple(self.expression(p) for p in root.parts))
+
+    # ---- linears and their groups
+
+    def _groups(self, sites: list[Site]) -> dict[Node, list[Site]]:
+        """Linears by the tensor they read, views that keep the channels looked through."""
+        found: dict[Node, list[Site]] = {}
+        for site in sites:
+            found.setdefault(self._root_of(site.source), []).append(site)
+        return found
+
+    def _root_of(self, node: Node) -> Node:
+        channels = self.analysis.shape(node)[-1]
+        while node.target in ops.SAME | ops.VIEW:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            if self.analysis.shape(source)[-1] != channels:
+                break
+            node = source
+        return node
+
+    def _linear(self, site: Site, groups: dict[Node, list[Site]]) -> Linear:
+        value = self.analysis.parameters[site.weight]
+        source, target = value.axes[site.in_axis], value.axes[site.out_axis]
+        name = self._module(site.weight)
+        decision, reason = self._decision(site, source)
+        first = groups[self._root_of(site.source)][0]
+        return Linear(
+            name=name,
+            parameter=self.names[site.weight],
+            bias=self.names[site.bias] if site.bias else None,
+            in_axis=site.in_axis,
+            out_axis=site.out_axis,
+            in_features=source.size,
+            out_features=target.size,
+            decision=decision,
+            reason=reason,
+            group=self._module(first.weight),
+            block=block_of(name),
+            input=self.expression(source),
+            output=self.expression(target),
+            writes_residual=any(self.basis_names.get(leaf) == "residual" for leaf in leaves(target)),
+        )
+
+    def _decision(self, site: Site, source: Space) -> tuple[Decision, str]:
+        module = self._owner(self.names[site.weight])
+        calls = sum(s.weight == site.weight for s in self.analysis.sites.values())
+        if not is_linear(module):
+            return "alone", f"its weight belongs to a {type(module).__name__}, not to a plain linear"
+        if calls > 1:
+            return "alone", f"called {calls} times: one weight, several inputs"
+        atoms = [x for x in dict.fromkeys(leaves(source)) if x.size > 1]
+        held = [x for x in atoms if x.freedom == SpaceFreedom.PINNED]
+        kept = [x for x in atoms if x.freedom == SpaceFreedom.FIXES_ONES]
+        if not held:
+            note = f"; the rotation keeps the ones vector ({kept[0].reason})" if kept else ""
+            return "folded", "every writer of its input can take the rotation" + note
+        if len(held) < len(atoms):
+            sizes = " and ".join(str(x.size) for x in held)
+            return "partial", f"the factor of {sizes} is pinned by {held[0].reason}; the rest folds"
+        return "online", f"pinned by {held[0].reason}"
+
+    def _group_entries(self, linears: tuple[Linear, ...]) -> tuple[Group, ...]:
+        members: dict[str, list[Linear]] = {}
+        for linear in linears:
+            if linear.decision != "alone":
+                members.setdefault(linear.group, []).append(linear)
+        return tuple(
+            Group(name, tuple(x.name for x in found), found[0].in_features, found[0].block)
+            for name, found in members.items()
+        )
+
+    # ---- bases, norms, axes
+
+    def _bases(self, linears: tuple[Linear, ...]) -> Iterable[Basis]:
+        writers: dict[str, list[str]] = {}
+        readers: dict[str, list[str]] = {}
+        for parameter in dict.fromkeys(self.analysis.embeddings.values()):
+            axis = self.expression(self.analysis.parameters[parameter].axes[1])
+            for leaf in axis.leaves():
+                writers.setdefault(leaf.basis, []).append(self._module(parameter))
+        for linear in linears:
+            for leaf in linear.output.leaves():
+                writers.setdefault(leaf.basis, []).append(linear.name)
+            for leaf in linear.input.leaves():
+                readers.setdefault(leaf.basis, []).append(linear.name)
+        for space, name in self.basis_names.items():
+            wrote, read = (tuple(dict.fromkeys(t.get(name, ()))) for t in (writers, readers))
+            yield Basis(name, space.size, _FREEDOM[space.freedom], space.reason, wrote, read)
+        yield from self._pinned_bases(linears)
+
+    def _pinned_bases(self, linears: tuple[Linear, ...]) -> Iterable[Basis]:
+        """One entry per linear whose input is pinned: the reasons that the inspector shows."""
+        for site, linear in zip(self.analysis.sites.values(), linears, strict=True):
+            axis = self.analysis.parameters[site.weight].axes[site.in_axis]
+            held = [x for x in leaves(axis) if x.size > 1 and x.freedom == SpaceFreedom.PINNED]
+            if held:
+                yield Basis(f"{linear.name}.input", held[0].size, "pinned", held[0].reason, (), (linear.name,))
+
+    def _norms(self) -> Iterable[Norm]:
+        sites = self.analysis.sites
+        for found in self.analysis.absorptions:
+            gain, shift = (self.names[p] if p else None for p in (found.gain, found.shift))
+            readers = tuple(self._module(sites[r].weight) for r in found.readers)
+            yield Norm(gain, shift, readers, gain_offset=found.gain_offset)
+        for parameter, reason in self.analysis.kept:
+            yield Norm(self.names.get(parameter, parameter), None, (), reason)
+
+    def _axes(self) -> Iterable[Axis]:
+        for own, value in self.analysis.parameters.items():
+            for i, space in enumerate(value.axes):
+                if any(leaf in self.basis_names for leaf in leaves(space)):
+                    yield Axis(self.names[own], i, self.expression(space))
+
+
+def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, Site]:
+    """Return the linears of a captured graph by module name (the first call of each)."""
+    planner = _Planner(model, analysis)
+    found: dict[str, Site] = {}
+    for site in analysis.sites.values():
+        found.setdefault(planner.names[site.weight].rpartition(".")[0], site)
+    return found

@@ -1,0 +1,113 @@
+"""Rules of contractions: linears, matrix products, embeddings, attention."""
+
+from typing import Any
+
+from torch.fx import Node
+
+from bwla_compiler.graph import opkinds as ops
+from bwla_compiler.graph.analysis import Analysis, Rule, Site, Value
+from bwla_compiler.graph.spaces import Space, pin, pinned, unify
+
+
+def linear_rule(a: Analysis, node: Any) -> bool:
+    operands = a.linear_operands(node)
+    if operands is None:
+        return False
+    source, weight, bias, transposed = operands
+    if source not in a.values:
+        return False
+    weight_axes = _weight_axes(a, node, weight)
+    in_space, out_space = weight_axes if transposed else weight_axes[::-1]
+    axes = a.values[source].axes
+    unify(axes[-1], in_space, node.name)
+    if isinstance(bias, Node):
+        unify(a.values[bias].axes[-1], out_space, node.name)
+    a.values[node] = Value([*axes[:-1], out_space])
+    _record_site(a, node, source, weight, bias, transposed)
+    return True
+
+
+def _weight_axes(a: Analysis, node: Any, weight: Any) -> list[Space]:
+    """Axes of a linear's weight. A tensor that is also an embedding counts as two: the linear's copy is fresh."""
+    name = a.parameter_of(weight)
+    if name is None or name not in a.embedded:
+        return a.values[weight].axes
+    own = f"{name}@{node.name}"
+    a.tied[own] = name
+    a.parameters[own] = Value([Space(s) for s in a.shape(weight)])
+    return a.parameters[own].axes
+
+
+def _record_site(a: Analysis, node: Any, source: Any, weight: Any, bias: Any, transposed: bool) -> None:
+    name = a.parameter_of(weight)
+    if name is None:
+        return
+    flipped = transposed != _is_transposed(weight)
+    own = f"{name}@{node.name}"
+    a.sites[node] = Site(
+        node=node,
+        source=source,
+        weight=own if own in a.tied else name,
+        bias=a.parameter_of(bias) if isinstance(bias, Node) else None,
+        in_axis=0 if flipped else 1,
+        out_axis=1 if flipped else 0,
+    )
+
+
+def _is_transposed(weight: Any) -> bool:
+    """Whether an odd number of transpositions stands between a parameter and its use."""
+    flips = 0
+    node: Any = weight
+    while node.op != "get_attr":
+        flips += node.target in ops.PERMUTE
+        node = node.args[0]
+    return flips % 2 == 1
+
+
+def matmul_rule(a: Analysis, node: Any) -> bool:
+    if a.linear_operands(node) is not None:
+        return linear_rule(a, node)
+    left, right = (a.value(x) for x in node.args[:2])
+    if left is None or right is None or len(left.axes) != len(right.axes) or len(left.axes) < 2:
+        return False
+    for axis in (*left.axes[:-2], *right.axes[:-2]):
+        pin(axis, f"{node.name}: batch of a matrix product")
+    unify(left.axes[-1], right.axes[-2], node.name)
+    a.values[node] = Value([*left.axes[:-1], right.axes[-1]])
+    return True
+
+
+def embedding_rule(a: Analysis, node: Any) -> bool:
+    weight, ids = node.args[:2]
+    value = a.value(weight)
+    if value is None or len(value.axes) != 2:
+        return False
+    pin(value.axes[0], f"{node.name}: rows are looked up by id")
+    rows = [pinned(s, "token positions") for s in a.shape(ids)]
+    a.values[node] = Value([*rows, value.axes[1]])
+    if (name := a.parameter_of(weight)) is not None:
+        a.embeddings[node] = name
+    return True
+
+
+def attention_rule(a: Analysis, node: Any) -> bool:
+    """softmax(q k^T) v: q and k share one basis, the result is in v's."""
+    if any(x not in a.values for x in node.args[:3]) or node.kwargs.get("enable_gqa"):
+        return False
+    q, k, v = (a.values[x].axes for x in node.args[:3])
+    for axis in (*q[:-1], *k[:-1], *v[:-1]):
+        pin(axis, f"{node.name}: attention works head by head")
+    unify(q[-1], k[-1], node.name)
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if isinstance(mask, Node):
+        a.pin_all(mask, f"{node.name}: attention mask")
+    a.values[node] = Value([*q[:-1], v[-1]])
+    return True
+
+
+CONTRACTION_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
+    (ops.LINEAR | ops.ADDMM, linear_rule),
+    (ops.MATMUL, matmul_rule),
+    (ops.EMBEDDING, embedding_rule),
+    (ops.ATTENTION, attention_rule),
+)

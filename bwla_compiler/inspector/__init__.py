@@ -1,0 +1,1 @@
+"""What the compiler saw, decided and paid: data, terminal, page."""

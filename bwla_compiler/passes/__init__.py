@@ -1,0 +1,1 @@
+"""The compiler's passes: each reads the plan and emits typed edits."""

@@ -1,0 +1,118 @@
+"""Apply edits to an nn.Module, in place. The only code of the passes that changes a model."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bwla_compiler.errors import WeightError
+from bwla_compiler.graph.plan import Expression
+from bwla_compiler.passes.base import (
+    DropGain,
+    Edit,
+    InsertTransform,
+    ReplaceModule,
+    RotateParameter,
+    ScaleParameter,
+    ShiftBias,
+    Untie,
+)
+from bwla_compiler.runtime.modules import OnlineTransform
+from bwla_compiler.runtime.transformed import TransformedLinear
+
+
+def apply_module(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Perform edits in order. Arithmetic is in float64; parameters keep their dtype."""
+    with torch.no_grad():
+        for edit in edits:
+            _apply(model, edit)
+
+
+def _apply(model: nn.Module, edit: Edit) -> None:
+    match edit:
+        case Untie():
+            _untie(model, edit)
+        case ScaleParameter():
+            parameter = model.get_parameter(edit.parameter)
+            shape = [-1 if i == edit.axis else 1 for i in range(parameter.ndim)]
+            parameter.copy_(parameter.to(torch.float64) * edit.factor.to(torch.float64).reshape(shape))
+        case ShiftBias():
+            _shift_bias(model, edit)
+        case DropGain():
+            model.get_parameter(edit.parameter).fill_(edit.value)
+        case RotateParameter():
+            parameter = model.get_parameter(edit.parameter)
+            parameter.copy_(rotate_axis(parameter.to(torch.float64), edit.axis, edit.expression, edit.rotations))
+        case InsertTransform():
+            for name, in_axis in edit.linears:
+                transform = OnlineTransform.from_factors(edit.scale, edit.left, edit.right, kind=edit.kind)
+                linear = model.get_submodule(name)
+                replace_module(model, name, TransformedLinear(transform, linear, in_axis=in_axis))
+        case ReplaceModule():
+            replace_module(model, edit.name, edit.module)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)
+
+
+def rotate_axis(tensor: Tensor, axis: int, expression: Expression, rotations: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor multiplied along one axis by its basis' matrix, T[.., i, ..] -> sum_j R[i, j] T[.., j, ..].
+
+    tensor: float64, any shape, the axis of size expression.size. rotations [n, n] by basis name; leaves
+    without one stay. Products and sums are worked part by part: no Kronecker matrix is ever formed.
+    """
+    moved = tensor.movedim(axis, -1)
+    return _rotate_last(moved, expression, rotations).movedim(-1, axis)
+
+
+def _rotate_last(tensor: Tensor, expression: Expression, rotations: Mapping[str, Tensor]) -> Tensor:
+    if expression.kind == "leaf":
+        matrix = rotations.get(expression.basis)
+        return tensor if matrix is None else tensor @ matrix.to(tensor.device, tensor.dtype).T
+    sizes = [part.size for part in expression.parts]
+    if expression.kind == "sum":
+        pieces = zip(tensor.split(sizes, -1), expression.parts, strict=True)
+        return torch.cat([_rotate_last(piece, part, rotations) for piece, part in pieces], -1)
+    split = tensor.reshape(*tensor.shape[:-1], *sizes)
+    first = tensor.ndim - 1
+    for i, part in enumerate(expression.parts):
+        split = rotate_axis(split, first + i, part, rotations)
+    return split.reshape(tensor.shape)
+
+
+def _untie(model: nn.Module, edit: Untie) -> None:
+    weight = model.get_parameter(edit.embedding)
+    head = model.get_submodule(edit.head)
+    head.register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False
+
+
+def _shift_bias(model: nn.Module, edit: ShiftBias) -> None:
+    linear = model.get_submodule(edit.linear)
+    weight = linear.get_parameter("weight").to(torch.float64)
+    added = edit.shift.to(torch.float64) @ weight.movedim(edit.in_axis, 0)
+    bias = getattr(linear, "bias", None)
+    if bias is None:
+        linear.register_parameter("bias", nn.Parameter(added.to(linear.get_parameter("weight").dtype)))
+    else:
+        bias.copy_(bias.to(torch.float64) + added)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise WeightError, naming the parameter, where a weight is not finite, not floating, or on no device."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise WeightError(f"{name} has no values (meta device): load the model with its weights")
+        if not parameter.is_floating_point():
+            raise WeightError(f"{name} is {parameter.dtype}: only floating-point weights can be quantized")
+        if not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise WeightError(
+                f"{name} holds {bad} NaN or infinite values of {parameter.numel()}: the checkpoint is damaged "
+                "or overflowed its dtype; reload it, or load it with dtype=float32"
+            )

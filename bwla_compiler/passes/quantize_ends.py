@@ -1,0 +1,129 @@
+"""QuantizeEnds: embedding and head become int8, and share one set of codes again where they were tied."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
+from bwla_compiler.passes.fold_rotations import RESIDUAL, KroneckerRotation, residual_rotation
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, TiedHead
+
+TIE_TOLERANCE = 1e-3
+"""Relative distance up to which a head counts as the embedding times a gain; folding in float32 leaves 1e-6."""
+
+
+@dataclass(frozen=True)
+class QuantizeEnds:
+    """int8 codes with one scale per row for embeddings and heads (recipe.head.bits).
+
+    rotated: whether FoldRotations has rotated the residual stream. Where an embedding and a head were one
+    tensor E and recipe.tied is "online", E is stored once in its own basis: R follows the embedding and
+    R^T diag(gain) precedes the head. That spares V x h bytes for two transforms of h (n1 + n2) operations.
+    """
+
+    rotated: bool
+    name: ClassVar[str] = "quantize-ends"
+
+    def run(self, ctx: PassContext) -> PassReport:
+        """Emit a replacement for each embedding and head."""
+        report = PassReport(self.name)
+        heads = head_names(ctx.model, ctx.plan)
+        embeddings = embedding_names(ctx.model)
+        if ctx.recipe.head.bits >= 16:
+            for name in (*embeddings, *heads):
+                report.skip(name, "the recipe keeps embeddings and head in their dtype")
+            return report
+        tied = {}
+        if ctx.recipe.tied == "online":
+            tied = {head: e.rpartition(".")[0] for e, head in ctx.plan.tied if head in heads}
+        for head, embedding in tied.items():
+            self._tie(ctx, report, embedding, head)
+        done = {what for what, _ in report.changed}
+        for name in (n for n in embeddings if n not in done):
+            self._embedding(ctx, report, name)
+        for name in (n for n in heads if n not in done):
+            self._head(ctx, report, name)
+        return report
+
+    def _embedding(self, ctx: PassContext, report: PassReport, name: str) -> None:
+        module = ctx.model.get_submodule(name)
+        if type(module) is not nn.Embedding:
+            report.skip(name, f"a {type(module).__name__}, not a plain embedding")
+            return
+        weight = module.get_parameter("weight").detach()
+        padding = getattr(module, "padding_idx", None)
+        report.change(name, ReplaceModule(name, Int8Embedding.from_weight(weight, padding_idx=padding)))
+
+    def _head(self, ctx: PassContext, report: PassReport, name: str) -> None:
+        module = ctx.model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            report.skip(name, f"a {type(module).__name__}, not a plain linear")
+            return
+        report.change(name, ReplaceModule(name, Int8Linear.from_weight(module.weight.detach(), bias=module.bias)))
+
+    def _tie(self, ctx: PassContext, report: PassReport, embedding: str, head: str) -> None:
+        table, linear = ctx.model.get_submodule(embedding), ctx.model.get_submodule(head)
+        if not isinstance(table, nn.Embedding) or not isinstance(linear, nn.Linear):
+            report.skip(head, "tied, but not a plain embedding and a plain linear: stored twice")
+            return
+        rotation = residual_rotation(ctx, ctx.plan.basis(RESIDUAL)) if self.rotated else KroneckerRotation.identity()
+        original = rotation.undo(table.weight.detach())
+        gain = _gain(original, rotation.undo(linear.weight.detach()))
+        if gain is None:
+            report.skip(head, "no longer the embedding times a gain: stored twice")
+            return
+        packed = Int8Embedding.from_weight(
+            original,
+            padding_idx=table.padding_idx,
+            transform=_online(rotation.signs, rotation.left, rotation.right),
+        )
+        column_scale = gain if rotation.signs is None else gain * rotation.signs.to(gain)
+        tied_head = TiedHead(
+            packed,
+            transform=_online(None, *rotation.inverse_factors()),
+            column_scale=None if bool((column_scale == 1).all()) else column_scale,
+            bias=linear.bias,
+        )
+        report.change(embedding, ReplaceModule(embedding, packed))
+        report.change(head, ReplaceModule(head, tied_head))
+
+
+def head_names(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """Names of the linears that give logits: outside the repeated blocks, and the model's output embeddings."""
+    output = _ask(model, "get_output_embeddings")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return tuple(x.name for x in plan.linears if modules.get(x.name) is output or x.output.size == _vocabulary(model))
+
+
+def _ask(model: nn.Module, method: str) -> Any:
+    """What a transformers model answers, None for a module that does not know the question."""
+    question: Any = getattr(model, method, None)
+    return None if question is None else question()
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", -1))
+
+
+def embedding_names(model: nn.Module) -> tuple[str, ...]:
+    """Name of the token embedding (positions and others are small and stay)."""
+    table = _ask(model, "get_input_embeddings")
+    return tuple(name for name, module in model.named_modules() if module is table)
+
+
+def _online(scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> OnlineTransform | None:
+    if scale is None and left is None and right is None:
+        return None
+    return OnlineTransform.from_factors(scale, left, right, kind="hadamard")
+
+
+def _gain(table: Tensor, head: Tensor) -> Tensor | None:
+    """Return g [h] with head = table * g, or None where there is none; table, head [V, h]."""
+    energy = table.square().sum(0)
+    gain = (table * head).sum(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    distance = (head - table * gain).norm() / head.norm().clamp_min(torch.finfo(energy.dtype).tiny)
+    return gain if float(distance) <= TIE_TOLERANCE else None

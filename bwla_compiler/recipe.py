@@ -1,0 +1,279 @@
+"""Recipes: what is done to a model, as frozen data read from TOML. Unknown keys are errors.
+
+A recipe's fields are one set of names for `bwla.quantize(...)`, for `options=` of the backend and for
+`--set section.field=value` of the CLI.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from bwla_compiler.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """planes: binary planes per weight, each with one scale per row; every plane costs a bit."""
+
+    planes: int = 1
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bits of a linear's input: 2 to 8 rounds per token, 16 leaves it as it is."""
+
+    bits: int = 6
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The rotation of a linear's input where it is not the identity.
+
+    kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). soft: posterior
+    means in place of signs in the E-step. start: of the fit.
+    """
+
+    kind: Literal["none", "hadamard", "okt"] = "okt"
+    iterations: int = 30
+    soft: bool = False
+    start: Literal["hadamard", "identity"] = "hadamard"
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Diagonal scaling max|x|^exponent / max|w|^(1 - exponent) before an online transform; 0 is off."""
+
+    exponent: float = 0.5
+
+
+@dataclass(frozen=True)
+class Target:
+    """Drift correction: fit what the fp stream would have produced on the quantized stream."""
+
+    drift: bool = True
+    damping: float = 0.03
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """PSP: an int8 low-rank pair beside the signs; rank = max(1, hidden // hidden_over) or 0 where that is 0."""
+
+    hidden_over: int = 64
+    iterations: int = 4
+
+
+@dataclass(frozen=True)
+class Signs:
+    """How signs are chosen: "round" (sign of the weight), "gptq" (greedy feedback), "descent"."""
+
+    method: Literal["round", "gptq", "descent"] = "descent"
+    sweeps: int = 4
+    damping: float = 0.2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tokens of a calibrated run."""
+
+    sequences: int = 128
+    length: int = 256
+
+
+@dataclass(frozen=True)
+class Head:
+    """Bits of lm_head and embeddings: 8 (int8, one scale per row) or 16 (left alone)."""
+
+    bits: int = 8
+
+
+@dataclass(frozen=True)
+class Override:
+    """Fields changed for the linears whose names match `pattern` (shell style); keep=True leaves them alone."""
+
+    pattern: str
+    keep: bool = False
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to quantize a model. See the classes of its sections for their fields.
+
+    residual: where the residual stream's rotation lives: "folded" into all its writers and readers,
+    "online" after each norm, or "none". tied: what becomes of an embedding that is also the head:
+    "online" keeps one copy in its own basis, "untie" stores two.
+    """
+
+    name: str
+    source: str
+    purpose: str = ""
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    transform: Transform = Transform()
+    residual: Literal["folded", "online", "none"] = "folded"
+    tied: Literal["online", "untie"] = "online"
+    smoothing: Smoothing = Smoothing()
+    target: Target = Target()
+    psp: LowRank = LowRank()
+    signs: Signs = Signs()
+    calibration: Calibration = Calibration()
+    head: Head = Head()
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe's algorithms look at activations."""
+        return self.target.drift or self.signs.method != "round" or self.psp.hidden_over > 0
+
+    def override_for(self, linear: str) -> "Recipe | None":
+        """Return the recipe that holds for one linear, or None where an override keeps it as it is."""
+        recipe: Recipe = self
+        for entry in self.overrides:
+            if fnmatch.fnmatch(linear, entry.pattern):
+                if entry.keep:
+                    return None
+                recipe = with_settings(recipe, entry.set)
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data; `from_dict` gives it back."""
+        return dataclasses.asdict(self)
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    bits = recipe.activations.bits
+    checks = {
+        f"activations.bits = {bits}: must be 16, or 2 to 8": bits == 16 or 2 <= bits <= 8,
+        f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
+        f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
+        f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
+        "calibration.sequences and calibration.length must be at least 1": min(
+            recipe.calibration.sequences, recipe.calibration.length
+        )
+        >= 1,
+        "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise RecipeError(f"recipe {recipe.name}: {message}")
+
+
+def _unknown(key: str, known: list[str], where: str) -> RecipeError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return RecipeError(f"{where}: unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Return value as the annotated type, or raise."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where}: expected a table, found {value!r}")
+        return _build(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise RecipeError(f"{where} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        (item, _) = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where}: expected a list, found {value!r}")
+        return tuple(_coerce(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, types.UnionType):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise RecipeError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value
+
+
+def _build(cls: type, table: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in table:
+        if key not in known:
+            raise _unknown(key, known, where)
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in table:
+            raise RecipeError(f"{where}: the key {name!r} is required")
+    return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in table.items()})
+
+
+def from_dict(table: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Return the recipe that a table describes. Raises RecipeError for unknown keys, wrong types and ranges."""
+    return typing.cast(Recipe, _build(Recipe, table, where))
+
+
+def with_settings(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """Return the recipe with dotted fields changed, as in {"psp.hidden_over": 32, "residual": "online"}."""
+    table = recipe.to_dict()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = table
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                raise _unknown(section, list(place), f"recipe {recipe.name}, setting {key!r}")
+            place = place[section]
+        if last not in place:
+            raise _unknown(last, list(place), f"recipe {recipe.name}, setting {key!r}")
+        place[last] = value
+    return from_dict(table, where=f"recipe {recipe.name}")
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return the key and value of `section.field=value`; the value is read as TOML, else as a plain string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"setting {text!r}: write it as section.field=value, for instance psp.hidden_over=32")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+@cache
+def builtin_recipes() -> dict[str, Recipe]:
+    """Return the recipes that the package carries, by name."""
+    folder = resources.files("bwla_compiler") / "recipes"
+    tables = {f.name: tomllib.loads(f.read_text("utf-8")) for f in folder.iterdir() if f.name.endswith(".toml")}
+    recipes = [from_dict(table, where=name) for name, table in sorted(tables.items())]
+    return {r.name: r for r in recipes}
+
+
+def load_recipe(recipe: "str | Path | Recipe", settings: dict[str, Any] | None = None) -> Recipe:
+    """Return a recipe by name, by TOML file or as given, with dotted settings applied.
+
+    Raises RecipeError for an unknown name, an unreadable file, or a bad setting.
+    """
+    if isinstance(recipe, Recipe):
+        found = recipe
+    elif str(recipe).endswith(".toml"):
+        try:
+            found = from_dict(tomllib.loads(Path(recipe).read_text("utf-8")), where=str(recipe))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"recipe file {recipe}: {error}") from error
+    elif (known := builtin_recipes()) and recipe not in known:
+        near = difflib.get_close_matches(str(recipe), list(known), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"recipe {str(recipe)!r} is not known.{hint} Known: {', '.join(known)}; or give a .toml file")
+    else:
+        found = builtin_recipes()[str(recipe)]
+    return with_settings(found, settings) if settings else found

@@ -1,0 +1,1 @@
+"""Operators and modules of packed linears."""

@@ -1,0 +1,69 @@
+"""The true-bits meter: every stored byte that stands for a weight, over all weights, replaced or not."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+
+BIAS = "bias"
+
+
+def measure_bits(model: nn.Module) -> Bits:
+    """Return true bits per weight of the block linears and of the whole model, and the model's bytes.
+
+    Counted from the buffers and parameters that are saved; a tensor that several modules share counts once.
+    Linears left in floating point count with their dtype. Biases count in the model, not among the linears.
+    """
+    seen: set[int] = set()
+    n_bytes, n_weights = 0, 0
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = output()
+    for module in _linears(model):
+        logical = _n_weights(module)
+        if module is head or isinstance(module, (Int8Linear, TiedHead)):
+            continue
+        n_weights += logical
+        n_bytes += _bytes(module, seen, skip=BIAS)
+    total_bytes = _bytes(model, set())
+    total_weights = sum(_logical_weights(m) for m in model.modules())
+    linears = 8 * n_bytes / n_weights if n_weights else 0.0
+    return Bits(linears=linears, model=8 * total_bytes / max(1, total_weights), n_bytes=total_bytes)
+
+
+def _linears(model: nn.Module) -> Iterator[nn.Module]:
+    kinds = (nn.Linear, PackedLinear, Int8Linear, TiedHead)
+    for module in model.modules():
+        if isinstance(module, kinds) or type(module).__name__ == "Conv1D":
+            yield module
+
+
+def _n_weights(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return module.get_parameter("weight").numel()
+    return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+
+
+def _logical_weights(module: nn.Module) -> int:
+    """Weights that a module stands for by itself, its children left out; a tied head has none of its own."""
+    if isinstance(module, (PackedLinear, Int8Linear)):
+        bias = module.bias
+        return int(module.in_features) * int(module.out_features) + (0 if bias is None else bias.numel())
+    if isinstance(module, Int8Embedding):
+        return int(module.num_embeddings) * int(module.embedding_dim)
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def _bytes(module: nn.Module, seen: set[int], *, skip: str = "") -> int:
+    total = 0
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if (skip and name.rpartition(".")[2] == skip) or not isinstance(tensor, Tensor):
+            continue
+        key = id(tensor) if tensor.device.type == "meta" else tensor.data_ptr()
+        if tensor.numel() == 0 or key in seen:
+            continue
+        seen.add(key)
+        total += tensor.numel() * tensor.element_size()
+    return total

@@ -1,0 +1,76 @@
+"""Values derived from tensors (kernel layouts, decoded scales), kept while the tensor lives and is not edited.
+
+Keyed by a weak reference, the address and the version of the tensor: an id alone may be recycled, an edit in place
+moves only the version. An inference tensor has no version, so nothing is kept for it. `x.data.mul_()` moves neither
+address nor version and cannot be seen: call `forget` after such an edit.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[V]):
+    """A value, and the state of the tensor (and of the one beside it) that it was derived from."""
+
+    owner: "weakref.ref[Tensor]"
+    state: tuple[Any, ...]
+    value: V
+
+
+def _state(tensor: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
+    """Return what changes whenever the tensor, or the one beside it, is replaced, moved or edited in place."""
+    own = (tensor.data_ptr(), tensor._version, tensor.shape)
+    return own if beside is None else (*own, id(beside), beside.data_ptr(), beside._version)
+
+
+class Derived(Generic[V]):
+    """A cache of one derived value per tensor. name: what it holds, for the warning."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entries: dict[int, _Entry[V]] = {}
+
+    def get(self, tensor: Tensor, make: Callable[[], V], *, beside: Tensor | None = None) -> V:
+        """Return make() for this state of `tensor`, called once a state.
+
+        beside: a second tensor (an exponent) that the value depends on.
+        """
+        if tensor.is_inference() or (beside is not None and beside.is_inference()):
+            self._warn_inference()
+            return make()
+        key, state = id(tensor), _state(tensor, beside)
+        entry = self._entries.get(key)
+        if entry is not None and entry.owner() is tensor and entry.state == state:
+            return entry.value
+        value = make()
+        self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), state, value)
+        return value
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drop what was derived from this tensor."""
+        self._entries.pop(id(tensor), None)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _drop(self, key: int, ref: "weakref.ref[Tensor]") -> None:
+        """Remove the entry of a dead tensor, unless a new tensor took its id."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.owner is ref:
+            del self._entries[key]
+
+    def _warn_inference(self) -> None:
+        warnings.warn(
+            f"weights made under torch.inference_mode() have no version, so their {self._name} is derived anew at "
+            "every call; make or load the model outside inference mode",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,180 @@
+"""The int8 ends of a model: embeddings, heads, and heads that read the codes of an embedding."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
+from bwla_compiler.runtime.online import OnlineTransform
+
+Device = torch.device | str | None
+
+INT8_LIMIT = 127
+
+
+class Int8Linear(nn.Module):
+    """y = (x' codes^T) * row_scale + bias with x' = transform(x) * column_scale, in float32: heads.
+
+    Saved: codes int8 [out, in]; row_scale [out] and column_scale [in] as int16 float16 bits with int8 exponents;
+    bias [out] float; the submodule `transform`. Int8Linear(in, out, ...) is empty, to be loaded.
+    """
+
+    codes: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        column_scale: bool = False,
+        transform: OnlineTransform | None = None,
+        device: Device = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.transform = transform
+        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        register_empty_half(self, "row_scale", (out_features,), device=device)
+        register_empty_half(self, "column_scale", (in_features,) if column_scale else None, device=device)
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        column_scale: Tensor | None = None,
+        transform: OnlineTransform | None = None,
+    ) -> Self:
+        """Return the linear of weight [out, in], rounded to int8 by row; raises WeightError where it is not finite."""
+        out, columns = weight.shape
+        linear = cls(columns, out, transform=transform, device="meta")
+        linear.codes = _int8_rows(linear, weight)
+        register_half(linear, "column_scale", column_scale)
+        linear.bias = None if bias is None else bias.detach().clone()
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
+        inner = _prepared(x, self.transform, read_half(self, "column_scale"))
+        y: Tensor = torch.ops.bwla.int8_linear(inner, self.codes, read_half(self, "row_scale"), self.bias)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, int8"
+
+
+class Int8Embedding(nn.Module):
+    """ids -> transform(codes[ids] * row_scale[ids]).
+
+    Saved: codes int8 [num_embeddings, embedding_dim]; row_scale [num_embeddings] as int16 float16 bits with an int8
+    exponent; the submodule `transform`. Results have the dtype that the module was last cast to.
+    """
+
+    codes: Tensor
+    typed: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        transform: OnlineTransform | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx
+        self.transform = transform
+        self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
+        register_empty_half(self, "row_scale", (num_embeddings,), device=device)
+        # holds nothing; casting the model casts it, and results take its dtype
+        self.register_buffer("typed", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, *, padding_idx: int | None = None, transform: OnlineTransform | None = None
+    ) -> Self:
+        """Return the embedding of weight [rows, width], rounded to int8 by row; results have the weight's dtype."""
+        embedding = cls(*weight.shape, padding_idx=padding_idx, transform=transform, device="meta")
+        embedding.codes = _int8_rows(embedding, weight)
+        embedding.typed = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] integer -> [..., embedding_dim]."""
+        dtype = self.typed.dtype if self.transform is None else torch.float32
+        y: Tensor = torch.ops.bwla.int8_embedding(ids, self.codes, read_half(self, "row_scale"), dtype)
+        return y if self.transform is None else self.transform(y).to(self.typed.dtype)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8{padding}"
+
+
+class TiedHead(nn.Module):
+    """A head that reads the codes of an embedding: y = ((transform(x) * column_scale) codes^T) * row_scale + bias.
+
+    The embedding is referred to, not owned: it is no submodule, and the head saves its own parts alone. A deep copy
+    or a pickle of a model that holds both keeps them tied.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        embedding: Int8Embedding,
+        *,
+        transform: OnlineTransform | None = None,
+        column_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self._tied = (embedding,)  # a tuple hides it from nn.Module's registration
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.transform = transform
+        register_half(self, "column_scale", column_scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    def embedding(self) -> Int8Embedding:
+        """The embedding whose codes this head reads."""
+        return self._tied[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
+        table = self._tied[0]
+        inner = _prepared(x, self.transform, read_half(self, "column_scale"))
+        y: Tensor = torch.ops.bwla.int8_linear(inner, table.codes, read_half(table, "row_scale"), self.bias)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, int8 codes of the embedding"
+
+
+def int8_step(x: Tensor, dim: int) -> Tensor:
+    """Return max |x| / 127 along dim, kept; 1 where that is zero."""
+    scale = x.abs().amax(dim, keepdim=True) / INT8_LIMIT
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _int8_rows(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return int8 codes of weight [out, in] by row; the scales, as stored, go to the module's row_scale."""
+    rows = weight.detach().float()
+    register_half(module, "row_scale", int8_step(rows, 1)[:, 0])
+    scale = read_half(module, "row_scale")
+    assert scale is not None
+    scale = torch.where(scale > 0, scale, 1.0)[:, None]
+    return (rows / scale).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
+
+
+def _prepared(x: Tensor, transform: OnlineTransform | None, column_scale: Tensor | None) -> Tensor:
+    """Return what a head's codes are multiplied with: x itself, or transform(x) * column_scale in float32."""
+    inner = x if transform is None else transform(x.float())
+    return inner if column_scale is None else inner.float() * column_scale

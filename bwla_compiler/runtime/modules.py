@@ -1,0 +1,204 @@
+"""PackedLinear, and every other module of a quantized model by name.
+
+Their state is integers, so that casting a model (`dtype=bfloat16`, `.half()`) leaves it as it was saved.
+"""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from bwla_compiler.errors import ShapeError
+from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
+from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8_step
+from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
+from bwla_compiler.runtime.online import OnlineTransform
+from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
+
+__all__ = [
+    "Int8Embedding",
+    "Int8Linear",
+    "OnlineTransform",
+    "PackedLinear",
+    "TiedHead",
+    "set_activation_bits",
+    "stored_bytes",
+]
+
+
+class PackedLinear(nn.Module):
+    """y = sum_p scale_p B_p q(x') + low rank + bias, x' the transformed input, q its rounding per token.
+
+    Saved: signs uint8 [planes, out, ceil(in / 8)] in canonical order; row_scale [planes, out, groups], column_scale
+    [in], low_rank_scale [rank] as int16 float16 bits with int8 exponents; low_rank_in int8 [rank, in] and
+    low_rank_out int8 [out, rank]; bias [out] float; the submodule `transform`. PackedLinear(spec, device=...) is
+    empty, to be loaded; spec has one member. Raises ShapeError where the spec cannot be packed.
+    """
+
+    signs: Tensor
+    row_scale: Tensor
+    low_rank_in: Tensor | None
+    low_rank_out: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, spec: LinearSpec, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if len(spec.out_features) != 1:
+            raise ShapeError(f"a spec of {len(spec.out_features)} members: a PackedLinear holds one")
+        columns, out, rank = spec.in_features, spec.out_features[0], spec.rank
+        groups = _groups(spec)
+        self.in_features, self.out_features = columns, out
+        self.activation_bits = spec.activation_bits
+        online = spec.transform if spec.transform.online else None
+        self.transform = OnlineTransform(online, device=device) if online else None
+        self._kind = spec.transform.kind
+        self.register_buffer("signs", _zeros(torch.uint8, spec.planes, out, -(-columns // 8), device=device))
+        register_empty_half(self, "row_scale", (spec.planes, out, groups), device=device)
+        has_columns = spec.scale_kind == "row+column"
+        register_empty_half(self, "column_scale", (columns,) if has_columns else None, device=device)
+        self.register_buffer("low_rank_in", _zeros(torch.int8, rank, columns, device=device) if rank else None)
+        self.register_buffer("low_rank_out", _zeros(torch.int8, out, rank, device=device) if rank else None)
+        register_empty_half(self, "low_rank_scale", (rank,) if rank else None, device=device)
+        self.register_buffer("bias", _zeros(torch.float32, out, device=device) if spec.bias else None)
+
+    @classmethod
+    def from_binary(
+        cls,
+        weight: BinaryWeight,
+        *,
+        activation_bits: int,
+        transform: OnlineTransform | None = None,
+        bias: Tensor | None = None,
+    ) -> Self:
+        """Return the linear of this weight: scales rounded to float16, the low-rank pair to int8 by component.
+
+        The weight is in the basis that `transform` (itself, not a copy, becomes the submodule) puts its input in.
+        Raises ShapeError for groups other than of 128 columns, or for group and column scales together.
+        """
+        groups = weight.scale.shape[2]
+        if groups > 1 and (weight.columns_per_scale() != GROUP or weight.column_scale is not None):
+            raise ShapeError(
+                f"{groups} groups of {weight.columns_per_scale()} columns"
+                f"{' and a column scale' if weight.column_scale is not None else ''}: "
+                f"kernels take one scale a row (and column scales), or groups of {GROUP} columns without column scales"
+            )
+        kind: Literal["row", "row+column", "group"] = "row" if weight.column_scale is None else "row+column"
+        spec = LinearSpec(
+            in_features=weight.in_features,
+            out_features=(weight.out_features,),
+            planes=weight.planes,
+            scale_kind="group" if groups > 1 else kind,
+            group_size=GROUP,
+            rank=weight.rank,
+            transform=transform.spec if transform is not None else TransformSpec(),
+            activation_bits=activation_bits,
+            bias=bias is not None,
+        )
+        linear = cls(spec, device="meta")
+        linear.transform = transform
+        linear.signs = pack_signs(weight.signs)
+        register_half(linear, "row_scale", weight.scale)
+        register_half(linear, "column_scale", weight.column_scale)
+        linear._take_low_rank(weight)
+        linear.bias = None if bias is None else bias.detach().clone()
+        return linear
+
+    @property
+    def planes(self) -> int:
+        """Number of binary planes."""
+        return self.signs.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank pair, 0 for none."""
+        return 0 if self.low_rank_in is None else self.low_rank_in.shape[0]
+
+    @property
+    def spec(self) -> LinearSpec:
+        """The shape and format of this linear, as it is now."""
+        has_columns = getattr(self, "column_scale") is not None  # noqa: B009 (a buffer that may be None)
+        row: Literal["row", "row+column"] = "row+column" if has_columns else "row"
+        return LinearSpec(
+            in_features=self.in_features,
+            out_features=(self.out_features,),
+            planes=self.planes,
+            scale_kind="group" if self.row_scale.shape[2] > 1 else row,
+            group_size=GROUP,
+            rank=self.rank,
+            transform=self.transform.spec if self.transform is not None else TransformSpec(kind=self._kind),
+            activation_bits=self.activation_bits,
+            bias=self.bias is not None,
+        )
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight [out, in] float32 that acts on the transformed input, activations not rounded."""
+        scale, column_scale = read_half(self, "row_scale"), read_half(self, "column_scale")
+        assert scale is not None
+        wide = scale if scale.shape[2] == 1 else scale.repeat_interleave(GROUP, 2)[..., : self.in_features]
+        weight = (wide * unpack_signs(self.signs, self.in_features)).sum(0)
+        rank_scale = read_half(self, "low_rank_scale")
+        if self.low_rank_in is not None and self.low_rank_out is not None and rank_scale is not None:
+            weight = weight + (self.low_rank_out.float() * rank_scale) @ self.low_rank_in.float()
+        return weight if column_scale is None else weight * column_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
+        inner = x if self.transform is None else self.transform(x.float())
+        y: Tensor = torch.ops.bwla.linear(
+            inner,
+            self.signs,
+            read_half(self, "row_scale"),
+            read_half(self, "column_scale"),
+            self.low_rank_in,
+            self.low_rank_out,
+            read_half(self, "low_rank_scale"),
+            self.bias,
+            self.activation_bits,
+        )
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        bits = 8 * stored_bytes(self) / max(1, self.in_features * self.out_features)
+        activations = f"A{self.activation_bits}"
+        return f"in={self.in_features}, out={self.out_features}, {bits:.3f} bits a weight, {activations}"
+
+    def _take_low_rank(self, weight: BinaryWeight) -> None:
+        """Store the pair as int8 with one scale per component; its input side reads x * column_scale, hence / it."""
+        if weight.low_rank_in is None or weight.low_rank_out is None:
+            return
+        into, onto = weight.low_rank_in.float(), weight.low_rank_out.float()
+        column_scale = read_half(self, "column_scale")
+        if column_scale is not None:
+            into = torch.where(column_scale == 0, 0.0, into / column_scale)
+        in_scale, out_scale = int8_step(into, 1), int8_step(onto, 0)
+        register_half(self, "low_rank_scale", (in_scale * out_scale.T).flatten())
+        self.low_rank_in = (into / in_scale).round().to(torch.int8)
+        self.low_rank_out = (onto / out_scale).round().to(torch.int8)
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Set the activation bits of every PackedLinear: 2 to 8, or 16 for floats. Raises ShapeError for others."""
+    if not (2 <= bits <= 8 or bits == FLOAT_BITS):
+        raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.activation_bits = bits
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Return the bytes of the saved buffers and parameters of a module and its children."""
+    return sum(
+        t.numel() * t.element_size() for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)
+    )
+
+
+def _zeros(dtype: torch.dtype, *shape: int, device: torch.device | str | None) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def _groups(spec: LinearSpec) -> int:
+    """Return the scales a row. Raises ShapeError for groups that the kernels do not know."""
+    if spec.scale_kind == "group" and spec.group_size != GROUP:
+        raise ShapeError(f"groups of {spec.group_size} columns: kernels take groups of {GROUP}")
+    return -(-spec.in_features // GROUP) if spec.scale_kind == "group" else 1

@@ -1,0 +1,281 @@
+"""The operators bwla::*: schema, shapes, implementations, and the refusal of gradients.
+
+x is float32, bfloat16 or float16 with any leading dimensions; arithmetic is float32; results have the dtype of x.
+Defined by torch.library.Library: its `impl` costs a few microseconds a call, the custom_op decorator five times that.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwla_compiler.errors import GradientError, ShapeError
+from bwla_compiler.runtime import compiled, portable
+from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.spec import FLOAT_BITS
+
+INT8_KERNEL_TOKENS = 32
+"""Beyond, torch's float matrix product on chunks of rows serves: as fast at 32 tokens, over twice as fast at 128."""
+
+LIBRARY = torch.library.Library("bwla", "DEF")
+
+SCHEMAS = (
+    "transform(Tensor x, Tensor? scale, Tensor? left, Tensor? right) -> Tensor",
+    "linear(Tensor x, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, Tensor? low_rank_out, "
+    "Tensor? low_rank_scale, Tensor? bias, int activation_bits) -> Tensor",
+    "linear_group(Tensor x, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
+    "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, int activation_bits) -> Tensor[]",
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor",
+    "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
+    "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
+)
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_linear(x: Tensor, linear: Linear, bits: int) -> None:
+    """Raise ShapeError where the tensors of a linear do not fit x or each other."""
+    signs, scale, columns = linear.signs, linear.scale, x.shape[-1]
+    if signs.dtype != torch.uint8 or signs.dim() != 3 or signs.shape[2] != (columns + 7) // 8:
+        raise ShapeError(
+            f"signs {signs.dtype} {list(signs.shape)} for {columns} input columns: "
+            f"expected uint8 [planes, out, {(columns + 7) // 8}]"
+        )
+    if scale.dim() != 3 or scale.shape[:2] != signs.shape[:2] or scale.shape[2] not in (1, -(-columns // 128)):
+        raise ShapeError(
+            f"scale {list(scale.shape)}: expected [{signs.shape[0]}, {signs.shape[1]}, 1] for rows, "
+            f"or {-(-columns // portable.GROUP)} scales a row for groups of {portable.GROUP} columns"
+        )
+    if not (2 <= bits <= 8 or bits >= FLOAT_BITS):
+        raise ShapeError(f"activation_bits is {bits}: expected 2 to 8, or {FLOAT_BITS} for floats")
+    if linear.bias is not None and linear.bias.shape != signs.shape[1:2]:
+        raise ShapeError(f"bias {list(linear.bias.shape)}: expected [{signs.shape[1]}]")
+    if linear.low_rank is not None:
+        into, onto, rank_scale = linear.low_rank
+        rank = into.shape[0]
+        shapes = ([*into.shape], [*onto.shape], [*rank_scale.shape])
+        if shapes != ([rank, columns], [signs.shape[1], rank], [rank]):
+            raise ShapeError(f"low-rank pair {shapes}: expected [rank, {columns}], [{signs.shape[1]}, rank] and [rank]")
+        if into.dtype != torch.int8 or onto.dtype != torch.int8:
+            raise ShapeError(f"low-rank factors are {into.dtype} and {onto.dtype}: expected int8")
+
+
+def _pair(
+    low_rank_in: Tensor | None, low_rank_out: Tensor | None, low_rank_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the low-rank tensors together, None for none. Raises ShapeError for some without the others."""
+    if low_rank_in is None or low_rank_out is None or low_rank_scale is None:
+        if low_rank_in is not None or low_rank_out is not None or low_rank_scale is not None:
+            raise ShapeError("low_rank_in, low_rank_out and low_rank_scale are given together or not at all")
+        return None
+    return low_rank_in, low_rank_out, low_rank_scale
+
+
+def _members(
+    signs: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    low_rank_in: Sequence[Tensor | None],
+    low_rank_out: Sequence[Tensor | None],
+    low_rank_scale: Sequence[Tensor | None],
+    bias: Sequence[Tensor | None],
+) -> list[Linear]:
+    """Return one Linear per member. Raises ShapeError where the lists are not equally long."""
+    lengths = [len(part) for part in (signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias)]
+    if len(set(lengths)) != 1:
+        raise ShapeError(f"the lists of a group have {lengths} entries: one per member is needed, None for none")
+    pairs = map(_pair, low_rank_in, low_rank_out, low_rank_scale)
+    return [Linear(*parts) for parts in zip(signs, scale, pairs, bias, strict=True)]
+
+
+# ---------------------------------------------------------------- implementations
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x [..., n] as [tokens, n], also where a dimension is 0."""
+    if x.dim() == 2:
+        return x
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    """Return y [tokens, out] with the dtype and leading dimensions of x."""
+    if y.dtype != x.dtype:
+        y = y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits: int, *, fast: bool) -> list[Tensor]:
+    """Return one result per linear; by compiled kernels where `fast` and there are any."""
+    for linear in linears:
+        _check_linear(x, linear, bits)
+    if column_scale is not None and column_scale.shape != x.shape[-1:]:
+        raise ShapeError(f"column_scale {list(column_scale.shape)}: expected [{x.shape[-1]}]")
+    rows = _rows(x)
+    library = compiled.kernels() if fast else None
+    if library is not None:
+        results = compiled.linears(library, rows, linears, column_scale, bits)
+    else:
+        q, token_scale = portable.rounded(rows, column_scale, bits)
+        results = [portable.linear(q, token_scale, m.signs, m.scale, m.low_rank, m.bias) for m in linears]
+    return [_shaped_like(y, x) for y in results]
+
+
+def _linear_with(fast: bool) -> Any:
+    """Return the implementation of bwla::linear."""
+
+    def linear(
+        x: Tensor, signs: Tensor, scale: Tensor, column_scale: Tensor | None, low_rank_in: Tensor | None,
+        low_rank_out: Tensor | None, low_rank_scale: Tensor | None, bias: Tensor | None, activation_bits: int,
+    ) -> Tensor:  # fmt: skip
+        member = Linear(signs, scale, _pair(low_rank_in, low_rank_out, low_rank_scale), bias)
+        return _linears(x, [member], column_scale, activation_bits, fast=fast)[0]
+
+    return linear
+
+
+def _group_with(fast: bool) -> Any:
+    """Return the implementation of bwla::linear_group."""
+
+    def linear_group(
+        x: Tensor, signs: list[Tensor], scale: list[Tensor], column_scale: Tensor | None,
+        low_rank_in: list[Tensor | None], low_rank_out: list[Tensor | None], low_rank_scale: list[Tensor | None],
+        bias: list[Tensor | None], activation_bits: int,
+    ) -> list[Tensor]:  # fmt: skip
+        members = _members(signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias)
+        return _linears(x, members, column_scale, activation_bits, fast=fast)
+
+    return linear_group
+
+
+def _int8_linear_with(fast: bool) -> Any:
+    """Return the implementation of bwla::int8_linear."""
+
+    def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != x.shape[-1]:
+            raise ShapeError(f"codes {codes.dtype} {list(codes.shape)}: expected int8 [out, {x.shape[-1]}]")
+        if scale.shape != codes.shape[:1]:
+            raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
+        rows = _rows(x)
+        library = compiled.kernels() if fast and rows.shape[0] <= INT8_KERNEL_TOKENS else None
+        if library is not None:
+            y = compiled.int8_linear(library, rows, codes, scale, bias)
+        else:
+            y = portable.int8_linear(rows, codes, scale, bias)
+        return _shaped_like(y, x)
+
+    return int8_linear
+
+
+def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    raise GradientError(
+        "quantized linears have no gradient; use torch.no_grad() for inference, or train the model before it is "
+        "quantized"
+    )
+
+
+for _key, _fast in (("CompositeExplicitAutograd", False), ("CPU", True)):
+    LIBRARY.impl("linear", _linear_with(_fast), _key)
+    LIBRARY.impl("linear_group", _group_with(_fast), _key)
+    LIBRARY.impl("int8_linear", _int8_linear_with(_fast), _key)
+LIBRARY.impl("transform", portable.transform, "CompositeExplicitAutograd")
+LIBRARY.impl("int8_embedding", portable.int8_embedding, "CompositeExplicitAutograd")
+LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _result(x: Tensor, features: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], features])
+
+
+def _fake_transform(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_linear(x: Tensor, signs: Tensor, *rest: Any) -> Tensor:
+    return _result(x, signs.shape[1])
+
+
+def _fake_linear_group(x: Tensor, signs: list[Tensor], *rest: Any) -> list[Tensor]:
+    return [_result(x, member.shape[1]) for member in signs]
+
+
+def _fake_int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _result(x, codes.shape[0])
+
+
+def _fake_int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty([*ids.shape, codes.shape[1]], dtype=dtype)
+
+
+def _fake_refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    return gradient.new_empty(shape)
+
+
+for _name, _fake in (
+    ("transform", _fake_transform),
+    ("linear", _fake_linear),
+    ("linear_group", _fake_linear_group),
+    ("int8_linear", _fake_int8_linear),
+    ("int8_embedding", _fake_int8_embedding),
+    ("refuse_gradient", _fake_refuse_gradient),
+):
+    torch.library.register_fake(f"bwla::{_name}", _fake, lib=LIBRARY)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+class _Refusal(torch.autograd.Function):
+    """Runs an operator; its backward asks for a gradient that raises when it is computed, and not before.
+
+    So a graph traced ahead of time may hold it and never run it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[], Any]) -> Any:
+        ctx.shape = x.shape
+        result = run()
+        return tuple(result) if isinstance(result, list) else result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.bwla.refuse_gradient(gradients[0], ctx.shape), None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether x is an ordinary CPU tensor outside all tracing, so that dispatch may be cut short."""
+    return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()
+
+
+def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the autograd kernel of bwla::<name>; `direct` is its CPU implementation."""
+    op = getattr(torch.ops.bwla, name).default
+
+    def kernel(keys: Any, x: Tensor, *rest: Any) -> Any:
+        tracked = x.requires_grad and torch.is_grad_enabled()
+        if not tracked and _is_plain(x):
+            return direct(x, *rest)  # a second dispatch would cost more than the operator's own Python
+
+        def run() -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys & torch._C._after_autograd_keyset, x, *rest)
+
+        result = _Refusal.apply(x, run) if tracked else run()  # type: ignore[no-untyped-call]
+        return list(result) if isinstance(result, tuple) else result
+
+    return kernel
+
+
+for _name, _direct in (
+    ("transform", portable.transform),
+    ("linear", _linear_with(True)),
+    ("linear_group", _group_with(True)),
+    ("int8_linear", _int8_linear_with(True)),
+):
+    LIBRARY.impl(_name, _differentiable(_name, _direct), "Autograd", with_keyset=True)

@@ -1,0 +1,64 @@
+"""Float64 references of every operator, written to be read: they unpack whole weights, and serve tests and checks."""
+
+import torch
+from torch import Tensor
+
+from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.numerics.kronecker import apply_kronecker
+from bwla_compiler.numerics.planes import unpack_signs
+from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.spec import FLOAT_BITS
+
+
+def transform(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return (x * scale) (left (x) right) [..., n] float64."""
+    y = x.double() if scale is None else x.double() * scale.double()
+    return apply_kronecker(y, left, right)
+
+
+def dense(
+    signs: Tensor,
+    scale: Tensor,
+    in_features: int,
+    *,
+    low_rank: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return sum_p scale_p B_p + low_rank_out diag(low_rank_scale) low_rank_in [out, in] float64."""
+    wide = scale.double()
+    if scale.shape[2] > 1:
+        wide = wide.repeat_interleave(GROUP, 2)[..., :in_features]
+    weight = (wide * unpack_signs(signs, in_features)).sum(0)
+    if low_rank is not None:
+        into, onto, rank_scale = low_rank
+        weight = weight + (onto.double() * rank_scale.double()) @ into.double()
+    return weight
+
+
+def linear(
+    x: Tensor,
+    signs: Tensor,
+    scale: Tensor,
+    column_scale: Tensor | None,
+    low_rank: tuple[Tensor, Tensor, Tensor] | None,
+    bias: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    """Return y [..., out] float64 for x [..., in]; codes are rounded in float32, as the kernels do."""
+    x = x.float() if column_scale is None else x.float() * column_scale
+    q = x.double()
+    if activation_bits < FLOAT_BITS:
+        codes, token_scale = quantize_activation(x, bits=activation_bits)
+        q = codes.double() * token_scale.double()
+    y = q @ dense(signs, scale, x.shape[-1], low_rank=low_rank).T
+    return y if bias is None else y + bias.double()
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return (x codes^T) * scale + bias [..., out] float64."""
+    y = x.double() @ codes.double().T * scale.double()
+    return y if bias is None else y + bias.double()
+
+
+def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return codes[ids] * scale[ids] [..., width], rounded to `dtype` once."""
+    return (codes[ids].double() * scale[ids].double().unsqueeze(-1)).to(dtype)

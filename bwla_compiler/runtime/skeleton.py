@@ -1,0 +1,91 @@
+"""Descriptions of packed modules as plain data, and empty modules made from them: what a checkpoint needs to load."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from bwla_compiler.errors import CheckpointError
+from bwla_compiler.runtime.halves import register_empty_half
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, PackedLinear, TiedHead
+from bwla_compiler.spec import LinearSpec, TransformSpec
+
+
+def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return a packed module's shape and format as JSON data; modules: all packed ones, to name a tied embedding."""
+    transform = getattr(module, "transform", None)
+    entry: dict[str, Any] = {"kind": type(module).__name__, "transform": _transform(transform)}
+    match module:
+        case PackedLinear():
+            entry["spec"] = dataclasses.asdict(module.spec)
+        case Int8Linear():
+            entry |= {"in": module.in_features, "out": module.out_features, **_ends(module)}
+        case Int8Embedding():
+            entry |= {"rows": module.num_embeddings, "width": module.embedding_dim, "padding": module.padding_idx}
+        case TiedHead():
+            entry |= {"embedding": next(n for n, m in modules.items() if m is module.embedding), **_ends(module)}
+        case _:
+            raise CheckpointError(f"a {type(module).__name__} has no packed form")
+    return entry
+
+
+def _ends(module: Int8Linear | TiedHead) -> dict[str, bool]:
+    return {"bias": module.bias is not None, "column_scale": getattr(module, "column_scale", None) is not None}
+
+
+def _transform(transform: OnlineTransform | None) -> dict[str, Any] | None:
+    return None if transform is None else dataclasses.asdict(transform.spec)
+
+
+def build_skeleton(described: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """Return empty modules by name, on the default device (meta while a checkpoint loads).
+
+    Raises CheckpointError, naming the module, where a description is not understood.
+    """
+    built: dict[str, nn.Module] = {}
+    for name, entry in sorted(described.items(), key=lambda item: item[1].get("kind") == "TiedHead"):
+        try:
+            built[name] = _build(entry, built)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"quantization_config.modules[{name!r}] is damaged: {type(error).__name__} {error}"
+            ) from error
+    return built
+
+
+def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Module:
+    transform = None if entry["transform"] is None else OnlineTransform(TransformSpec(**entry["transform"]))
+    match entry["kind"]:
+        case "PackedLinear":
+            spec = dict(entry["spec"])
+            spec["out_features"] = tuple(spec["out_features"])
+            spec["transform"] = TransformSpec(**spec["transform"])
+            return PackedLinear(LinearSpec(**spec))
+        case "Int8Linear":
+            return Int8Linear(
+                entry["in"],
+                entry["out"],
+                bias=entry["bias"],
+                column_scale=entry["column_scale"],
+                transform=transform,
+            )
+        case "Int8Embedding":
+            return Int8Embedding(entry["rows"], entry["width"], padding_idx=entry["padding"], transform=transform)
+        case "TiedHead":
+            return _tied_head(entry, built, transform)
+        case kind:
+            raise ValueError(f"kind {kind!r} is not known")
+
+
+def _tied_head(
+    entry: Mapping[str, Any], built: Mapping[str, nn.Module], transform: OnlineTransform | None
+) -> TiedHead:
+    embedding = built[entry["embedding"]]
+    assert isinstance(embedding, Int8Embedding)
+    head = TiedHead(embedding, transform=transform)
+    width = (head.in_features,) if entry["column_scale"] else None
+    register_empty_half(head, "column_scale", width, device=None)
+    if entry["bias"]:
+        head.bias = embedding.codes.new_empty(head.out_features, dtype=embedding.typed.dtype)
+    return head

@@ -1,0 +1,53 @@
+"""LinearSpec: all that packing, reference, emitters and the cost model know of a quantized linear.
+
+A weight is a short sum of binary planes, W' = sum_p scale_p * B_p + U V with B in {-1, +1}, read by
+activations that were first transformed, x' = (x * input_scale) (left (x) right), then rounded to
+`activation_bits` per token.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FLOAT_BITS = 16
+"""Activation bits from which on activations are left as they are."""
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """An online change of basis of n = n1 * n2 channels: X [n1, n2] -> left^T X right, after a diagonal scale.
+
+    left, right: whether that factor is present (else it is the identity); scaled: whether a diagonal
+    comes first. kind "folded" and "none" have no factor: the input is already in its basis, or never leaves it.
+    """
+
+    kind: Literal["none", "folded", "kronecker", "hadamard"] = "none"
+    n1: int = 1
+    n2: int = 1
+    left: bool = False
+    right: bool = False
+    scaled: bool = False
+
+    @property
+    def online(self) -> bool:
+        """Whether anything is computed at run time."""
+        return self.left or self.right or self.scaled
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """The shape and format of one group of linears that share an input.
+
+    in_features: n. out_features: one size per member. planes: binary planes. scale_kind: one scale per
+    row, per row and column, or per row and group of `group_size` columns. rank: of the int8 low-rank
+    pair, 0 for none. activation_bits: 2..8 rounds to signed integers per token, 16 leaves floats.
+    """
+
+    in_features: int
+    out_features: tuple[int, ...]
+    planes: int = 1
+    scale_kind: Literal["row", "row+column", "group"] = "row"
+    group_size: int = 128
+    rank: int = 0
+    transform: TransformSpec = TransformSpec()
+    activation_bits: int = 6
+    bias: bool = False

@@ -1,0 +1,115 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bwla_compiler import api
+from bwla_compiler.errors import CheckpointError, PlanError
+from bwla_compiler.runtime.modules import PackedLinear
+from tests import tiny
+
+FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1}
+
+
+def packed(name: str, folder: Path, recipe: str = "bwla-w1a6") -> nn.Module:
+    model = tiny.make(name)
+    tokens = tiny.ids(batch=8, length=16, seed=3)
+    api.quantize(model, recipe=recipe, settings=FAST, calibration=tokens)
+    api.save(model, folder)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.ids(seed=4)).logits
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "phi3"])
+def test_a_reload_gives_bit_equal_logits_and_no_float_linear(name: str, tmp_path: Path) -> None:
+    model = packed(name, tmp_path)
+    again = api.load(tmp_path).model
+    assert torch.equal(logits(again), logits(model))
+    assert not any(isinstance(m, nn.Linear) for m in again.modules())
+    assert api.bits(again) == api.bits(model)
+
+
+def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
+    model = packed("llama", tmp_path)
+    code = (
+        "import sys, torch; from bwla_compiler import api; from tests import tiny\n"
+        "with torch.no_grad(): y = api.load(sys.argv[1]).model(tiny.ids(seed=4)).logits\n"
+        "torch.save(y, sys.argv[2])"
+    )
+    out = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(out)], check=True, capture_output=True)
+    assert torch.equal(torch.load(out), logits(model))
+
+
+def test_bfloat16_loading_leaves_scales_and_signs(tmp_path: Path) -> None:
+    model = packed("llama", tmp_path)
+    half = api.load(tmp_path, dtype=torch.bfloat16).model
+    mine, theirs = model.state_dict(), half.state_dict()
+    integers = [k for k, v in mine.items() if not v.is_floating_point()]
+    assert any(k.endswith("row_scale") for k in integers)
+    assert all(torch.equal(mine[k], theirs[k]) for k in integers)
+
+
+def test_the_config_holds_recipe_plan_and_true_bits(tmp_path: Path) -> None:
+    model = packed("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "bwla"
+    assert config["format_version"] == 1
+    assert config["recipe"]["name"] == "bwla-w1a6"
+    assert config["true_bits"]["linears"] == pytest.approx(api.bits(model).linears)
+    assert config["plan"]["model"] == "LlamaForCausalLM"
+
+
+def test_a_second_save_is_the_same_and_generate_works(tmp_path: Path) -> None:
+    packed("llama", tmp_path / "a")
+    again = api.load(tmp_path / "a").model
+    api.save(again, tmp_path / "b")
+    first, second = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    assert first == second
+    out = again.generate(tiny.ids(batch=1, length=5), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] <= 9
+
+
+def test_a_newer_format_is_refused_with_what_it_needs(tmp_path: Path) -> None:
+    packed("llama", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 99
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"version 99 is not known.*upgrade"):
+        api.load(tmp_path)
+
+
+def test_a_damaged_description_names_the_module(tmp_path: Path) -> None:
+    packed("llama", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["spec"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj"):
+        api.load(tmp_path)
+
+
+def test_a_truncated_file_is_one_clear_error(tmp_path: Path) -> None:
+    packed("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        api.load(tmp_path)
+
+
+def test_a_folder_without_a_model_and_a_packed_model_quantized_again(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        api.load(tmp_path)
+    model = packed("llama", tmp_path / "m")
+    assert any(isinstance(m, PackedLinear) for m in model.modules())
+    with pytest.raises(PlanError, match="already packed"):
+        api.quantize(model)

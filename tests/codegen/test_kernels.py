@@ -1,0 +1,222 @@
+"""Every kernel of every instruction set against exact references, on odd shapes."""
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bwla_compiler.codegen.isa import ISAS, Isa, supported
+from bwla_compiler.codegen.library import GROUP, KernelLibrary, Member, load
+from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.numerics.planes import pack_signs
+
+SHAPES = [(1, 1, 1), (3, 7, 5), (2, 130, 129), (65, 257, 1000), (5, 128, 2048), (7, 640, 520)]
+"""(tokens, out, in): no tile, block, word or chunk divides them all; 65 tokens are more than one wave."""
+
+LIMIT = {8: 127, 6: 31, 4: 7}
+
+
+@pytest.fixture(params=ISAS)
+def library(request: pytest.FixtureRequest) -> KernelLibrary:
+    isa: Isa = request.param
+    if not supported(isa):
+        pytest.skip(f"this processor does not run {isa}")
+    kernels = load(isa)
+    assert kernels is not None, "the tests need a C++ compiler"
+    return kernels
+
+
+def random_signs(planes: int, out: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (planes, out, columns), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def packed(library: KernelLibrary, signs: Tensor) -> Tensor:
+    planes, out, columns = signs.shape
+    canonical = pack_signs(signs)
+    result = torch.empty(library.packed_bytes(planes, out, columns), dtype=torch.uint8)
+    library.pack(canonical.data_ptr(), result.data_ptr(), planes, out, columns, 2)
+    return result
+
+
+def accumulate(library: KernelLibrary, codes: Tensor, signs: Tensor, limit: int) -> Tensor:
+    acc = torch.full((codes.shape[0], signs.shape[1]), -1, dtype=torch.int32)
+    words = packed(library, signs)
+    library.accumulate(codes.data_ptr(), words.data_ptr(), *acc.shape, codes.shape[1], limit, acc.data_ptr())
+    return acc
+
+
+@pytest.mark.parametrize("bits", LIMIT)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accumulators_are_exact(library: KernelLibrary, shape: tuple[int, int, int], bits: int) -> None:
+    tokens, out, columns = shape
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-LIMIT[bits], LIMIT[bits] + 1, (tokens, columns), generator=generator, dtype=torch.int8)
+    signs = random_signs(1, out, columns, generator)
+    exact = codes.long() @ signs[0].long().T
+    assert torch.equal(accumulate(library, codes, signs, LIMIT[bits]).long(), exact)
+
+
+@pytest.mark.parametrize("bits", LIMIT)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_saturation_extremes_are_exact(library: KernelLibrary, bits: int, sign: int) -> None:
+    """All codes at the limit and all signs alike, over a row longer than every flush and chunk."""
+    columns = 9001
+    codes = torch.full((3, columns), sign * LIMIT[bits], dtype=torch.int8)
+    codes[1] = -codes[1]
+    signs = torch.ones(1, 130, columns, dtype=torch.int8)
+    signs[0, 1::2] = -1
+    exact = codes.long() @ signs[0].long().T
+    assert torch.equal(accumulate(library, codes, signs, LIMIT[bits]).long(), exact)
+
+
+def run_linear(
+    library: KernelLibrary,
+    x: Tensor,
+    signs: Tensor,
+    scale: Tensor,
+    limit: int,
+    *,
+    column_scale: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    threads: int = 2,
+) -> Tensor:
+    planes, out, _ = signs.shape
+    groups = scale.shape[2]
+    words = packed(library, signs)
+    scales = scale
+    if groups > 1:
+        scales = torch.empty(library.packed_scales(planes, out, groups))
+        library.pack_scale(scale.data_ptr(), scales.data_ptr(), planes, out, groups)
+    y = torch.full((x.shape[0], out), float("nan"))
+    pair = [t.data_ptr() for t in low_rank] if low_rank else [0, 0, 0]
+    rank = low_rank[0].shape[0] if low_rank else 0
+    member = Member(
+        words.data_ptr(), scales.data_ptr(), *pair, bias.data_ptr() if bias is not None else 0, y.data_ptr(),
+        out, planes, groups, rank,
+    )  # fmt: skip
+    columns_address = column_scale.data_ptr() if column_scale is not None else 0
+    library.linear(x.data_ptr(), columns_address, *x.shape, limit, ctypes.byref(member), 1, threads)
+    return y
+
+
+def expected(x: Tensor, signs: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y in float64, rounded activations, a bound on the magnitude of the sums)."""
+    if bits == 16:
+        q, s = x.double(), torch.ones(x.shape[0], 1, dtype=torch.float64)
+    else:
+        codes, scales = quantize_activation(x, bits=bits)
+        q, s = codes.double(), scales.double()
+    wide = scale.double().repeat_interleave(GROUP, 2)[..., : signs.shape[2]] if scale.shape[2] > 1 else scale.double()
+    weight = (wide * signs).sum(0)
+    return q @ weight.T * s, q * s, (q * s).abs() @ (wide.abs() * torch.ones_like(signs)).sum(0).T
+
+
+@pytest.mark.parametrize("bits", [16, *LIMIT])
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("grouped", [False, True], ids=["row", "group"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(library: KernelLibrary, shape: tuple[int, int, int], grouped: bool, planes: int, bits: int) -> None:
+    tokens, out, columns = shape
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, columns, generator=generator)
+    signs = random_signs(planes, out, columns, generator)
+    scale = torch.rand(planes, out, -(-columns // GROUP) if grouped else 1, generator=generator) + 0.5
+    y = run_linear(library, x, signs, scale, LIMIT.get(bits, 0))
+    reference, _, size = expected(x, signs, scale, bits)
+    # float32 sums of at most 2048 terms in two levels: well under 32 roundings of 2^-24 of the sum of magnitudes
+    assert ((y - reference).abs() <= 32 * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 6])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_low_rank_column_scale_and_bias(library: KernelLibrary, tokens: int, bits: int) -> None:
+    out, columns, rank = 77, 205, 37
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, columns, generator=generator)
+    signs = random_signs(1, out, columns, generator)
+    scale = torch.rand(1, out, 1, generator=generator) + 0.5
+    column_scale = torch.rand(columns, generator=generator) + 0.5
+    into = torch.randint(-127, 128, (rank, columns), generator=generator, dtype=torch.int8)
+    onto = torch.randint(-127, 128, (out, rank), generator=generator, dtype=torch.int8)
+    rank_scale = torch.rand(rank, generator=generator) / 127**2
+    bias = torch.randn(out, generator=generator)
+    y = run_linear(
+        library, x, signs, scale, LIMIT.get(bits, 0),
+        column_scale=column_scale, low_rank=(into, onto, rank_scale), bias=bias,
+    )  # fmt: skip
+    base, q, size = expected(x * column_scale, signs, scale, bits)
+    pair = onto.double() * rank_scale.double() @ into.double()
+    size = size + q.abs() @ (onto.abs().double() * rank_scale.double() @ into.abs().double()).T
+    # as above: float32 sums of 205 terms
+    assert ((y - (base + q @ pair.T + bias)).abs() <= 32 * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("columns", [1, 63, 1000])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_codes_equal_torch(library: KernelLibrary, columns: int, bits: int) -> None:
+    x = torch.randn(9, columns, generator=torch.Generator().manual_seed(5))
+    x[1] = 0
+    x[2] *= 1e-38
+    x[3] *= 1e-45
+    x[4] *= 1e37
+    x[5] = torch.arange(columns) - columns // 2 + 0.5  # ties
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(9, 1)
+    library.quantize(x.data_ptr(), 0, 9, columns, 2 ** (bits - 1) - 1, codes.data_ptr(), scale.data_ptr())
+    want_codes, want_scale = quantize_activation(x, bits=bits)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sick_token_gives_nan_and_no_other_does(library: KernelLibrary, bad: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 200, generator=generator)
+    x[1, 150] = bad
+    y = run_linear(library, x, random_signs(1, 10, 200, generator), torch.ones(1, 10, 1), 31)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_change_a_bit(library: KernelLibrary, threads: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 700, generator=generator)
+    signs, scale = random_signs(1, 1030, 700, generator), torch.rand(1, 1030, 6, generator=generator)
+    alone = run_linear(library, x, signs, scale, 31, threads=1)
+    assert torch.equal(run_linear(library, x, signs, scale, 31, threads=threads), alone)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (7, 65, 33)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8_linear(library: KernelLibrary, shape: tuple[int, int, int], biased: bool) -> None:
+    tokens, out, columns = shape
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, columns, generator=generator)
+    codes = torch.randint(-127, 128, (out, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand(out, generator=generator)
+    bias = torch.randn(out, generator=generator) if biased else None
+    y = torch.empty(tokens, out)
+    library.int8_linear(
+        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), bias.data_ptr() if bias is not None else 0, y.data_ptr(),
+        tokens, out, columns, 2,
+    )  # fmt: skip
+    reference = x.double() @ codes.double().T * scale + (bias if bias is not None else 0)
+    size = x.abs().double() @ codes.abs().double().T * scale + 1
+    # float32 sums of 1000 terms in 16 or 32 lanes
+    assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
+
+
+def test_calls_from_several_threads(library: KernelLibrary) -> None:
+    """The pool serves one caller; the others run alone, and all are right."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(8, 512, generator=generator)
+    signs, scale = random_signs(1, 2048, 512, generator), torch.rand(1, 2048, 1, generator=generator)
+    run: Callable[[int], Tensor] = lambda _: run_linear(library, x, signs, scale, 127, threads=2)  # noqa: E731
+    want = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, want) for y in pool.map(run, range(24)))

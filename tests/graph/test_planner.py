@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bwla_compiler.errors import PlanError
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.planner import block_of, make_plan
+from tests import tiny
+
+GATED = {"q_proj": "folded", "k_proj": "folded", "v_proj": "folded", "o_proj": "partial"} | {
+    "gate_proj": "folded",
+    "up_proj": "folded",
+    "down_proj": "online",
+    "lm_head": "folded",
+}
+GOLDEN = {
+    "llama": GATED,
+    "mistral": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "phi3": {
+        "qkv_proj": "folded",
+        "o_proj": "partial",
+        "gate_up_proj": "folded",
+        "down_proj": "online",
+        "lm_head": "folded",
+    },
+    "gpt2": {
+        "attn.c_attn": "folded",
+        "attn.c_proj": "partial",
+        "mlp.c_fc": "folded",
+        "mlp.c_proj": "online",
+        "lm_head": "folded",
+    },
+    "opt": {
+        "q_proj": "folded",
+        "k_proj": "folded",
+        "v_proj": "folded",
+        "out_proj": "partial",
+        "fc1": "folded",
+        "fc2": "online",
+        "lm_head": "folded",
+    },
+}
+"""What folds, is partial (the factor of a head folds, the one across heads is online) or online."""
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    return {name: make_plan(tiny.make(name)) for name in (*tiny.SEVEN, "llama-tied")}
+
+
+@pytest.mark.parametrize("name", tiny.SEVEN)
+def test_decisions_are_the_golden_ones(name: str, plans: dict[str, Plan]) -> None:
+    expected = GOLDEN[name]
+    plan = plans[name]
+    assert len(plan.linears) == 2 * (len(expected) - 1) + 1
+    for linear in plan.linears:
+        suffix = next(s for s in expected if linear.name.endswith(s))
+        assert linear.decision == expected[suffix], f"{linear.name}: {linear.reason}"
+        assert linear.reason
+    assert plan.unknown == {}
+
+
+@pytest.mark.parametrize("name", tiny.SEVEN)
+def test_the_residual_stream_is_one_free_basis(name: str, plans: dict[str, Plan]) -> None:
+    residual = plans[name].basis("residual")
+    assert residual.size == 64
+    assert residual.freedom == ("fixes-ones" if name in ("gpt2", "opt") else "free")
+    writers = [x.name for x in plans[name].linears if x.writes_residual]
+    assert set(writers) < set(residual.writers)
+    assert len(writers) == 4
+
+
+def test_linears_that_read_one_input_form_a_group(plans: dict[str, Plan]) -> None:
+    groups = {g.name: [n.rpartition(".")[2] for n in g.linears] for g in plans["llama"].groups}
+    assert groups["model.layers.0.self_attn.q_proj"] == ["q_proj", "k_proj", "v_proj"]
+    assert groups["model.layers.0.mlp.gate_proj"] == ["gate_proj", "up_proj"]
+    assert groups["model.layers.1.mlp.down_proj"] == ["down_proj"]
+
+
+def test_a_tied_head_is_planned_as_its_own_linear_and_named(plans: dict[str, Plan]) -> None:
+    assert plans["llama-tied"].tied == (("model.embed_tokens.weight", "lm_head"),)
+    assert plans["llama-tied"].linear("lm_head").parameter == "lm_head.weight"
+    assert plans["llama"].tied == ()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "phi3"])
+def test_json_gives_the_plan_back(name: str, plans: dict[str, Plan]) -> None:
+    assert Plan.from_json(plans[name].to_json()) == plans[name]
+
+
+def test_reasons_name_the_operation(plans: dict[str, Plan]) -> None:
+    assert "silu" in plans["llama"].linear("model.layers.0.mlp.down_proj").reason
+    assert "relu" in plans["opt"].linear("model.decoder.layers.0.fc2").reason
+    assert "attention" in plans["llama"].linear("model.layers.0.self_attn.o_proj").reason
+
+
+class Toy(nn.Module):
+    """ids -> embedding -> something -> two linears, for one rule at a time."""
+
+    def __init__(self, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(32, 12)
+        self.first = nn.Linear(12, 12)
+        self.last = nn.Linear(12, 32)
+        self.middle = middle
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embed(input_ids)
+        x = x + self.first(x)
+        return self.last(self.middle(x) if self.middle is not None else x)
+
+
+class Lambda(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("function", "freedom"),
+    [
+        (lambda x: x, "free"),
+        (lambda x: x * 2.0, "free"),
+        (lambda x: x * x.pow(2).mean(-1, keepdim=True).rsqrt(), "free"),
+        (lambda x: x - x.mean(-1, keepdim=True), "fixes-ones"),
+        (lambda x: x + 1.0, "fixes-ones"),
+        (lambda x: F.layer_norm(x, (12,)), "fixes-ones"),
+        (lambda x: F.silu(x), "pinned"),
+        (lambda x: x.pow(3), "pinned"),
+        (lambda x: x.pow(2), "pinned"),
+        (lambda x: x * x, "pinned"),
+        (lambda x: x.flip(-1), "pinned"),
+        (lambda x: x[..., ::2].repeat(1, 1, 2), "pinned"),
+        (lambda x: x.cumsum(-1), "pinned"),
+        (lambda x: x.softmax(-1), "pinned"),
+        (lambda x: 1.0 / x, "pinned"),
+    ],
+)
+def test_one_operation_takes_just_its_freedom(function: object, freedom: str) -> None:
+    plan = make_plan(Toy(Lambda(function)))
+    last = plan.linear("last")
+    found = {b.name: b.freedom for b in plan.bases}
+    assert found.get("residual", "pinned") == freedom
+    if freedom == "pinned":
+        assert last.decision == "online"
+
+
+def test_an_operation_without_a_rule_is_reported() -> None:
+    plan = make_plan(Toy(Lambda(lambda x: x.cumsum(-1))))
+    assert list(plan.unknown) == ["aten.cumsum.default"]
+    assert "has no rule" in plan.linear("last").reason
+
+
+def test_a_gain_read_by_something_else_stays_and_says_so() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * self.weight
+            return y + F.silu(y)
+
+    plan = make_plan(Toy(Gain()))
+    (norm,) = plan.norms
+    assert norm.absorbed_by == ()
+    assert "read by" in norm.reason
+    assert "residual" not in {b.name for b in plan.free}
+
+
+def test_a_weight_with_two_inputs_is_left_alone() -> None:
+    class Twice(Toy):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            x = self.embed(input_ids)
+            return self.last(self.first(x) + self.first(F.silu(x)))
+
+    linear = make_plan(Twice()).linears[0]
+    assert linear.decision == "alone"
+    assert "called 2 times" in linear.reason
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(32, 12)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return self.embed(input_ids)
+
+    with pytest.raises(PlanError, match="Bare has no linears"):
+        make_plan(Bare())
+
+
+def test_block_of_a_name() -> None:
+    assert block_of("model.layers.3.mlp.up_proj") == "model.layers.3"
+    assert block_of("lm_head") == ""

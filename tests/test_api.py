@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+import bwla_compiler as bwla
+from bwla_compiler.errors import CalibrationError, CheckpointError, RecipeError
+from tests import tiny
+
+
+def test_rotate_changes_weights_and_not_the_function() -> None:
+    model = tiny.make("llama-tied")
+    with torch.no_grad():
+        before = model(tiny.ids()).logits
+        weight = model.model.layers[0].mlp.up_proj.weight.clone()
+        bwla.rotate(model, seed=0)
+        after = model(tiny.ids()).logits
+    assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, weight)
+    # float32 weights are rounded once more after turning
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.zeros(0, 16, dtype=torch.int64), "no sequence"),
+        (torch.zeros(4, 16), "float32.*integer"),
+        (torch.full((4, 16), 999), "999"),
+        ([], "nothing|no text|empty|no sequence|not fill"),
+    ],
+)
+def test_unusable_calibration_is_refused_before_anything_changes(calibration: object, message: str) -> None:
+    model = tiny.make("llama")
+    with pytest.raises(CalibrationError, match=message):
+        bwla.quantize(model, calibration=calibration, tokenizer=_Letters())  # type: ignore[arg-type]
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+class _Letters:
+    eos_token_id = None
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 128 for c in text]}
+
+
+def test_unknown_recipes_and_settings_are_refused_with_a_suggestion() -> None:
+    model = tiny.make("llama")
+    with pytest.raises(RecipeError, match="Did you mean 'bwla-w1a6'"):
+        bwla.quantize(model, recipe="bwla-w1a66")
+    with pytest.raises(RecipeError, match="iteration"):
+        bwla.quantize(model, settings={"psp.iteration": 3})
+
+
+def test_a_folder_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(CheckpointError, match="nowhere-at-all"):
+        bwla.load("nowhere-at-all/model")

@@ -1,0 +1,342 @@
+"""The command line: what reaches the api, what is printed, exit codes, and one clear line for each error."""
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import bwla_compiler
+from bwla_compiler import cli
+from bwla_compiler.errors import WeightError
+from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
+from bwla_compiler.recipe import Recipe
+
+COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "recipes", "doctor")
+
+LEAF = Expression("leaf", 4, "residual")
+PLAN = Plan(
+    "TinyForCausalLM",
+    (Basis("residual", 4, "free", ""),),
+    (Linear("lm_head", "lm_head.weight", None, 1, 0, 4, 8, "folded", "all rotate", "lm_head", "", LEAF, LEAF),),
+    (),
+    (),
+    (),
+)
+
+
+class FakeApi(ModuleType):
+    """Stands for bwla_compiler.api: records its calls and answers with fixed data."""
+
+    def __init__(self) -> None:
+        super().__init__("bwla_compiler.api")
+        self.calls: dict[str, dict[str, Any]] = {}
+        self.verification = SimpleNamespace(n_free=3, error=2e-15, tolerance=1e-10, plan=PLAN, passed=True)
+
+    def load(self, source: str, *, device: str = "cpu", progress: Any = None) -> Any:
+        self.calls["load"] = {"source": source, "device": device}
+        progress("loading", 1, 1)
+        return SimpleNamespace(model="model", tokenizer="tokenizer", source=source)
+
+    def plan(self, model: Any) -> Plan:
+        return PLAN
+
+    def quantize(self, model: Any, **options: Any) -> Any:
+        self.calls["quantize"] = options
+        bits = SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
+        return SimpleNamespace(
+            plan=PLAN, recipe=options["recipe"], linears=(), passes=(), bits=bits, seconds={"fit": 2.0},
+            to_json=lambda: '{"x": 1}',
+        )  # fmt: skip
+
+    def save(self, model: Any, path: Path, *, tokenizer: Any = None) -> None:
+        self.calls["save"] = {"path": path, "tokenizer": tokenizer}
+
+    def bits(self, model: Any) -> Any:
+        return SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
+
+    def verify(self, model: Any, *, seed: int, progress: Any) -> Any:
+        self.calls["verify"] = {"seed": seed}
+        return self.verification
+
+    def perplexity(self, model: Any, tokens: torch.Tensor, *, progress: Any) -> float:
+        self.calls["perplexity"] = {"tokens": tokens}
+        return 12.345
+
+    def generate(self, model: Any, tokenizer: Any, prompt: str, *, tokens: int, seed: int) -> str:
+        self.calls["generate"] = {"prompt": prompt, "tokens": tokens, "seed": seed}
+        return " a [continuation]"
+
+    def run_demo(self, *, json_path: Any, html_path: Any, quick: bool, progress: Any) -> dict[str, Any]:
+        self.calls["run_demo"] = {"json_path": json_path, "html_path": html_path, "quick": quick}
+        recipes = {"bwla": {"true_bits": 1.2, "a16": 20.5, "a8": 20.6, "a6": 20.7, "a4": 22.0}}
+        return {"models": {"demo:": {"fp": {"perplexity": 20.0}, "recipes": recipes}}, "speed": {"bwla": 3.0}}
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """Put the fake in the api's place."""
+    fake = FakeApi()
+    monkeypatch.setitem(sys.modules, "bwla_compiler.api", fake)
+    monkeypatch.setattr(bwla_compiler, "api", fake, raising=False)
+    main_job = ModuleType("bwla_compiler.main_job")
+    main_job.run_demo = fake.run_demo  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bwla_compiler.main_job", main_job)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("BWLA_DEBUG", raising=False)
+    return fake
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command line and returns exit code, output and errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command: str, run: Run, api: FakeApi) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Example" in out
+    assert f"bwla-compile {command}" in out
+
+
+def test_help_lists_every_command(run: Run, api: FakeApi) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("quantise",), "quantise"),
+        (("quantize", "demo:"), "--out"),
+        (("verify", "demo:", "--sed", "3"), "--sed"),
+        (("verify", "demo:", "--seed", "three"), "--seed"),
+        (("generate", "demo:", "--tokens", "0"), "--tokens"),
+        (("inspect",), "MODEL"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: str, run: Run, api: FakeApi) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert api.calls == {}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("quantize", "demo:", "-o", "{new}", "--recipe", "bwla-w1a66"), "Did you mean 'bwla-w1a6'"),
+        (("quantize", "demo:", "-o", "{new}", "--set", "activations.bit=8"), "did you mean 'bits'"),
+        (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits"), "section.field=value"),
+        (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits=1"), "must be 16, or 2 to 8"),
+        (("quantize", "demo:", "-o", "{full}"), "exists and is not an empty folder"),
+        (("recipes", "rtm"), "Did you mean 'rtn'"),
+        (("eval", "some/folder"), "--text FILE"),
+        (("eval", "demo:", "--text", "{new}"), "nor a file"),
+        (("inspect", "demo:", "-o", "{new}/deep/report.html"), "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_1(
+    arguments: tuple[str, ...], words: str, run: Run, api: FakeApi, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    code, _, err = run(*(a.format(new=tmp_path / "new", full=tmp_path / "full") for a in arguments))
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err
+    assert "Traceback" not in err
+    assert "quantize" not in api.calls
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_the_api_is_one_line_unless_debugging(
+    run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any) -> Plan:
+        raise WeightError("layers.0.q_proj.weight: 3 values\nare NaN")
+
+    monkeypatch.setattr(api, "plan", refuse)
+    code, _, err = run("inspect", "x")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: layers.0.q_proj.weight: 3 values are NaN"
+    monkeypatch.setenv("BWLA_DEBUG", "1")
+    with pytest.raises(WeightError):
+        cli.main(["inspect", "x"])
+
+
+def test_an_interrupt_is_code_130(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(model: Any) -> Plan:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "plan", interrupt)
+    code, _, err = run("inspect", "x")
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_quantize_passes_the_recipe_and_saves(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    out, page, data = tmp_path / "packed", tmp_path / "page.html", tmp_path / "report.json"
+    code, text, _ = run(
+        "quantize", "demo:", "-o", str(out), "--recipe", "rtn", "--set", "activations.bits=8", "--set",
+        "residual=online", "--calibration", "random", "--seed", "7", "--json", str(data), "--html", str(page),
+    )  # fmt: skip
+    assert code == 0
+    options = api.calls["quantize"]
+    recipe = options["recipe"]
+    assert isinstance(recipe, Recipe)
+    assert (recipe.name, recipe.activations.bits, recipe.residual) == ("rtn", 8, "online")
+    assert (options["calibration"], options["seed"], options["tokenizer"]) == ("random", 7, "tokenizer")
+    assert api.calls["save"] == {"path": out, "tokenizer": "tokenizer"}
+    assert json.loads(data.read_text()) == {"x": 1}
+    assert page.read_text().startswith("<!doctype html>")
+    assert "1.25 linears" in text
+    assert f"wrote {out} in 2.0 s" in text
+
+
+def test_inspect_prints_or_writes(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    code, text, _ = run("inspect", "some/model", "--recipe", "rtn")
+    assert code == 0
+    assert "F lm_head  4 -> 8  residual" in text
+    code, text, _ = run("inspect", "some/model", "--json")
+    assert json.loads(text)["source"] == "some/model"
+    page = tmp_path / "report.html"
+    assert run("inspect", "some/model", "-o", str(page))[0] == 0
+    assert "some/model" in page.read_text()
+
+
+def test_inspect_of_a_packed_model_reads_the_stored_plan(
+    run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = SimpleNamespace(plan=json.loads(PLAN.to_json()), recipe={"name": "bwla-w1a4"})
+    model = SimpleNamespace(config=SimpleNamespace(quantization_config=stored))
+    monkeypatch.setattr(api, "load", lambda source, **_: SimpleNamespace(model=model))
+    monkeypatch.delattr(FakeApi, "plan")
+    code, text, _ = run("inspect", "packed", "--json")
+    assert code == 0
+    assert json.loads(text)["recipe"] == "bwla-w1a4"
+    assert json.loads(text)["bits"] == {"linears": 1.25, "model": 3.0, "n_bytes": 2048}
+
+
+def test_eval_reads_a_file_of_ids(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.pt"
+    torch.save(torch.arange(40).view(4, 10), ids)
+    code, text, _ = run("eval", "some/model", "--text", str(ids), "--sequences", "3")
+    assert code == 0
+    assert "12.35" in text or "12.34" in text
+    assert api.calls["perplexity"]["tokens"].tolist() == torch.arange(30).view(3, 10).tolist()
+    code, text, _ = run("eval", "some/model", "--text", str(ids), "--json")
+    assert json.loads(text)["perplexity"] == 12.345
+
+
+def test_generate_prints_the_text_as_it_is(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("generate", "demo:", "--prompt", "Once", "--tokens", "5", "--seed", "2")
+    assert (code, text) == (0, " a [continuation]\n")
+    assert api.calls["generate"] == {"prompt": "Once", "tokens": 5, "seed": 2}
+
+
+def test_verify_says_how_many_spaces_were_free(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("verify", "demo:", "--seed", "5")
+    assert code == 0
+    assert "3 free spaces rotated: relative logit error 2.00e-15" in text
+    assert api.calls["verify"] == {"seed": 5}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"n_free": 0, "passed": False}, "nothing was verified"),
+        ({"error": 1e-3, "passed": False}, "differs"),
+        ({"error": float("nan"), "passed": False}, "differs"),
+    ],
+)
+def test_verify_fails(change: dict[str, Any], words: str, run: Run, api: FakeApi) -> None:
+    api.verification.__dict__.update(change)
+    code, text, err = run("verify", "demo:")
+    assert code == 1
+    assert words in err
+    assert "verified" not in text.splitlines()
+
+
+def test_demo_prints_its_tables(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    code, text, _ = run("demo", "--quick", "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html"))
+    assert code == 0
+    assert api.calls["run_demo"] == {
+        "json_path": tmp_path / "r.json",
+        "html_path": tmp_path / "r.html",
+        "quick": True,
+    }
+    assert "20.70" in text
+    assert "tokens/s" in text
+
+
+def test_recipes_lists_and_shows(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("recipes")
+    assert code == 0
+    assert "bwla-w1a6" in text
+    assert "hadamard-rtn" in text
+    code, text, _ = run("recipes", "rtn")
+    assert ["activations.bits", "6"] in [line.split() for line in text.splitlines()]
+
+
+def test_doctor_says_what_follows(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BWLA_CACHE", str(tmp_path))
+    code, text, _ = run("doctor")
+    assert code == 0
+    for name in ("Python", "torch", "transformers", "triton", "processor", "C++ compiler", "GPU", "cache"):
+        assert name in text
+    monkeypatch.setenv("BWLA_CXX", "")
+    code, text, _ = run("doctor")
+    assert code == 0
+    assert "kernels run on the portable path: correct, much slower" in text
+
+
+def test_doctor_tells_a_compiler_that_does_not_work(
+    run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken-cxx"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && { echo broken 1.0; exit 0; }\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("BWLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BWLA_CXX", str(broken))
+    code, text, _ = run("doctor")
+    assert code == 0
+    assert "it does not work" in text
+
+
+def test_the_fake_answers_as_the_api_does() -> None:
+    """Every function of the fake exists in its place, and takes the options that the cli gives."""
+    real = importlib.import_module("bwla_compiler.main_job")
+    assert set(inspect.signature(FakeApi.run_demo).parameters) - {"self"} <= set(
+        inspect.signature(real.run_demo).parameters
+    )
+    real = importlib.import_module("bwla_compiler.api")
+    for name, fake in vars(FakeApi).items():
+        if name.startswith("_") or name == "run_demo":
+            continue
+        parameters = inspect.signature(getattr(real, name)).parameters
+        wanted = [p for p in inspect.signature(fake).parameters if p not in ("self", "options")]
+        assert set(wanted) <= set(parameters), name

@@ -1,0 +1,140 @@
+"""Recipes: they load, refuse what they do not know, and settings and overrides do what they say."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from bwla_compiler.errors import RecipeError
+from bwla_compiler.recipe import (
+    Override,
+    Recipe,
+    builtin_recipes,
+    from_dict,
+    load_recipe,
+    parse_setting,
+    with_settings,
+)
+
+PLAIN = {"name": "x", "source": "this test"}
+
+
+def test_builtin_recipes_carry_name_source_and_purpose() -> None:
+    recipes = builtin_recipes()
+    assert {"rtn", "hadamard-rtn", "bwla-w1a6", "bwla-w1a8", "bwla-w1a4", "bwla-w1a16"} <= set(recipes)
+    for name, recipe in recipes.items():
+        assert recipe.name == name
+        assert recipe.source
+        assert recipe.purpose
+
+
+def test_names_say_the_activation_bits() -> None:
+    for name, recipe in builtin_recipes().items():
+        if name.startswith("bwla-w1a"):
+            assert recipe.activations.bits == int(name.removeprefix("bwla-w1a"))
+
+
+def test_needs_calibration() -> None:
+    assert load_recipe("bwla-w1a6").needs_calibration
+    assert not load_recipe("rtn").needs_calibration
+
+
+@pytest.mark.parametrize("name", sorted(builtin_recipes()))
+def test_dictionary_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"name": "x"}, "'source' is required"),
+        ({**PLAIN, "weigths": {}}, "did you mean 'weights'"),
+        ({**PLAIN, "weights": {"plane": 1}}, "did you mean 'planes'"),
+        ({**PLAIN, "weights": 1}, "expected a table"),
+        ({**PLAIN, "activations": {"bits": 1}}, "must be 16, or 2 to 8"),
+        ({**PLAIN, "activations": {"bits": "6"}}, "must be of type int"),
+        ({**PLAIN, "activations": {"bits": True}}, "must be of type int"),
+        ({**PLAIN, "residual": "both"}, "must be one of 'folded', 'online', 'none'"),
+        ({**PLAIN, "weights": {"planes": 0}}, "must be 1 to 4"),
+        ({**PLAIN, "head": {"bits": 4}}, "must be 8 or 16"),
+        ({**PLAIN, "overrides": {"pattern": "*"}}, "expected a list"),
+        ({**PLAIN, "overrides": [{"keep": True}]}, "'pattern' is required"),
+    ],
+)
+def test_bad_tables_are_refused(table: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        from_dict(table)
+
+
+def test_load_by_name_file_and_object(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\nsource = "me"\nactivations = { bits = 5 }\n')
+    assert load_recipe(file).activations.bits == 5
+    assert load_recipe(str(file), {"activations.bits": 7}).activations.bits == 7
+    assert load_recipe(load_recipe("rtn")) == load_recipe("rtn")
+
+
+def test_load_refuses_unknown_names_and_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'bwla-w1a6'"):
+        load_recipe("bwla-w1a66")
+    with pytest.raises(RecipeError, match=r"absent\.toml"):
+        load_recipe(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(RecipeError, match=r"bad\.toml"):
+        load_recipe(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("psp.hidden_over=32", ("psp.hidden_over", 32)),
+        ("smoothing.exponent = 0.25", ("smoothing.exponent", 0.25)),
+        ("target.drift=false", ("target.drift", False)),
+        ("residual=online", ("residual", "online")),
+        ('residual="online"', ("residual", "online")),
+    ],
+)
+def test_settings_are_read_as_toml_else_as_text(text: str, expected: tuple[str, object]) -> None:
+    assert parse_setting(text) == expected
+
+
+@pytest.mark.parametrize("text", ["psp.hidden_over", "=3", " =3"])
+def test_a_setting_needs_key_and_value(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"section\.field=value"):
+        parse_setting(text)
+
+
+def test_settings_change_one_field_and_know_their_names() -> None:
+    recipe = load_recipe("rtn")
+    changed = with_settings(recipe, {"psp.hidden_over": 32})
+    assert changed == dataclasses.replace(recipe, psp=dataclasses.replace(recipe.psp, hidden_over=32))
+    for key in ("psp.hidden", "pps.hidden_over", "psp.hidden_over.deep"):
+        with pytest.raises(RecipeError, match="unknown key"):
+            with_settings(recipe, {key: 1})
+
+
+def test_overrides_hold_for_matching_linears_only() -> None:
+    recipe = dataclasses.replace(
+        load_recipe("rtn"),
+        overrides=(Override("*.down_proj", set={"weights.planes": 2}), Override("layers.0.*", keep=True)),
+    )
+    assert recipe.override_for("layers.0.q_proj") is None
+    assert recipe.override_for("layers.0.down_proj") is None
+    down = recipe.override_for("layers.1.down_proj")
+    assert down is not None
+    assert down.weights.planes == 2
+    assert recipe.override_for("layers.1.q_proj") == recipe
+
+
+@given(bits=st.integers(-3, 40))
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_activation_bits_are_16_or_2_to_8(bits: int) -> None:
+    try:
+        recipe: Recipe | None = load_recipe("rtn", {"activations.bits": bits})
+    except RecipeError:
+        recipe = None
+    assert (recipe is not None) == (bits == 16 or 2 <= bits <= 8)
