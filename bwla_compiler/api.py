@@ -96,7 +96,10 @@ def _tokenizer(name: str) -> Any:
 
 
 def plan(model: nn.Module) -> Plan:
-    """Return the plan: bases, groups, what folds, what is online, and why. The model is not changed."""
+    """Return the plan: bases, groups, what folds, what is online, and why. The model is not changed.
+
+    Raises CaptureError where the model cannot be traced, PlanError where it has no linears or is packed already.
+    """
     _refuse_packed(model, "planned")
     return make_plan(model)
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from bwla_compiler import api
+from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import QuantizeReport
+from bwla_compiler.checkpoint.hf import attach
 from bwla_compiler.codegen.isa import best_isa
 from bwla_compiler.demo import NAMES, demo_tokens
 from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.results import result_page
+from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
 
 Progress = Callable[[str, int, int], None]
@@ -29,16 +32,17 @@ RECIPES: dict[str, str] = {"rtn": "rtn", "hadamard-rtn": "hadamard-rtn", "bwla":
 """Rows of the table: the weights of each are fitted once, its activations set per column."""
 
 ACTIVATION_BITS = (16, 8, 6, 4)
+SPEED_BITS = 6
 
 
 @dataclass(frozen=True)
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 128
-    test_sequences: int = 48
+    calibration_sequences: int = 64
+    test_sequences: int = 24
     length: int = 256
-    decode_steps: int = 48
+    decode_steps: int = 32
     rounds: int = 6
 
 
@@ -61,16 +65,15 @@ def run_demo(
     start = time.perf_counter()
     size = QUICK if quick else Size()
     tell = progress or (lambda label, done, total: None)
-    models, report = {}, None
-    for name in NAMES:
-        models[name], found = _compare(name, size, tell)
-        report = report or found
-    result: dict[str, Any] = {"models": models, "speed": measure_speed(size, tell)}
+    compared = {name: _compare(name, size, tell) for name in NAMES}
+    first = compared[NAMES[0]]
+    result: dict[str, Any] = {"models": {name: found.figures for name, found in compared.items()}}
+    result["speed"] = measure_speed(first.floats, first.packed, size, tell)
     result["seconds"] = time.perf_counter() - start
     if json_path is not None:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if html_path is not None:
-        assert report is not None
+        report = first.report
         shown = build_report(report.plan, source=NAMES[0], recipe=report.recipe.name, outcome=report)
         Path(html_path).write_text(result_page(result, shown, subtitle=_machine()), "utf-8")
     return result
@@ -80,20 +83,32 @@ def _machine() -> str:
     return f"{platform.machine()}, kernels for {best_isa()}, torch {torch.__version__}, {platform.python_version()}"
 
 
-def _compare(name: str, size: Size, progress: Progress) -> tuple[dict[str, Any], QuantizeReport]:
-    """Measure one embedded model, in floats and with every recipe."""
-    model = api.load(name, progress=progress).model
+@dataclass(frozen=True)
+class Comparison:
+    """One embedded model: its figures, and the model in floats and by the last row's recipe, with its report."""
+
+    figures: dict[str, Any]
+    floats: nn.Module
+    packed: nn.Module
+    report: QuantizeReport
+
+
+def _compare(name: str, size: Size, progress: Progress) -> Comparison:
+    """Measure one embedded model, in floats and with every recipe; all start from one plan."""
+    floats = api.load(name, progress=progress).model
     test = demo_tokens("test", sequences=size.test_sequences, length=size.length)
     calibration = demo_tokens("train", sequences=size.calibration_sequences, length=size.length - 1)
-    fp = {"perplexity": perplexity(model, test, progress=_prefixed(progress, f"{name} fp ")), "n_bytes": _saved(model)}
-    rows = {}
+    fp = perplexity(floats, test, progress=_prefixed(progress, f"{name} fp "))
+    plan = api.plan(floats)
+    rows: dict[str, Any] = {}
     for row, recipe in RECIPES.items():
-        model = api.load(name).model
         tell = _prefixed(progress, f"{name} {row} ")
-        report = api.quantize(model, recipe=recipe, calibration=calibration, progress=tell)
-        row_result: dict[str, Any] = {"true_bits": report.bits.linears, "n_bytes": _saved(model)}
-        rows[row] = row_result | _perplexities(model, test, tell)
-    return {"fp": fp, "recipes": rows}, report
+        packed = api.load(name).model
+        report = quantize_model(packed, load_recipe(recipe), calibration, plan=plan, progress=tell)
+        attach(packed, recipe=report.recipe, plan=plan, bits=report.bits)
+        rows[row] = {"true_bits": report.bits.linears, "n_bytes": _saved(packed)} | _perplexities(packed, test, tell)
+    figures = {"fp": {"perplexity": fp, "n_bytes": _saved(floats)}, "recipes": rows}
+    return Comparison(figures, floats, packed, report)
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:
@@ -115,24 +130,23 @@ def _saved(model: nn.Module) -> int:
         return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
 
-def measure_speed(size: Size, progress: Progress) -> dict[str, Any]:
-    """Return greedy decode speed on "demo:", tokens per second at batch 1 with a static cache, way by way.
+def measure_speed(floats: nn.Module, packed: nn.Module, size: Size, progress: Progress) -> dict[str, Any]:
+    """Return greedy decode speed, tokens per second at batch 1 with a static cache, way by way.
 
     Contenders decode in turn, round after round; the first round compiles and is not counted. Medians.
     """
-    floats, packed = api.load("demo:").model, api.load("demo:").model
-    api.quantize(packed, recipe="bwla-w1a6", calibration="none")
-    ways: dict[str, Callable[..., Any]] = {
-        "eager fp32": floats,
-        "inductor fp32": torch.compile(floats, dynamic=False),
-        "bwla, eager": packed,
-        "bwla, inductor": torch.compile(packed, dynamic=False),
+    set_activation_bits(packed, SPEED_BITS)
+    ways: dict[str, tuple[nn.Module, Callable[..., Any]]] = {
+        "eager fp32": (floats, floats),
+        "inductor fp32": (floats, torch.compile(floats, dynamic=False)),
+        "bwla, eager": (packed, packed),
+        "bwla, inductor": (packed, torch.compile(packed, dynamic=False)),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for done in range(size.rounds):
-        for i, (way, model) in enumerate(ways.items()):
+        for i, (way, (model, decode)) in enumerate(ways.items()):
             progress(f"speed: {way}", done * len(ways) + i, size.rounds * len(ways))
-            rates[way].append(_decode_rate(model, floats.config, steps=size.decode_steps))
+            rates[way].append(_decode_rate(model, decode, steps=size.decode_steps))
     progress("speed", 1, 1)
     counted = {way: found[1:] for way, found in rates.items()}
     spread = ", ".join(f"{way} {min(r):.0f}-{max(r):.0f}" for way, r in counted.items())
@@ -143,14 +157,14 @@ def measure_speed(size: Size, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _decode_rate(model: Callable[..., Any], config: Any, *, steps: int, prompt: int = 8) -> float:
-    """Return tokens per second after a prompt, the cache of a fixed size so that one graph serves every step."""
-    cache = StaticCache(config=config, max_cache_len=prompt + steps)
+def _decode_rate(model: nn.Module, decode: Callable[..., Any], *, steps: int, prompt: int = 8) -> float:
+    """Return tokens per second of `decode` after an eager prompt; the cache is static, so one graph serves all."""
+    cache = StaticCache(config=model.config, max_cache_len=prompt + steps)
     with torch.no_grad():
         out = model(input_ids=torch.arange(prompt)[None] + 5, past_key_values=cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         for _ in range(steps):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = decode(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         return steps / (time.perf_counter() - start)

@@ -13,7 +13,7 @@ from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture
-from bwla_compiler.graph.plan import Group, Linear
+from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.graph.planner import make_plan, site_modules
 from bwla_compiler.numerics.activations import fake_quantize
 from bwla_compiler.numerics.stats import LinearStats
@@ -40,25 +40,34 @@ def quantize_model(
     recipe: Recipe,
     tokens: Tensor | None,
     *,
+    plan: Plan | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a causal LM in place and return the report.
 
-    tokens [sequences, length] int64: calibration; None fits to the weights alone. Deterministic given the seed.
+    tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
+    this model, None to make it here. Deterministic given the seed.
     Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
     """
     with evaluating(model):
-        return _Quantizer(model, recipe, tokens, seed, progress).run()
+        check_weights(model)
+        return _Quantizer(model, recipe, tokens, plan or make_plan(model), seed, progress).run()
 
 
 class _Quantizer:
     """The state of one run: reports gathered so far, and the streams where there is calibration."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, tokens: Tensor | None, seed: int, progress: Progress | None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        tokens: Tensor | None,
+        plan: Plan,
+        seed: int,
+        progress: Progress | None,
     ) -> None:
-        self.model, self.recipe, self.seed = model, recipe, seed
+        self.model, self.recipe, self.plan, self.seed = model, recipe, plan, seed
         self.tokens = tokens if recipe.needs_calibration else None
         self.progress = progress or (lambda label, done, total: None)
         self.passes: list[PassReport] = []
@@ -67,9 +76,6 @@ class _Quantizer:
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
-        check_weights(self.model)
-        self.plan = make_plan(self.model)
-        self.seconds["plan"] = time.perf_counter() - start
         for step in folding_passes(self.recipe):
             self._pass(step)
         self.stream = self._open_stream()
