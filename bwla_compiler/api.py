@@ -177,7 +177,14 @@ def verify(model: nn.Module, *, seed: int = 0, progress: Progress | None = None)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 64, seed: int = 0) -> str:
-    """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7."""
+    """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7.
+
+    Raises CheckpointError where there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise CheckpointError(
+            "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
+        )
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     torch.manual_seed(seed)
     with torch.no_grad():

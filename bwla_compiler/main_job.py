@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from bwla_compiler import api
+from bwla_compiler.backend import compile_backend
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.checkpoint.hf import attach
@@ -39,7 +40,7 @@ SPEED_BITS = 6
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 64
+    calibration_sequences: int = 96
     test_sequences: int = 24
     length: int = 256
     decode_steps: int = 32
@@ -140,7 +141,7 @@ def measure_speed(floats: nn.Module, packed: nn.Module, size: Size, progress: Pr
         "eager fp32": (floats, floats),
         "inductor fp32": (floats, torch.compile(floats, dynamic=False)),
         "bwla, eager": (packed, packed),
-        "bwla, inductor": (packed, torch.compile(packed, dynamic=False)),
+        "bwla": (packed, torch.compile(packed, backend=compile_backend, dynamic=False)),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for done in range(size.rounds):

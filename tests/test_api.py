@@ -52,3 +52,8 @@ def test_unknown_recipes_and_settings_are_refused_with_a_suggestion() -> None:
 def test_a_folder_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(CheckpointError, match="nowhere-at-all"):
         bwla.load("nowhere-at-all/model")
+
+
+def test_generating_without_a_tokenizer_says_so() -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        bwla.generate(tiny.make("llama"), None, "x")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from bwla_compiler.calibrate.fit import LinearFit, fit_linear
+from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.graph.basis import analyse
@@ -191,20 +191,20 @@ class _Quantizer:
         return weight if isinstance(module, TransformedLinear) else weight.movedim(linear.in_axis, -1)
 
     def _fit(self, members: Sequence[Linear], gram: Tensor | None, cross: Tensor | None) -> dict[str, LinearFit]:
-        fits, row = {}, 0
+        """Fit the members, those with the same recipe and rank together."""
+        rows = dict(zip((x.name for x in members), _row_slices(members), strict=True))
+        alike: dict[str, tuple[Recipe, int, list[Linear]]] = {}
         for linear in members:
-            rows = slice(row, row + linear.out_features)
-            row += linear.out_features
             recipe = self.recipe.override_for(linear.name)
-            if recipe is None:
-                continue
-            fits[linear.name] = fit_linear(
-                self._weight(linear),
-                gram=gram,
-                cross=None if cross is None else cross[rows].float(),
-                recipe=recipe,
-                rank=self._rank(recipe, linear),
-            )
+            if recipe is not None:
+                rank = self._rank(recipe, linear)
+                alike.setdefault(f"{recipe} {rank}", (recipe, rank, []))[2].append(linear)
+        fits: dict[str, LinearFit] = {}
+        for recipe, rank, linears in alike.values():
+            weights = [self._weight(x) for x in linears]
+            drift = None if cross is None else torch.cat([cross[rows[x.name]].float() for x in linears])
+            found = fit_group(weights, gram=gram, cross=drift, recipe=recipe, rank=rank)
+            fits.update(zip((x.name for x in linears), found, strict=True))
         return fits
 
     def _rank(self, recipe: Recipe, linear: Linear) -> int:
@@ -229,6 +229,12 @@ class _Quantizer:
             output_error=fit.output_error,
             seconds=seconds,
         )
+
+
+def _row_slices(members: Sequence[Linear]) -> list[slice]:
+    """Where each member's rows stand in the group's stacked weight."""
+    ends = [sum(x.out_features for x in members[: i + 1]) for i in range(len(members))]
+    return [slice(end - x.out_features, end) for x, end in zip(members, ends, strict=True)]
 
 
 def _merged(reports: Sequence[PassReport]) -> tuple[PassReport, ...]:

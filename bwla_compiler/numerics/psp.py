@@ -5,8 +5,8 @@ With H = C C^T, the best U V of rank r for E = W - scale * signs is SVD_r(E C) C
 rounding the pair to int8 before it is judged, so that what is scored is what is stored.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,35 +66,85 @@ def split_low_rank(
     sweeps: int = 4,
     warm_sweeps: int = 2,
     iterations: int = 4,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> Split:
     """Return signs, scales and an int8-rounded pair of the given rank with a low tr(E H E^T).
 
     W [m, n]; H [n, n] positive definite. rank 0 is sign descent alone, with empty factors [m, 0] and [0, n]; a
     rank above min(m, n) is cut to it. Raises ShapeError, CalibrationError.
     """
-    check_hessian(W, H)
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    H = H.to(W.dtype)
+    return split_group([W], H, rank=rank, sweeps=sweeps, warm_sweeps=warm_sweeps, iterations=iterations)[0]
+
+
+def split_group(
+    weights: Sequence[Tensor],
+    H: Tensor,
+    *,
+    rank: int,
+    sweeps: int = 4,
+    warm_sweeps: int = 2,
+    iterations: int = 4,
+) -> list[Split]:
+    """Return one split for each of several weights [m_i, n] that read the same input; see `split_low_rank`.
+
+    Each has a pair of its own. Their rows, which do not touch one another, descend together: the sequential pass
+    over the columns is paid once for the group.
+    """
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    members = [W.to(dtype) for W in weights]
+    for W in members:
+        check_hessian(W, H)
+    H = H.to(dtype)
+    factor = cholesky(H) if rank > 0 else H
+    fits = _descend(members, [_start(W, factor, rank=rank) for W in members], H, None, sweeps=sweeps)
+    found = [_Best(fit) for fit in fits]
+    for _ in range(iterations if rank > 0 else 0):
+        pairs = [
+            _rounded_pair(W - fit.scale * fit.signs, factor, rank=fit.low_rank_out.shape[1])
+            for W, fit in zip(members, fits, strict=True)
+        ]
+        fits = _descend(members, pairs, H, [fit.signs for fit in fits], sweeps=warm_sweeps)
+        for best, fit in zip(found, fits, strict=True):
+            best.offer(fit)
+    return [best.split() for best in found]
+
+
+class _Best:
+    """The split with the lowest loss so far, and all losses."""
+
+    def __init__(self, first: Split) -> None:
+        self.best, self.losses = first, [*first.losses]
+
+    def offer(self, fit: Split) -> None:
+        self.losses.extend(fit.losses)
+        if fit.losses[-1] <= min(self.losses):
+            self.best = fit
+
+    def split(self) -> Split:
+        return replace(self.best, losses=tuple(self.losses))
+
+
+def _start(W: Tensor, factor: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
     rank = min(rank, *W.shape)
     if rank <= 0:
-        signs, scale = descend_signs(W, H, sweeps=sweeps, progress=progress)
-        loss = hessian_error(W - scale * signs, H)
-        return Split(signs, scale, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]), (loss,))
-    C = cholesky(H)
-    U, V = _rounded_pair(W, C, rank=rank)
-    signs, scale = descend_signs(W - U @ V, H, sweeps=sweeps)
-    best = Split(signs, scale, U, V, (hessian_error(W - U @ V - scale * signs, H),))
-    losses = [*best.losses]
-    for done in range(iterations):
-        U, V = _rounded_pair(W - scale * signs, C, rank=rank)
-        signs, scale = descend_signs(W - U @ V, H, signs=signs, sweeps=warm_sweeps)
-        losses.append(hessian_error(W - U @ V - scale * signs, H))
-        if losses[-1] <= min(losses):
-            best = Split(signs, scale, U, V, ())
-        if progress:
-            progress("low rank", done + 1, iterations)
-    return Split(best.signs, best.scale, best.low_rank_out, best.low_rank_in, tuple(losses))
+        return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
+    return _rounded_pair(W, factor, rank=rank)
+
+
+def _descend(
+    members: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    H: Tensor,
+    signs: Sequence[Tensor] | None,
+    *,
+    sweeps: int,
+) -> list[Split]:
+    """Fit signs and scales of all members beside their pairs, in one descent over the stacked rows."""
+    rests = [W - U @ V for W, (U, V) in zip(members, pairs, strict=True)]
+    start = None if signs is None else torch.cat(list(signs))
+    found, scale = descend_signs(torch.cat(rests), H, signs=start, sweeps=sweeps)
+    rows = [W.shape[0] for W in members]
+    parts = zip(found.split(rows), scale.split(rows), pairs, rests, strict=True)
+    return [Split(b, a, U, V, (hessian_error(rest - a * b, H),)) for b, a, (U, V), rest in parts]
 
 
 def _unit(scale: Tensor) -> Tensor:
