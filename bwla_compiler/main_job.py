@@ -41,7 +41,7 @@ class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
     calibration_sequences: int = 96
-    test_sequences: int = 24
+    test_sequences: int = 32
     length: int = 256
     decode_steps: int = 32
     rounds: int = 6

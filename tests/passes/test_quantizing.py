@@ -1,0 +1,133 @@
+"""The passes that change numbers: insert-online (which does not), quantize-linears, quantize-ends."""
+
+import pytest
+import torch
+from torch import nn
+
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.numerics.signs import round_signs
+from bwla_compiler.passes.base import InsertTransform, PassContext
+from bwla_compiler.passes.insert_online import InsertOnline, factors_of
+from bwla_compiler.passes.pipeline import folding_passes, run_pass
+from bwla_compiler.passes.quantize_ends import QuantizeEnds
+from bwla_compiler.passes.quantize_linears import QuantizeLinears
+from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.transformed import TransformedLinear
+from tests import tiny
+
+DOWN = "model.layers.0.mlp.down_proj"
+OUT = "model.layers.0.self_attn.o_proj"
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def context(model: nn.Module, recipe: Recipe | None = None) -> PassContext:
+    return PassContext(model, make_plan(model), recipe or load_recipe("bwla-w1a6", {"transform.iterations": 3}), 0)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.ids()).logits
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("recipe", ["bwla-w1a6", "hadamard-rtn"])
+def test_online_transforms_change_nothing(name: str, recipe: str) -> None:
+    model = tiny.make(name)
+    ctx = context(model, load_recipe(recipe, {"transform.iterations": 3}))
+    before = logits(model)
+    groups = tuple(g.name for g in ctx.plan.groups)
+    x_max = {g.name: torch.rand(g.in_features) + 0.1 for g in ctx.plan.groups}
+    report = run_pass(model, InsertOnline(groups, x_max=x_max), ctx)
+    assert len(report.changed) == 4
+    assert sum(isinstance(m, TransformedLinear) for m in model.modules()) == 4
+    # float32 products in another order, through factors that the weights undo as they are stored
+    assert relative(logits(model), before) < 1e-4
+
+
+def test_the_factor_of_a_head_is_not_applied_twice() -> None:
+    ctx = context(tiny.make("qwen3"))
+    sizes = factors_of(ctx.plan.linear(OUT))
+    assert (sizes.n1, sizes.n2, sizes.right_folded) == (4, 16, True)
+    (edit,) = InsertOnline((OUT,)).run(ctx).edits
+    assert isinstance(edit, InsertTransform)
+    assert edit.left is not None
+    assert edit.left.shape == (4, 4)
+    assert edit.right is None
+    assert edit.scale is None  # no activations were seen, so nothing is smoothed
+
+
+def test_inputs_that_come_rotated_are_left_alone_and_say_so() -> None:
+    report = InsertOnline((QUERY, DOWN)).run(context(tiny.make("qwen3")))
+    assert report.skipped == [(QUERY, "its input already comes rotated")]
+    assert len(report.edits) == 1
+    plain = InsertOnline((DOWN,)).run(context(tiny.make("qwen3"), load_recipe("rtn")))
+    assert plain.skipped == [(DOWN, "the recipe does not rotate")]
+
+
+def rounded(linear: nn.Linear) -> BinaryWeight:
+    signs, scale = round_signs(linear.weight.detach())
+    return BinaryWeight(signs[None], scale[None])
+
+
+def test_quantized_linears_hold_what_was_fitted_and_twice_is_once() -> None:
+    model = tiny.make("qwen2")  # its q/k/v have biases
+    ctx = context(model)
+    linear = model.get_submodule(QUERY)
+    weight, bias = rounded(linear), linear.bias.detach().clone()
+    step = QuantizeLinears({QUERY: weight}, {QUERY: 16})
+    report = run_pass(model, step, ctx)
+    packed = model.get_submodule(QUERY)
+    assert [what for what, _ in report.changed] == [QUERY]
+    assert isinstance(packed, PackedLinear)
+    assert type(model.get_submodule(DOWN)) is nn.Linear
+    x = torch.randn(5, 64)
+    # scales are stored in float16: 2^-11 of each
+    torch.testing.assert_close(packed(x), x @ weight.dense().T + bias, rtol=2e-3, atol=2e-3)
+    again = step.run(ctx)
+    assert again.edits == []
+    assert again.skipped == [(QUERY, "already packed")]
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", Int8Linear)])
+def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type) -> None:
+    model = tiny.make(name)
+    ctx = context(model)
+    before = logits(model)
+    for step in folding_passes(ctx.recipe):
+        run_pass(model, step, ctx)
+    report = run_pass(model, QuantizeEnds(rotated=True), ctx)
+    assert len(report.changed) == 2
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert type(model.get_output_embeddings()) is head
+    # int8 by row leaves about 1 % of a Gaussian row, and the tiny models amplify it
+    assert relative(logits(model), before) < 0.08
+
+
+def test_ends_can_be_stored_apart_or_left_alone() -> None:
+    model = tiny.make("llama-tied")
+    ctx = context(model, load_recipe("bwla-w1a6", {"tied": "untie"}))
+    for step in folding_passes(ctx.recipe):
+        run_pass(model, step, ctx)
+    run_pass(model, QuantizeEnds(rotated=True), ctx)
+    assert type(model.get_output_embeddings()) is Int8Linear
+    kept = QuantizeEnds(rotated=False).run(context(tiny.make("llama"), load_recipe("bwla-w1a6", {"head.bits": 16})))
+    assert kept.edits == []
+    assert {what for what, _ in kept.skipped} == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_head_that_is_no_longer_the_embedding_is_stored_on_its_own() -> None:
+    model = tiny.make("llama-tied")
+    ctx = context(model)
+    for step in folding_passes(ctx.recipe):
+        run_pass(model, step, ctx)
+    with torch.no_grad():
+        model.lm_head.weight[3] *= -1
+    report = run_pass(model, QuantizeEnds(rotated=True), ctx)
+    assert type(model.lm_head) is Int8Linear
+    assert ("lm_head", "no longer the embedding times a gain: stored twice") in report.skipped
