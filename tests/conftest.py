@@ -9,5 +9,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test imports torch; xdist's workers inherit it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads only fight
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if config.cache is not None:
-        os.environ.setdefault("BWLA_CACHE", str(config.cache.mkdir("bwla")))
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    if cache is not None:
+        os.environ.setdefault("BWLA_CACHE", str(cache.mkdir("bwla")))
