@@ -1,8 +1,20 @@
 """C++ text of the float32 kernels beside the linears: Kronecker transforms and rows of an int8 table."""
 
 TRANSFORM = r"""
-typedef float Vec __attribute__((vector_size(64)));  // sixteen floats; narrower machines take several registers
-constexpr long WIDTH = 16;
+#if defined(__AVX512F__)
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int TALL = 8;  // rows whose sums the registers hold
+static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef float Vec __attribute__((vector_size(32)));
+constexpr int TALL = 4;
+static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+#else
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int TALL = 4;
+static inline Vec multiply_add(Vec a, float b, Vec c) { return a * b + c; }
+#endif
+constexpr long WIDTH = sizeof(Vec) / sizeof(float);
 
 static inline Vec load(const float* from) {
   Vec v;
@@ -10,7 +22,7 @@ static inline Vec load(const float* from) {
   return v;
 }
 
-// Y [R, V * 16] = A B for R rows of A: element (r, k) is a[r * row + k * step]; B [depth, n], Y [., n].
+// Y [R, V * WIDTH] = A B for R rows of A: element (r, k) is a[r * row + k * step]; B [depth, n], Y [., n].
 template <int R, int V>
 static inline void product_tile(const float* a, long row, long step, const float* b, float* y, long depth, long n) {
   Vec acc[R][V];
@@ -21,7 +33,7 @@ static inline void product_tile(const float* a, long row, long step, const float
     for (int v = 0; v < V; v++) line[v] = load(b + k * n + v * WIDTH);
     for (int r = 0; r < R; r++) {
       const float factor = a[r * row + k * step];
-      for (int v = 0; v < V; v++) acc[r][v] += line[v] * factor;
+      for (int v = 0; v < V; v++) acc[r][v] = multiply_add(line[v], factor, acc[r][v]);
     }
   }
   for (int r = 0; r < R; r++)
@@ -44,7 +56,8 @@ static inline void product_rows(const float* a, long row, long step, const float
 // Y [rows, n] = A B, A [rows, depth] with the strides `row` and `step`.
 static void product(const float* a, long row, long step, const float* b, float* y, long rows, long depth, long n) {
   long r = 0;
-  for (; r + 4 <= rows; r += 4) product_rows<4>(a + r * row, row, step, b, y + r * n, depth, n);
+  for (; r + TALL <= rows; r += TALL) product_rows<TALL>(a + r * row, row, step, b, y + r * n, depth, n);
+  for (; r + 2 <= rows; r += 2) product_rows<2>(a + r * row, row, step, b, y + r * n, depth, n);
   for (; r < rows; r++) product_rows<1>(a + r * row, row, step, b, y + r * n, depth, n);
 }
 

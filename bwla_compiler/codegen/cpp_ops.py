@@ -75,32 +75,35 @@ struct Refusal : torch::autograd::Function<Refusal> {
 torch::autograd::variable_list listed(Tensor y) { return {std::move(y)}; }
 torch::autograd::variable_list listed(std::vector<Tensor> ys) { return ys; }
 
-// The other implementations of operator Name::name.
+// The implementations of operator Name::name; `direct` is the one for the CPU.
 template <class Name, class F>
 struct Route;
 
 template <class Name, class R, class... A>
 struct Route<Name, R(A...)> {
-  static const c10::TypedOperatorHandle<R(A...)>& handle() {
-    static auto found = c10::Dispatcher::singleton().findSchemaOrThrow(Name::name, "").template typed<R(A...)>();
-    return found;
-  }
-
-  static R portable(A... a) { return handle().redispatch(PORTABLE, a...); }
-
+  template <R (*direct)(A...)>
   static R differentiable(c10::DispatchKeySet keys, A... a) {
     const Tensor& x = std::get<0>(std::tie(a...));
+    const bool tracked = x.requires_grad() && at::GradMode::is_enabled();
+    const bool plain = (keys & c10::after_ADInplaceOrView_keyset).highestPriorityTypeId() == c10::DispatchKey::CPU;
     auto run = [&]() -> R {
       at::AutoDispatchBelowAutograd guard;
-      return handle().redispatch(keys & c10::after_autograd_keyset, a...);
+      return plain ? direct(a...) : handle().redispatch(keys & c10::after_autograd_keyset, a...);
     };
-    if (!x.requires_grad() || !at::GradMode::is_enabled()) return run();
+    if (!tracked) return run();
     auto results = Refusal::apply(x, Refusal::Run([&] { return listed(run()); }));
     if constexpr (std::is_same_v<R, Tensor>)
       return results[0];
     else
       return results;
   }
+
+  static const c10::TypedOperatorHandle<R(A...)>& handle() {
+    static auto found = c10::Dispatcher::singleton().findSchemaOrThrow(Name::name, "").template typed<R(A...)>();
+    return found;
+  }
+
+  static R portable(A... a) { return handle().redispatch(PORTABLE, a...); }
 };
 """
 
@@ -463,10 +466,10 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("transform", TORCH_FN(transform));
   registered.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "bwla", c10::DispatchKey::Autograd,
                                                         __FILE__, __LINE__));
-  registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable));
-  registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable));
-  registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable));
-  registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable));
+  registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
+  registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable<linear_group>));
+  registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
+  registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());
 }
 

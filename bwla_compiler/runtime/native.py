@@ -7,10 +7,13 @@ import threading
 from ctypes import c_long, c_void_p
 from pathlib import Path
 
+from torch import Tensor
+
 from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
 from bwla_compiler.runtime import compiled
+from bwla_compiler.runtime.halves import DECODED
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class NativeOperators:
         except OSError as error:
             raise BuildError(f"{path} does not load: {error}; delete it to have it built anew") from error
         self._library.bwla_register.argtypes = [c_void_p, c_long]
+        self._library.bwla_forget.argtypes = [c_void_p]
         self._library.bwla_derived.restype = c_long
 
     def register(self) -> None:
@@ -42,6 +46,10 @@ class NativeOperators:
         if self.registered:
             self._library.bwla_unregister()
         self.registered = False
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drop what was derived from this tensor."""
+        self._library.bwla_forget(tensor._cdata)
 
     def derived(self) -> int:
         """Return how many kernel layouts and decoded scales were made since the library was loaded."""
@@ -64,6 +72,15 @@ def operators() -> NativeOperators | None:
             error,
         )
         return None
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
+    for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, DECODED):
+        cache.forget(tensor)
+    found = operators()
+    if found is not None:
+        found.forget(tensor)
 
 
 _GATE = threading.Lock()

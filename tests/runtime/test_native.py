@@ -87,6 +87,14 @@ def test_edited_bits_are_never_stale(installed: NativeOperators, edit: str, grou
     torch.testing.assert_close(after.double(), exact(x, weight), rtol=1e-5, atol=2e-4)
 
 
+def test_unseen_edit_needs_forget(installed: NativeOperators) -> None:
+    weight, x = weights(9, 64), inputs(1, 64)
+    before = call(x, weight)
+    weight[0].data.bitwise_not_()
+    native.forget(weight[0])
+    torch.testing.assert_close(call(x, weight), -before, rtol=1e-6, atol=1e-6)  # the same sums, negated
+
+
 def test_recycled_addresses_are_never_stale(installed: NativeOperators) -> None:
     x = inputs(1, 64)
     for seed in range(30):  # each round frees tensors whose addresses the next one takes
@@ -158,7 +166,8 @@ def test_ids_that_wrap_or_leave_the_table(installed: NativeOperators) -> None:
     assert torch.equal(rows, torch.full((1, 8), 4.0))
     with pytest.raises(IndexError):
         BWLA.int8_embedding(torch.tensor([4]), codes, scale, torch.float32, exponent)
-    assert BWLA.int8_embedding(torch.empty(0, 2, dtype=torch.long), codes, scale, torch.half, exponent).shape == (0, 2, 8)
+    empty = BWLA.int8_embedding(torch.empty(0, 2, dtype=torch.long), codes, scale, torch.half, exponent)
+    assert empty.shape == (0, 2, 8)
 
 
 def test_double_input_goes_the_portable_way(installed: NativeOperators) -> None:
