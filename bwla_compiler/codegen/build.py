@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from bwla_compiler.codegen.isa import FLAGS, Isa, cpu_flags
@@ -40,9 +41,17 @@ def compiler_version() -> str | None:
 
 
 def build(source: str, isa: Isa) -> Path | None:
-    """Return the shared library compiled from `source` for `isa`; from the cache where it was built before.
+    """Return the shared library compiled from `source` for `isa`; see `build_library`."""
+    return build_library(source, isa, flags=(*COMMON_FLAGS, *FLAGS[isa]), key=sorted(cpu_flags()))
 
-    None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes: each compiles to its own
+
+def build_library(
+    source: str, name: str, *, flags: Sequence[str], links: Sequence[str] = (), key: Sequence[str] = ()
+) -> Path | None:
+    """Return the shared library compiled from `source`; from the cache where it was built before.
+
+    name: first part of the file's name. flags, links: before and after the source on the command line. key: what
+    else determines the result. None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes: each compiles to its own
     temporary file and renames it. Raises BuildError with the compiler's words where the source does not compile,
     or where the cache folder cannot be written.
     """
@@ -50,29 +59,29 @@ def build(source: str, isa: Isa) -> Path | None:
     version = _version(command)
     if version is None:
         return None
-    flags = (*COMMON_FLAGS, *FLAGS[isa])
-    key = hashlib.sha256("\0".join([source, *command, *flags, version, *sorted(cpu_flags())]).encode()).hexdigest()
+    parts = [source, *command, *flags, *links, version, *key]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     folder = settings().cache / "kernels"
-    library = folder / f"{isa}-{key[:32]}.so"
+    library = folder / f"{name}-{digest[:32]}.so"
     if library.exists():
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile([*command, *flags], source, Path(work), library)
+            _compile([*command, *flags], source, Path(work), library, links=links)
     except OSError as error:
         raise BuildError(f"cannot write kernels to {folder}: {error}; set BWLA_CACHE to a writable folder") from error
     return library
 
 
-def _compile(command: list[str], source: str, work: Path, library: Path) -> None:
+def _compile(command: list[str], source: str, work: Path, library: Path, *, links: Sequence[str]) -> None:
     """Compile in the folder `work`, then move the result to `library` in one step."""
     text, result = work / "kernels.cpp", work / "kernels.so"
     text.write_text(source)
     log.info("compiling kernels: %s", shlex.join(command))
     try:
         run = subprocess.run(
-            [*command, str(text), "-o", str(result)], capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+            [*command, str(text), "-o", str(result), *links], capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{shlex.join(command)} took more than {TIMEOUT_SECONDS:.0f} seconds") from error

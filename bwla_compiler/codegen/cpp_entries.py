@@ -211,7 +211,7 @@ INT8 = r"""
 EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                              long tokens, long out, long in, long threads) {
   const long height = std::clamp(out / (threads * 8), 1L, 64L);
-  parallel(divide_up(out, height), out * in < (1 << 18) ? 1 : threads, [&](long job) {
+  parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
     auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };
     long m = 0;

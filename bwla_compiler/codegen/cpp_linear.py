@@ -1,6 +1,6 @@
 """The C++ source of every kernel of one instruction set: one self-contained translation unit without torch."""
 
-from bwla_compiler.codegen import cpp_avx2, cpp_avx512, cpp_driver, cpp_entries, cpp_portable
+from bwla_compiler.codegen import cpp_avx2, cpp_avx512, cpp_driver, cpp_ends, cpp_entries, cpp_portable
 from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
@@ -22,5 +22,7 @@ def emit(isa: Isa) -> str:
         cpp_entries.LINEAR,
         cpp_entries.ENTRIES,
         cpp_entries.INT8,
+        cpp_ends.TRANSFORM,
+        cpp_ends.EMBEDDING,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -45,7 +45,14 @@ _CALLS: dict[str, tuple[type, ...]] = {
     "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
     "accumulate": (c_void_p, c_void_p, c_long, c_long, c_long, c_int, c_void_p),
     "int8_linear": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+    "transform": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+    "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
 }
+
+OPS_ENTRIES = (
+    "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
+)  # fmt: skip
+"""The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
 
 class KernelLibrary:
@@ -72,6 +79,13 @@ class KernelLibrary:
         self.quantize = self._library.bwla_quantize
         self.accumulate = self._library.bwla_accumulate
         self.int8_linear = self._library.bwla_int8_linear
+        self.transform = self._library.bwla_transform
+        self.int8_embedding = self._library.bwla_int8_embedding
+
+    def addresses(self) -> ctypes.Array[c_void_p]:
+        """Return the addresses of OPS_ENTRIES, as `bwla_register` of the C++ operators takes them."""
+        found = [ctypes.cast(getattr(self._library, f"bwla_{name}"), c_void_p) for name in OPS_ENTRIES]
+        return (c_void_p * len(found))(*found)
 
     def _declare(self, name: str, result: type | None, arguments: tuple[type, ...]) -> None:
         entry = getattr(self._library, f"bwla_{name}")

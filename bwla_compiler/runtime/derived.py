@@ -2,7 +2,7 @@
 
 Keyed by a weak reference, the address and the version of the tensor: an id alone may be recycled, an edit in place
 moves only the version. An inference tensor has no version, so nothing is kept for it. `x.data.mul_()` moves neither
-address nor version and cannot be seen: call `forget` after such an edit.
+address nor version and cannot be seen: call `native.forget` after such an edit.
 """
 
 import warnings

@@ -12,6 +12,9 @@ Device = torch.device | str | None
 
 INT8_LIMIT = 127
 
+INT8_LINEAR = torch.ops.bwla.int8_linear.default
+INT8_EMBEDDING = torch.ops.bwla.int8_embedding.default
+
 
 class Int8Linear(nn.Module):
     """y = (x' codes^T) * row_scale + bias with x' = transform(x) * column_scale, in float32: heads.
@@ -60,8 +63,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
-        inner = _prepared(x, self.transform, read_half(self, "column_scale"))
-        y: Tensor = torch.ops.bwla.int8_linear(inner, self.codes, read_half(self, "row_scale"), self.bias)
+        inner = _prepared(self, x)
+        b = self._buffers
+        y: Tensor = INT8_LINEAR(inner, b["codes"], b["row_scale"], b["bias"], b["row_scale_exponent"])
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -109,9 +113,11 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] integer -> [..., embedding_dim]."""
-        dtype = self.typed.dtype if self.transform is None else torch.float32
-        y: Tensor = torch.ops.bwla.int8_embedding(ids, self.codes, read_half(self, "row_scale"), dtype)
-        return y if self.transform is None else self.transform(y).to(self.typed.dtype)
+        transform = self._modules.get("transform")
+        b, dtype = self._buffers, self.typed.dtype
+        inner = dtype if transform is None else torch.float32
+        y: Tensor = INT8_EMBEDDING(ids, b["codes"], b["row_scale"], inner, b["row_scale_exponent"])
+        return y if transform is None else transform(y).to(dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -149,9 +155,10 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
-        table = self._tied[0]
-        inner = _prepared(x, self.transform, read_half(self, "column_scale"))
-        y: Tensor = torch.ops.bwla.int8_linear(inner, table.codes, read_half(table, "row_scale"), self.bias)
+        table = self._tied[0]._buffers
+        inner = _prepared(self, x)
+        bias = self._buffers["bias"]
+        y: Tensor = INT8_LINEAR(inner, table["codes"], table["row_scale"], bias, table["row_scale_exponent"])
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -174,7 +181,12 @@ def _int8_rows(module: nn.Module, weight: Tensor) -> Tensor:
     return (rows / scale).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
 
 
-def _prepared(x: Tensor, transform: OnlineTransform | None, column_scale: Tensor | None) -> Tensor:
+def _prepared(head: nn.Module, x: Tensor) -> Tensor:
     """Return what a head's codes are multiplied with: x itself, or transform(x) * column_scale in float32."""
+    transform = head._modules.get("transform")
     inner = x if transform is None else transform(x.float())
-    return inner if column_scale is None else inner.float() * column_scale
+    if head._buffers["column_scale"] is None:
+        return inner
+    column_scale = read_half(head, "column_scale")
+    assert column_scale is not None
+    return inner.float() * column_scale

@@ -48,14 +48,17 @@ def _register(module: nn.Module, name: str, bits: Tensor | None, exponent: Tenso
 
 
 def read_half(module: nn.Module, name: str) -> Tensor | None:
-    """Return the float32 values of buffer `name`, None where it is None.
+    """Return the float32 values of buffer `name`, None where it is None."""
+    bits, exponent = getattr(module, name), getattr(module, f"{name}_exponent")
+    return None if bits is None else decoded(bits, exponent)
 
-    Eagerly the same tensor as long as the buffers are unchanged, so that what is derived from it is kept too;
+
+def decoded(bits: Tensor, exponent: Tensor) -> Tensor:
+    """Return float16(bits) * 2^exponent as float32; bits int16, exponent int8 of one element.
+
+    Eagerly the same tensor as long as the two are unchanged, so that what is derived from it is kept too;
     in a compiled graph the decoding is part of the graph.
     """
-    bits, exponent = getattr(module, name), getattr(module, f"{name}_exponent")
-    if bits is None:
-        return None
     if torch.compiler.is_compiling() or bits.is_meta or type(bits) is not Tensor:
         return _decode(bits, exponent)
     return DECODED.get(bits, lambda: _decode(bits, exponent), beside=exponent)

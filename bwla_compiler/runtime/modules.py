@@ -26,6 +26,8 @@ __all__ = [
     "stored_bytes",
 ]
 
+LINEAR = torch.ops.bwla.linear.default
+
 
 class PackedLinear(nn.Module):
     """y = sum_p scale_p B_p q(x') + low rank + bias, x' the transformed input, q its rounding per token.
@@ -144,19 +146,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
-        inner = x if self.transform is None else self.transform(x.float())
-        y: Tensor = torch.ops.bwla.linear(
-            inner,
-            self.signs,
-            read_half(self, "row_scale"),
-            read_half(self, "column_scale"),
-            self.low_rank_in,
-            self.low_rank_out,
-            read_half(self, "low_rank_scale"),
-            self.bias,
+        transform = self._modules.get("transform")
+        b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
+        y: Tensor = LINEAR(
+            x if transform is None else transform(x.float()),
+            b["signs"],
+            b["row_scale"],
+            b["column_scale"],
+            b["low_rank_in"],
+            b["low_rank_out"],
+            b["low_rank_scale"],
+            b["bias"],
             self.activation_bits,
+            b["row_scale_exponent"],
+            b["column_scale_exponent"],
+            b["low_rank_scale_exponent"],
         )
-        return y.to(x.dtype)
+        return y if transform is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         bits = 8 * stored_bytes(self) / max(1, self.in_features * self.out_features)

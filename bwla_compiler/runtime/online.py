@@ -12,6 +12,8 @@ from bwla_compiler.spec import TransformSpec
 
 assert ops.LIBRARY is not None  # defines the operators
 
+TRANSFORM = torch.ops.bwla.transform.default
+
 Kind = Literal["none", "folded", "kronecker", "hadamard"]
 
 
@@ -57,7 +59,10 @@ class OnlineTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x."""
-        result: Tensor = torch.ops.bwla.transform(x, *self.factors())
+        b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
+        result: Tensor = TRANSFORM(
+            x, b["scale"], b["left"], b["right"], b["scale_exponent"], b["left_exponent"], b["right_exponent"]
+        )
         return result
 
     def extra_repr(self) -> str:

@@ -1,7 +1,9 @@
 """The operators bwla::*: schema, shapes, implementations, and the refusal of gradients.
 
 x is float32, bfloat16 or float16 with any leading dimensions; arithmetic is float32; results have the dtype of x.
-Defined by torch.library.Library: its `impl` costs a few microseconds a call, the custom_op decorator five times that.
+Scales and factors are floats, or int16 bits of float16 with their power of two as the argument NAME_exponent (int8,
+one element), which the operators decode. The first call on the CPU builds the C++ operators (`native`), which then
+take the place of the Python implementations here.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +13,24 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, portable
+from bwla_compiler.runtime import compiled, native, portable
 from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.runtime.halves import decoded
 from bwla_compiler.spec import FLOAT_BITS
-
-INT8_KERNEL_TOKENS = 32
-"""Beyond, torch's float matrix product on chunks of rows serves: as fast at 32 tokens, over twice as fast at 128."""
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
 SCHEMAS = (
-    "transform(Tensor x, Tensor? scale, Tensor? left, Tensor? right) -> Tensor",
+    "transform(Tensor x, Tensor? scale, Tensor? left, Tensor? right, Tensor? scale_exponent=None, "
+    "Tensor? left_exponent=None, Tensor? right_exponent=None) -> Tensor",
     "linear(Tensor x, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, Tensor? low_rank_out, "
-    "Tensor? low_rank_scale, Tensor? bias, int activation_bits) -> Tensor",
+    "Tensor? low_rank_scale, Tensor? bias, int activation_bits, Tensor? scale_exponent=None, "
+    "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
     "linear_group(Tensor x, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
-    "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, int activation_bits) -> Tensor[]",
-    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor",
-    "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
+    "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, int activation_bits, "
+    "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
+    "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
@@ -35,6 +38,25 @@ for _schema in SCHEMAS:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _values(stored: Tensor, exponent: Tensor | None) -> Tensor:
+    """Return the floats that a scale or factor stands for. Raises ShapeError for bits without exponent, or reverse."""
+    if (stored.dtype == torch.int16) != (exponent is not None):
+        raise ShapeError(
+            f"a scale of {stored.dtype} with{'' if exponent is not None else 'out'} exponent: expected floats alone, "
+            "or int16 bits of float16 with an int8 exponent"
+        )
+    return stored if exponent is None else decoded(stored, exponent)
+
+
+def _maybe_values(stored: Tensor | None, exponent: Tensor | None) -> Tensor | None:
+    """Return `_values`, None for none. Raises ShapeError for an exponent alone."""
+    if stored is None:
+        if exponent is not None:
+            raise ShapeError("an exponent is given, and the scale it belongs to is not")
+        return None
+    return _values(stored, exponent)
 
 
 def _check_linear(x: Tensor, linear: Linear, bits: int) -> None:
@@ -82,13 +104,17 @@ def _members(
     low_rank_out: Sequence[Tensor | None],
     low_rank_scale: Sequence[Tensor | None],
     bias: Sequence[Tensor | None],
+    scale_exponent: Sequence[Tensor | None],
+    low_rank_scale_exponent: Sequence[Tensor | None],
 ) -> list[Linear]:
     """Return one Linear per member. Raises ShapeError where the lists are not equally long."""
-    lengths = [len(part) for part in (signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias)]
+    parts = (signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent)
+    lengths = [len(part) for part in parts]
     if len(set(lengths)) != 1:
         raise ShapeError(f"the lists of a group have {lengths} entries: one per member is needed, None for none")
-    pairs = map(_pair, low_rank_in, low_rank_out, low_rank_scale)
-    return [Linear(*parts) for parts in zip(signs, scale, pairs, bias, strict=True)]
+    rank_scale = map(_maybe_values, low_rank_scale, low_rank_scale_exponent)
+    pairs = map(_pair, low_rank_in, low_rank_out, rank_scale)
+    return [Linear(*one) for one in zip(signs, map(_values, scale, scale_exponent), pairs, bias, strict=True)]
 
 
 # ---------------------------------------------------------------- implementations
@@ -130,9 +156,14 @@ def _linear_with(fast: bool) -> Any:
     def linear(
         x: Tensor, signs: Tensor, scale: Tensor, column_scale: Tensor | None, low_rank_in: Tensor | None,
         low_rank_out: Tensor | None, low_rank_scale: Tensor | None, bias: Tensor | None, activation_bits: int,
+        scale_exponent: Tensor | None = None, column_scale_exponent: Tensor | None = None,
+        low_rank_scale_exponent: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        member = Linear(signs, scale, _pair(low_rank_in, low_rank_out, low_rank_scale), bias)
-        return _linears(x, [member], column_scale, activation_bits, fast=fast)[0]
+        rank_scale = _maybe_values(low_rank_scale, low_rank_scale_exponent)
+        pair = _pair(low_rank_in, low_rank_out, rank_scale)
+        member = Linear(signs, _values(scale, scale_exponent), pair, bias)
+        columns = _maybe_values(column_scale, column_scale_exponent)
+        return _linears(x, [member], columns, activation_bits, fast=fast)[0]
 
     return linear
 
@@ -143,10 +174,14 @@ def _group_with(fast: bool) -> Any:
     def linear_group(
         x: Tensor, signs: list[Tensor], scale: list[Tensor], column_scale: Tensor | None,
         low_rank_in: list[Tensor | None], low_rank_out: list[Tensor | None], low_rank_scale: list[Tensor | None],
-        bias: list[Tensor | None], activation_bits: int,
+        bias: list[Tensor | None], activation_bits: int, scale_exponent: list[Tensor | None],
+        column_scale_exponent: Tensor | None, low_rank_scale_exponent: list[Tensor | None],
     ) -> list[Tensor]:  # fmt: skip
-        members = _members(signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias)
-        return _linears(x, members, column_scale, activation_bits, fast=fast)
+        members = _members(
+            signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
+        )
+        columns = _maybe_values(column_scale, column_scale_exponent)
+        return _linears(x, members, columns, activation_bits, fast=fast)
 
     return linear_group
 
@@ -154,13 +189,15 @@ def _group_with(fast: bool) -> Any:
 def _int8_linear_with(fast: bool) -> Any:
     """Return the implementation of bwla::int8_linear."""
 
-    def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def int8_linear(
+        x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scale_exponent: Tensor | None = None
+    ) -> Tensor:
         if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != x.shape[-1]:
             raise ShapeError(f"codes {codes.dtype} {list(codes.shape)}: expected int8 [out, {x.shape[-1]}]")
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
-        rows = _rows(x)
-        library = compiled.kernels() if fast and rows.shape[0] <= INT8_KERNEL_TOKENS else None
+        scale, rows = _values(scale, scale_exponent), _rows(x)
+        library = compiled.kernels() if fast and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
         if library is not None:
             y = compiled.int8_linear(library, rows, codes, scale, bias)
         else:
@@ -170,6 +207,30 @@ def _int8_linear_with(fast: bool) -> Any:
     return int8_linear
 
 
+def _transform(
+    x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None, scale_exponent: Tensor | None = None,
+    left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
+    return portable.transform(x, *(_maybe_values(stored, exponent) for stored, exponent in factors))
+
+
+def _int8_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, scale_exponent: Tensor | None = None
+) -> Tensor:
+    return portable.int8_embedding(ids, codes, _values(scale, scale_exponent), dtype)
+
+
+def _installing(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the implementation for the CPU: called once before the C++ operators serve, always where they cannot."""
+
+    def call(*arguments: Any) -> Any:
+        native.install()
+        return implementation(*arguments)
+
+    return call
+
+
 def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     raise GradientError(
         "quantized linears have no gradient; use torch.no_grad() for inference, or train the model before it is "
@@ -177,12 +238,20 @@ def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
-for _key, _fast in (("CompositeExplicitAutograd", False), ("CPU", True)):
-    LIBRARY.impl("linear", _linear_with(_fast), _key)
-    LIBRARY.impl("linear_group", _group_with(_fast), _key)
-    LIBRARY.impl("int8_linear", _int8_linear_with(_fast), _key)
-LIBRARY.impl("transform", portable.transform, "CompositeExplicitAutograd")
-LIBRARY.impl("int8_embedding", portable.int8_embedding, "CompositeExplicitAutograd")
+ON_CPU: dict[str, Callable[..., Any]] = {
+    "transform": _installing(_transform),
+    "linear": _installing(_linear_with(True)),
+    "linear_group": _installing(_group_with(True)),
+    "int8_linear": _installing(_int8_linear_with(True)),
+    "int8_embedding": _installing(_int8_embedding),
+}
+for _name, _implementation in ON_CPU.items():
+    LIBRARY.impl(_name, _implementation, "CPU")
+LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
+LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
 LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
 
 
@@ -193,7 +262,7 @@ def _result(x: Tensor, features: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], features])
 
 
-def _fake_transform(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
+def _fake_transform(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -205,11 +274,13 @@ def _fake_linear_group(x: Tensor, signs: list[Tensor], *rest: Any) -> list[Tenso
     return [_result(x, member.shape[1]) for member in signs]
 
 
-def _fake_int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_int8_linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return _result(x, codes.shape[0])
 
 
-def _fake_int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _fake_int8_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, scale_exponent: Tensor | None = None
+) -> Tensor:
     return codes.new_empty([*ids.shape, codes.shape[1]], dtype=dtype)
 
 
@@ -272,10 +343,5 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
     return kernel
 
 
-for _name, _direct in (
-    ("transform", portable.transform),
-    ("linear", _linear_with(True)),
-    ("linear_group", _group_with(True)),
-    ("int8_linear", _int8_linear_with(True)),
-):
-    LIBRARY.impl(_name, _differentiable(_name, _direct), "Autograd", with_keyset=True)
+for _name in ("transform", "linear", "linear_group", "int8_linear"):
+    LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

@@ -27,7 +27,7 @@ def test_builds_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     first = build(TINY, "portable")
     assert first is not None
     assert first.parent == own_cache / "kernels"
-    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(building, "_compile", lambda *_, **__: pytest.fail("compiled again"))
     assert build(TINY, "portable") == first
     assert [p.name for p in first.parent.iterdir()] == [first.name], "temporary files stay behind"
 

@@ -209,6 +209,32 @@ def test_int8_linear(library: KernelLibrary, shape: tuple[int, int, int], biased
     assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50)], ids=str)
+@pytest.mark.parametrize("parts", ["scale left right", "left", "right", "scale", ""])
+def test_transform(library: KernelLibrary, shape: tuple[int, int, int], parts: str) -> None:
+    tokens, n1, n2 = shape
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(tokens, n1, n2, generator=generator)
+    scale, left, right = (torch.randn(*s, generator=generator) for s in ((n1, n2), (n1, n1), (n2, n2)))
+    y, want = torch.full_like(x, float("nan")), x.double()
+    want = want * scale if "scale" in parts else want
+    want = want @ right.double() if "right" in parts else want
+    want = left.double().T @ want if "left" in parts else want
+    addresses = [t.data_ptr() if n in parts else 0 for n, t in (("scale", scale), ("left", left), ("right", right))]
+    library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
+    # two float32 sums of up to 50 terms of order one
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_embedding(library: KernelLibrary) -> None:
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(-127, 128, (11, 37), generator=generator, dtype=torch.int8)
+    scale, ids = torch.rand(11, generator=generator), torch.tensor([10, 0, 3])
+    y = torch.empty(3, 37)
+    library.int8_embedding(ids.data_ptr(), codes.data_ptr(), scale.data_ptr(), y.data_ptr(), 3, 37)
+    assert torch.equal(y, codes[ids].float() * scale[ids][:, None])
+
+
 def test_calls_from_several_threads(library: KernelLibrary) -> None:
     """The pool serves one caller; the others run alone, and all are right."""
     from concurrent.futures import ThreadPoolExecutor

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from bwla_compiler.codegen import library as libraries
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.numerics.planes import pack_signs
-from bwla_compiler.runtime import compiled, ops, reference
+from bwla_compiler.runtime import compiled, native, ops, reference
 
 BWLA = torch.ops.bwla
 assert ops.LIBRARY is not None
@@ -42,27 +43,58 @@ def run_group(x: Tensor, members: list[Any], bits: int) -> list[Tensor]:
     pairs = [low_rank or (None,) * 3 for _, _, low_rank, _ in members]
     columns = [list(c) for c in zip(*pairs, strict=True)]
     results: list[Tensor] = BWLA.linear_group(
-        x, [m[0] for m in members], [m[1] for m in members], None, *columns, [m[3] for m in members], bits
-    )
+        x, [m[0] for m in members], [m[1] for m in members], None, *columns, [m[3] for m in members], bits,
+        [None] * len(members), None, [None] * len(members),
+    )  # fmt: skip
     return results
 
 
-@pytest.fixture(params=["compiled", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations."""
-    if request.param == "portable":
-        monkeypatch.setattr(compiled, "kernels", lambda: None)
-    return str(request.param)
+@contextmanager
+def without_native() -> Iterator[None]:
+    """Let the Python implementations serve."""
+    installed = native.operators()
+    assert installed is not None, "the tests need a C++ compiler and torch's headers"
+    installed.unregister()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "install", lambda: None)
+        yield
+    installed.register()
+
+
+@pytest.fixture(params=["native", "ctypes", "portable"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every implementation: C++ operators, Python over ctypes, plain torch."""
+    if request.param == "native":
+        native.install()
+        yield "native"
+        return
+    with without_native():
+        if request.param == "portable":
+            monkeypatch.setattr(compiled, "kernels", lambda: None)
+        yield str(request.param)
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("BWLA_CXX", "")
-    libraries.load.cache_clear()
-    compiled.kernels.cache_clear()
+    caches = (libraries.load, compiled.kernels, native.operators)
+    with forgetting_native():
+        monkeypatch.setenv("BWLA_CXX", "")
+        for cache in caches:
+            cache.cache_clear()
+        yield
+        for cache in caches:
+            cache.cache_clear()
+
+
+@contextmanager
+def forgetting_native() -> Iterator[None]:
+    """Take the C++ operators back, to be found anew."""
+    installed = native.operators()
+    assert installed is not None
+    installed.unregister()
+    native.operators.cache_clear()
     yield
-    libraries.load.cache_clear()
-    compiled.kernels.cache_clear()
+    native.operators.cache_clear()
 
 
 CASES = {
@@ -119,7 +151,7 @@ def test_group_equals_members_bit_for_bit(path: str) -> None:
         assert torch.equal(y, run(x, member, 6))
 
 
-def test_transform_equals_reference() -> None:
+def test_transform_equals_reference(path: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, scale = torch.randn(2, 3, 24, generator=generator), torch.rand(24, generator=generator)
     left, right = torch.randn(4, 4, generator=generator), torch.randn(6, 6, generator=generator)
@@ -145,7 +177,7 @@ def test_int8_linear_equals_reference(path: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_embedding_equals_reference(dtype: torch.dtype) -> None:
+def test_int8_embedding_equals_reference(path: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (37, 50), generator=generator, dtype=torch.int8)
     scale, ids = torch.rand(37, generator=generator), torch.randint(0, 37, (2, 3), generator=generator)
@@ -158,7 +190,8 @@ def test_opcheck() -> None:
     signs, scale, low_rank, bias = make_linear(9, 40, rank=2)
     x, codes = torch.randn(2, 40), torch.zeros(5, 40, dtype=torch.int8)
     torch.library.opcheck(BWLA.linear.default, (x, signs, scale, None, *low_rank, bias, 6))
-    group = (x, [signs] * 2, [scale] * 2, None, [None] * 2, [None] * 2, [None] * 2, [bias, None], 6)
+    nothing = [None] * 2
+    group = (x, [signs] * 2, [scale] * 2, None, nothing, nothing, nothing, [bias, None], 6, nothing, None, nothing)
     torch.library.opcheck(BWLA.linear_group.default, group)
     torch.library.opcheck(BWLA.transform.default, (x, None, torch.eye(5), torch.eye(8)))
     torch.library.opcheck(BWLA.int8_linear.default, (x, codes, torch.ones(5), None))
@@ -174,7 +207,7 @@ def test_meta_shapes() -> None:
 
 
 @pytest.mark.parametrize("op", ["linear", "group", "transform", "int8"])
-def test_gradient_is_refused_only_when_asked(op: str) -> None:
+def test_gradient_is_refused_only_when_asked(path: str, op: str) -> None:
     linear = make_linear(9, 40)
     x = torch.randn(2, 40, requires_grad=True)
     call = {
@@ -191,7 +224,7 @@ def test_gradient_is_refused_only_when_asked(op: str) -> None:
         y.sum().backward()
 
 
-def test_compiled_graph_refuses_gradient_only_when_asked() -> None:
+def test_compiled_graph_refuses_gradient_only_when_asked(path: str) -> None:
     linear = make_linear(9, 40)
     function = torch.compile(lambda x: run(x * 2, linear, 6) + 1, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 40, requires_grad=True)
@@ -211,7 +244,7 @@ def test_edited_weights_are_never_stale(path: str) -> None:
     assert torch.equal(run(x, linear, 6), run(x, (other[0], other[1], None, bias), 6))
 
 
-def test_recycled_tensors_are_never_stale() -> None:
+def test_recycled_tensors_are_never_stale(path: str) -> None:
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     for seed in range(20):  # each round frees tensors whose ids and addresses the next one takes
         linear = make_linear(8, 64, seed=seed)
@@ -220,7 +253,7 @@ def test_recycled_tensors_are_never_stale() -> None:
         del linear
 
 
-def test_inference_tensors_are_never_stale() -> None:
+def test_inference_tensors_are_never_stale(path: str) -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         linear, other = make_linear(8, 64), make_linear(8, 64, seed=3)
@@ -243,14 +276,17 @@ def test_no_compiler_warns_once_and_is_right(no_compiler: None) -> None:
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)  # 40 float32 additions
 
 
-def test_portable_and_compiled_round_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_paths_round_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row scales of one: sums of integers are exact in float32, so that both paths agree in every bit."""
     signs, scale, _, _ = make_linear(33, 500)
     x = torch.randn(7, 500, generator=torch.Generator().manual_seed(1))
     linear = (signs, torch.ones_like(scale), None, None)
+    native.install()
     y = run(x, linear, 6)
-    monkeypatch.setattr(compiled, "kernels", lambda: None)
-    assert torch.equal(run(x, linear, 6), y)
+    with without_native():
+        assert torch.equal(run(x, linear, 6), y)
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
+        assert torch.equal(run(x, linear, 6), y)
 
 
 @pytest.mark.parametrize("bits", [6, 16])
@@ -262,7 +298,7 @@ def test_tokens_that_are_not_finite(path: str, bits: int) -> None:
     assert y[[0, 2]].isfinite().all()
 
 
-def test_wrong_shapes_are_named() -> None:
+def test_wrong_shapes_are_named(path: str) -> None:
     signs, scale, low_rank, _ = make_linear(9, 40, rank=2)
     x = torch.randn(2, 40)
     nothing = (None,) * 5
@@ -279,6 +315,8 @@ def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ShapeError, match="column_scale"):
         BWLA.linear(x, signs, scale, torch.ones(3), None, None, None, None, 6)
     with pytest.raises(ShapeError, match="group"):
-        BWLA.linear_group(x, [signs], [scale], None, [], [None], [None], [None], 6)
+        BWLA.linear_group(x, [signs], [scale], None, [], [None], [None], [None], 6, [None], None, [None])
+    with pytest.raises(ShapeError, match="exponent"):
+        BWLA.linear(x, signs, scale, *nothing, 6, torch.zeros((), dtype=torch.int8))
     with pytest.raises(ShapeError, match="codes"):
         BWLA.int8_linear(x, torch.zeros(3, 4, dtype=torch.int8), torch.ones(3), None)

@@ -1,0 +1,94 @@
+"""The operators in C++: built once, then put before the Python implementations, whose calls cost ten times more."""
+
+import ctypes
+import functools
+import logging
+import threading
+from ctypes import c_long, c_void_p
+from pathlib import Path
+
+from torch import Tensor
+
+from bwla_compiler.codegen.library import KernelLibrary
+from bwla_compiler.codegen.torch_library import build_operators
+from bwla_compiler.errors import BuildError
+from bwla_compiler.runtime import compiled
+from bwla_compiler.runtime.halves import DECODED
+
+log = logging.getLogger(__name__)
+
+INT8_KERNEL_TOKENS = 32
+"""Beyond, torch's float matrix product on chunks of rows serves: as fast at 32 tokens, over twice as fast at 128."""
+
+
+class NativeOperators:
+    """The compiled library of operators at `path`, over `kernels`. Raises BuildError where it does not load."""
+
+    def __init__(self, path: Path, kernels: KernelLibrary) -> None:
+        self.registered = False
+        self._entries = kernels.addresses()
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"{path} does not load: {error}; delete it to have it built anew") from error
+        self._library.bwla_register.argtypes = [c_void_p, c_long]
+        self._library.bwla_forget.argtypes = [c_void_p]
+        self._library.bwla_derived.restype = c_long
+
+    def register(self) -> None:
+        """Put the operators before the Python implementations, which serve from the next call on."""
+        if not self.registered:
+            self._library.bwla_register(self._entries, INT8_KERNEL_TOKENS)
+        self.registered = True
+
+    def unregister(self) -> None:
+        """Take them back: the Python implementations serve again; derived values are dropped."""
+        if self.registered:
+            self._library.bwla_unregister()
+        self.registered = False
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drop what was derived from this tensor."""
+        self._library.bwla_forget(tensor._cdata)
+
+    def derived(self) -> int:
+        """Return how many kernel layouts and decoded scales were made since the library was loaded."""
+        return int(self._library.bwla_derived())
+
+
+@functools.cache
+def operators() -> NativeOperators | None:
+    """Return the operators, built where needed; None where there is no compiler, or, with a warning, where it fails."""
+    kernels = compiled.kernels()
+    if kernels is None:
+        return None
+    try:
+        path = build_operators()
+        return None if path is None else NativeOperators(path, kernels)
+    except BuildError as error:
+        log.warning(
+            "the C++ operators could not be built, so each call of a quantized linear goes through Python and costs "
+            "some 100 microseconds more: %s",
+            error,
+        )
+        return None
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
+    for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, DECODED):
+        cache.forget(tensor)
+    found = operators()
+    if found is not None:
+        found.forget(tensor)
+
+
+_GATE = threading.Lock()
+
+
+def install() -> None:
+    """Build and register the operators if that was not done or tried before."""
+    with _GATE:
+        found = operators()
+        if found is not None:
+            found.register()
