@@ -1,7 +1,6 @@
 """FuseKernels: packed linears that read one tensor become one call, which rounds their input once."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,10 +45,19 @@ class FuseKernels:
         return report
 
 
+_N_OPERANDS = 12
+"""Of bwla::linear: x, signs, scale, column scale, low rank (3), bias, bits, and three exponents."""
+
+
+def _operands(linear: Node) -> tuple[Any, ...]:
+    """All operands of a linear by position, None for those left out."""
+    return (*linear.args, *(None,) * (_N_OPERANDS - len(linear.args)))
+
+
 def _shared(linear: Node) -> tuple[Any, ...]:
-    """What the members of a group must have in common: input, column scale, activation bits."""
-    x, column_scale, bits = linear.args[0], linear.args[3], linear.args[8]
-    return x, column_scale, bits
+    """What the members of a group must have in common: input, column scale and its exponent, activation bits."""
+    operands = _operands(linear)
+    return operands[0], operands[3], operands[10], operands[8]
 
 
 def _refusal(members: list[Node]) -> str:
@@ -68,12 +76,15 @@ def _refusal(members: list[Node]) -> str:
 def _merge(gm: GraphModule, members: list[Node]) -> None:
     """Replace linears by one group call at the place of the last, and move their readers behind it."""
     graph, last = gm.graph, members[-1]
-    operands: Callable[[int], list[Any]] = lambda index: [m.args[index] for m in members]  # noqa: E731
-    x, column_scale, bits = _shared(last)
+    x, column_scale, column_exponent, bits = _shared(last)
+    columns = list(zip(*map(_operands, members), strict=True))
+    signs, scale, low_rank, bias = columns[1], columns[2], columns[4:7], columns[7]
+    exponents, rank_exponents = columns[9], columns[11]
     with graph.inserting_before(last):
+        operands: list[Any] = [x, signs, scale, column_scale, *low_rank, bias, bits]
+        operands += [exponents, column_exponent, rank_exponents]
         group = graph.call_function(
-            _OPS.linear_group.default,
-            (x, operands(1), operands(2), column_scale, operands(4), operands(5), operands(6), operands(7), bits),
+            _OPS.linear_group.default, tuple(list(o) if isinstance(o, tuple) else o for o in operands)
         )
         results = [graph.call_function(operator.getitem, (group, i)) for i in range(len(members))]
     for member, result in zip(members, results, strict=True):
