@@ -95,7 +95,11 @@ def head_names(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     """Names of the linears that give logits: outside the repeated blocks, and the model's output embeddings."""
     output = _ask(model, "get_output_embeddings")
     modules = dict(model.named_modules(remove_duplicate=False))
-    return tuple(x.name for x in plan.linears if modules.get(x.name) is output or x.output.size == _vocabulary(model))
+    return tuple(
+        x.name
+        for x in plan.linears
+        if modules.get(x.name) is output or (x.block == "" and x.output.size == _vocabulary(model))
+    )
 
 
 def _ask(model: nn.Module, method: str) -> Any:
