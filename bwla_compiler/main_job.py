@@ -40,11 +40,11 @@ SPEED_BITS = 6
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 96
-    test_sequences: int = 32
+    calibration_sequences: int = 64
+    test_sequences: int = 24
     length: int = 256
-    decode_steps: int = 32
-    rounds: int = 6
+    decode_steps: int = 24
+    rounds: int = 4
 
 
 QUICK = Size(calibration_sequences=32, test_sequences=8, decode_steps=16, rounds=3)
