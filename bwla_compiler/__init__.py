@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         save,
         verify,
     )
+    from bwla_compiler.backend import refresh
     from bwla_compiler.errors import BwlaError
     from bwla_compiler.graph.plan import Plan
     from bwla_compiler.main_job import run_demo
@@ -35,6 +36,7 @@ _HOMES = {
     "perplexity": "bwla_compiler.api",
     "plan": "bwla_compiler.api",
     "quantize": "bwla_compiler.api",
+    "refresh": "bwla_compiler.backend",
     "rotate": "bwla_compiler.api",
     "run_demo": "bwla_compiler.main_job",
     "save": "bwla_compiler.api",
@@ -53,6 +55,7 @@ __all__ = [
     "perplexity",
     "plan",
     "quantize",
+    "refresh",
     "rotate",
     "run_demo",
     "save",

@@ -15,8 +15,9 @@ LAYERS = {
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
-    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "backend"), 5),
-    **dict.fromkeys(("main_job", "api", "cli", "__main__"), 6),
+    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo"), 5),
+    "backend": 6,
+    **dict.fromkeys(("main_job", "api", "cli", "__main__"), 7),
 }
 STRANGERS = {2, 5}
 

@@ -211,7 +211,8 @@ class _Quantizer:
         """Rank of the low-rank pair: tied to the model's width, since one tied to in_features costs down_proj most."""
         if recipe.psp.hidden_over == 0:
             return 0
-        hidden = int(getattr(self.model.config, "hidden_size", 0)) or min(linear.in_features, linear.out_features)
+        config = getattr(self.model, "config", None)
+        hidden = int(getattr(config, "hidden_size", 0)) or min(linear.in_features, linear.out_features)
         rank = max(1, hidden // recipe.psp.hidden_over)
         return min(rank, linear.in_features, linear.out_features)
 

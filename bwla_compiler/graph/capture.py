@@ -5,7 +5,10 @@ alias, `linear`, `scaled_dot_product_attention`, `layer_norm` and `embedding` ke
 parameters as `get_attr` nodes (the same tensors: an edit of a parameter is seen by the graph).
 """
 
+import copy
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,40 +24,71 @@ PREFIX = "model."
 """What the wrapper puts before the model's own parameter names."""
 
 
-class _LogitsOnly(nn.Module):
-    """A causal LM as a function from token ids to logits, without a cache."""
+class _Function(nn.Module):
+    """A causal LM as a function from token ids to logits, and to what its cache holds where that is asked for."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, cache: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.cache = cache
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        out = self.model(input_ids=input_ids, use_cache=False)
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = self.model(input_ids=input_ids, use_cache=self.cache)
         logits = out if isinstance(out, Tensor) else out.logits
         assert isinstance(logits, Tensor)
-        return logits
+        return (logits, *_cached(getattr(out, "past_key_values", None))) if self.cache else logits
 
 
-def capture(model: nn.Module, *, batch: int = 3, length: int = 11) -> GraphModule:
+def _cached(cache: Any) -> list[Tensor]:
+    """Return the tensors that a cache of transformers holds, layer by layer."""
+    layers = getattr(cache, "layers", cache if isinstance(cache, tuple) else ())
+    held = [x for layer in layers for x in (layer if isinstance(layer, tuple) else vars(layer).values())]
+    return [x for x in held if isinstance(x, Tensor)]
+
+
+def capture(model: nn.Module, *, batch: int = 3, length: int = 11, cache: bool = False) -> GraphModule:
     """Return the model's graph for token ids of shape [batch, length], as functional ATen.
 
     The default sizes are odd primes that no hidden size divides, so that no axis is mistaken for another.
-    Raises CaptureError with the exporter's own words.
+    cache: with the cache's tensors among the outputs, which pins their bases: what torch.compile needs, whose graphs
+    share a cache with eager steps. Raises CaptureError with the exporter's own words.
     """
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device_of(model))
     try:
         with evaluating(model):
-            exported = torch.export.export(_LogitsOnly(model), (), {"input_ids": ids}, strict=False)
-            graph_module = exported.run_decompositions({}).module(check_guards=False)
+            return _normal_form(_Function(model, cache=cache), (), {"input_ids": ids}, name=type(model).__name__)
+    except CaptureError as error:
+        raise CaptureError(f"{error}; the model must run as model(input_ids=..., use_cache={cache})") from error
+
+
+def capture_graph(gm: GraphModule, model: nn.Module, inputs: Sequence[Any]) -> GraphModule:
+    """Return the normal form of a graph of torch.compile.
+
+    gm: its placeholders are the inputs, [shapes as there], and its get_attr nodes name the model's own parameters.
+    Raises CaptureError with the exporter's own words.
+    """
+    graph = copy.deepcopy(gm.graph)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = PREFIX + str(node.target)
+    bound = GraphModule(_Function(model), graph)
+    with torch._guards.tracing(None), torch.no_grad():
+        return _normal_form(bound, tuple(inputs), {}, name=type(model).__name__)
+
+
+def _normal_form(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> GraphModule:
+    try:
+        exported = torch.export.export(module, args, kwargs, strict=False)
+        graph_module = exported.run_decompositions({}).module(check_guards=False)
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__}: torch.export could not trace it: {type(error).__name__}: "
+            f"{name}: torch.export could not trace it: {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}. "
-            "Set BWLA_DEBUG=1 for the whole trace; the model must run as model(input_ids=..., use_cache=False)"
+            "Set BWLA_DEBUG=1 for the whole trace"
         ) from error
     assert isinstance(graph_module, GraphModule)
     _drop_checks(graph_module)
-    log.info("captured %s: %d nodes", type(model).__name__, len(graph_module.graph.nodes))
+    log.info("captured %s: %d nodes", name, len(graph_module.graph.nodes))
     return graph_module
 
 

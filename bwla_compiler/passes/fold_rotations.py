@@ -84,7 +84,7 @@ class FoldRotations:
         report = PassReport(self.name)
         rotations: dict[str, Tensor] = {}
         for basis in ctx.plan.bases:
-            if reason := self._refusal(basis):
+            if reason := self.refusal(basis):
                 report.skip(basis.name, reason)
             else:
                 rotations[basis.name] = self._matrix(ctx, basis)
@@ -95,7 +95,8 @@ class FoldRotations:
                 report.change(", ".join(used), RotateParameter(axis.parameter, axis.axis, axis.expression, used))
         return report
 
-    def _refusal(self, basis: Basis) -> str:
+    def refusal(self, basis: Basis) -> str:
+        """Return why a basis is not rotated, or ""."""
         if basis.freedom == "pinned":
             return basis.reason
         if not self.every and not basis.readers:

@@ -1,0 +1,75 @@
+"""Options of torch.compile(model, backend="bwla", options={...}): one set of names with recipes and the CLI."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bwla_compiler.errors import RecipeError
+from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.settings import settings
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+DEFAULT_RECIPE = "bwla-w1a6"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, checked.
+
+    recipe: of raw models. calibration: "self" (the model generates it), "random", "none", or token ids
+    [sequences, length] int64. seed: of everything random. free_weights: release the float weights once packed ones
+    serve. verify: compare each graph's first results with the quantized model's, run eagerly. cache: keep packed
+    weights on disk. mode: Inductor's, None for its default.
+    """
+
+    recipe: Recipe
+    calibration: str | Tensor = "self"
+    seed: int = 0
+    free_weights: bool = False
+    verify: bool = False
+    cache: bool = True
+    mode: str | None = None
+
+
+_OWN = [f.name for f in dataclasses.fields(Options) if f.name != "mode"]
+
+
+def read_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Return the options that torch.compile passed on. Raises RecipeError, naming the option and the remedy.
+
+    Beside the fields of `Options`: activation_bits, and a recipe's fields by their dotted names ("psp.hidden_over").
+    """
+    if mode is not None and mode not in MODES:
+        raise RecipeError(f"mode {mode!r} is not known; Inductor's modes: {', '.join(MODES)}")
+    given = dict(options or {})
+    changes = {key: given.pop(key) for key in list(given) if "." in key}
+    if "activation_bits" in given:
+        changes["activations.bits"] = given.pop("activation_bits")
+    recipe = load_recipe(given.pop("recipe", DEFAULT_RECIPE), changes)
+    for key, value in given.items():
+        _check(key, value)
+    return Options(recipe=recipe, mode=mode, **{"verify": settings().verify, **given})
+
+
+def _check(key: str, value: Any) -> None:
+    if key not in _OWN:
+        near = difflib.get_close_matches(key, [*_OWN, "activation_bits"], n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"backend option {key!r} is not known{meant} Options: {', '.join([*_OWN, 'activation_bits'])}, and a "
+            'recipe\'s fields by their dotted names, such as "psp.hidden_over"'
+        )
+    if key == "calibration":
+        if not isinstance(value, Tensor) and value not in ("self", "random", "none"):
+            raise RecipeError(
+                f'option calibration is {value!r}: give "self", "random", "none" or token ids [sequences, length]'
+            )
+    elif key == "seed":
+        if type(value) is not int:
+            raise RecipeError(f"option seed is {value!r}: give an integer")
+    elif type(value) is not bool:
+        raise RecipeError(f"option {key} is {value!r}: give True or False")

@@ -1,0 +1,73 @@
+"""Who owns the parameters of a graph of torch.compile: the outermost module, and each tensor's name in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module and the names of its tensors: by placeholder of the graph, all that the tensor goes by."""
+
+    module: nn.Module
+    names: dict[Node, tuple[str, ...]]
+
+    def present(self) -> set[str]:
+        """Return every name of every tensor that the graph reads."""
+        return {name for names in self.names.values() for name in names}
+
+
+def find_owner(gm: GraphModule, example_inputs: Sequence[Any]) -> Owner | None:
+    """Return the module that torch.compile is compiling, None where the graph reads no module's parameters.
+
+    gm, example_inputs: as Dynamo passes them to a backend, while it traces. The compiled code is from now on bound
+    to this very module: another instance of its class is compiled anew, and never meets this one's weights.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(placeholders, example_inputs, strict=True))
+    module = None
+    for node in placeholders:
+        if isinstance(inputs[node], nn.Parameter):
+            module = _outermost(node.meta["grapharg"].source)
+            if module is not None:
+                break
+    if module is None:
+        return None
+    by_tensor: dict[int, list[str]] = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        by_tensor.setdefault(id(tensor), []).append(name)
+    names = {node: tuple(by_tensor[id(value)]) for node, value in inputs.items() if id(value) in by_tensor}
+    return Owner(module, names)
+
+
+def _outermost(source: Any) -> nn.Module | None:
+    """Return the outermost module on the way to a tensor, and guard the compiled code on its identity."""
+    from torch._dynamo.guards import GuardBuilder  # both only while Dynamo traces, which has imported them
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    found, where = None, None
+    while source is not None:
+        value = _evaluate(source, scope)
+        if isinstance(value, nn.Module):
+            found, where = value, source
+        source = getattr(source, "base", None)
+    if where is not None:
+        context = torch._guards.TracingContext.get()
+        context.guards_context.dynamo_guards.add(where.make_guard(GuardBuilder.ID_MATCH))
+    return found
+
+
+def _evaluate(source: Any, scope: dict[str, Any]) -> Any:
+    """Return what a Dynamo source names; None where it names nothing that an expression can reach."""
+    name = source.name if isinstance(source.name, str) else source.name()
+    try:
+        return eval(name, scope)
+    except Exception:  # sources may name what exists only inside Dynamo
+        return None

@@ -1,0 +1,120 @@
+"""Raw models: planned, quantized and lowered while torch.compile compiles them.
+
+The steps: plan the model once, check that what the plan folds is legal in the graph at hand, quantize a copy (or read
+it from the disk), put the copy's modules into the graph, hand the rest to Inductor, and watch the weights.
+"""
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from bwla_compiler.backend.compiled import CompiledGraph
+from bwla_compiler.backend.lower import lower
+from bwla_compiler.backend.options import Options
+from bwla_compiler.backend.owner import Owner
+from bwla_compiler.backend.substitute import bound_to, substitute
+from bwla_compiler.backend.variant import Variant, is_causal_lm, make_variant
+from bwla_compiler.errors import CaptureError, PlanError
+from bwla_compiler.graph.agreement import disagreement, without_folds
+from bwla_compiler.graph.capture import capture, capture_graph
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.passes.fold_rotations import FoldRotations
+from bwla_compiler.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+_VARIANTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, Variant]]" = weakref.WeakKeyDictionary()
+_PLANS: "weakref.WeakKeyDictionary[nn.Module, Plan]" = weakref.WeakKeyDictionary()
+
+
+def variants_of(model: nn.Module) -> tuple[Variant, ...]:
+    """Return the quantized copies that were made of a model, most often one."""
+    return tuple(_VARIANTS.get(model, {}).values())
+
+
+class RawGraph:
+    """One graph of a raw model, and the steps that compile it."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], owner: Owner, options: Options, progress: Any) -> None:
+        self.gm, self.inputs, self.owner, self.options, self.progress = gm, inputs, owner, options, progress
+
+    def compiled(self) -> Callable[..., Any]:
+        """Return the callable that computes the graph with packed weights; see the package for the steps."""
+        try:
+            own = make_plan(self.owner.module, graph=capture_graph(*self._bound()))
+        except PlanError:
+            log.info("no linear of %s is in this graph: left to Inductor", type(self.owner.module).__name__)
+            return lower(self.gm, self.inputs, mode=self.options.mode)
+        folded = self._model_plan(own)
+        reason = "the recipe does not rotate"
+        if self.options.recipe.transform.kind != "none":
+            reason = disagreement(folded, own, bases=_rotated(folded), present=self.owner.present())
+        if not reason:
+            variant = self._variant(folded, self.options.recipe)
+            graph = substitute(self.owner, self.gm, variant.quantized)
+            if isinstance(graph, GraphModule):
+                return self._lowered(graph, variant)
+            reason = graph
+        log.info("nothing is folded in this graph: %s", reason)
+        return self._local(folded, reason)
+
+    def _bound(self) -> tuple[GraphModule, nn.Module, list[Any]]:
+        bound, left = bound_to(self.owner, self.gm, self.inputs)
+        return bound, self.owner.module, left
+
+    def _model_plan(self, own: Plan) -> Plan:
+        """Return the model's plan: of a causal LM with its cache among the outputs; of others, of their first graph."""
+        model = self.owner.module
+        if model not in _PLANS:
+            _PLANS[model] = own
+            if is_causal_lm(model):
+                try:
+                    _PLANS[model] = make_plan(model, graph=capture(model, cache=True))
+                except (CaptureError, PlanError) as error:
+                    log.info("planned from the graph at hand: %s", error)
+        return _PLANS[model]
+
+    def _local(self, plan: Plan, reason: str) -> Callable[..., Any]:
+        """Compile with transforms that stand right before their linears, which no graph can forbid."""
+        recipe = dataclasses.replace(self.options.recipe, residual="none")
+        variant = self._variant(without_folds(plan, reason="the graph at hand forbids the fold"), recipe)
+        graph = substitute(self.owner, self.gm, variant.quantized)
+        if isinstance(graph, str):
+            raise PlanError(f"{reason}; and without folds, {graph}")
+        return self._lowered(graph, variant)
+
+    def _variant(self, plan: Plan, recipe: Recipe) -> Variant:
+        """Return the quantized copy under a plan, up to date with the model's weights."""
+        model = self.owner.module
+        key = repr((plan.to_json(), recipe, self.options.calibration, self.options.seed))
+        known = _VARIANTS.setdefault(model, {})
+        if key not in known:
+            known[key] = make_variant(model, plan, recipe, self.options, progress=self.progress)
+        elif not all(known[key].seen[n].holds(p) for n, p in model.named_parameters(remove_duplicate=False)):
+            known[key].refresh(model, progress=self.progress)
+        return known[key]
+
+    def _lowered(self, graph: GraphModule, variant: Variant) -> CompiledGraph:
+        run = lower(graph, self.inputs, mode=self.options.mode)
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        parameters = [
+            (i, self.owner.names[node][0])
+            for i, (node, value) in enumerate(zip(placeholders, self.inputs, strict=True))
+            if node in self.owner.names and isinstance(value, nn.Parameter)
+        ]
+        eager = graph.forward if self.options.verify else None
+        compiled = CompiledGraph(run, variant, self.owner.module, parameters, eager=eager)
+        if self.options.free_weights:
+            compiled.release(self.inputs)
+        return compiled
+
+
+def _rotated(plan: Plan) -> set[str]:
+    """Return the bases that folding rotates."""
+    return {basis.name for basis in plan.bases if FoldRotations().refusal(basis) == ""}
