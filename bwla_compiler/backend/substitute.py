@@ -76,8 +76,10 @@ def substitute(owner: Owner, gm: GraphModule, quantized: nn.Module) -> GraphModu
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.get_attr(name))
     new = GraphModule(quantized, graph)
+    inside = set(new.modules())
     for name, table in tables.items():
-        new.add_submodule(name, table)
+        if table not in inside:  # AOTAutograd does not restore a module that it meets under two names
+            new.add_submodule(name, table)
     new.meta = dict(gm.meta)
     _name_sources(new, gm)
     graph.lint()
