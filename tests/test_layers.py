@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "bwla_compiler"
 
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost"), 1),
+    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost", "workers"), 1),
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "backend"), 5),
-    **dict.fromkeys(("main_job", "api", "cli", "__main__"), 6),
+    **dict.fromkeys(("main_job", "comparison", "api", "cli", "__main__"), 6),
 }
 STRANGERS = {2, 5}
 
