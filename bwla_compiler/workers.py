@@ -3,6 +3,7 @@
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -57,7 +58,7 @@ def _workers(job: Job, names: Sequence[str], threads: int) -> Iterator[dict[Conn
             for name in names:
                 here, there = context.Pipe(duplex=False)
                 pipes[here] = name
-                process = context.Process(target=_work, args=(job, name, threads, there), daemon=True)
+                process = context.Process(target=_work, args=(job, name, threads, warnings.filters, there), daemon=True)
                 processes.append(process)
                 process.start()
                 there.close()  # the worker's copy is then the last: its end is seen here as the end of the file
@@ -84,9 +85,10 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(job: Job, name: str, threads: int, pipe: Connection) -> None:
+def _work(job: Job, name: str, threads: int, filters: Sequence[Any], pipe: Connection) -> None:
     """Run a job in a worker: send ("progress", (done, total)) and then ("result", it) or ("error", it)."""
     torch.set_num_threads(threads)
+    warnings.filters[:] = filters  # type: ignore[index]
     try:
         result = job(name, lambda _, done, total: pipe.send(("progress", (done, total))))
         pipe.send(("result", result))
