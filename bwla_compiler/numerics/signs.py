@@ -61,7 +61,7 @@ def descend_signs(
     dtype = torch.promote_types(W.dtype, torch.float32)
     H = H.to(dtype)
     start = gptq_signs(W, H, block=block) if signs is None else signs
-    B = start.mT.to(dtype).contiguous()  # columns as contiguous rows, here and below
+    B = start.mT.to(dtype, copy=True).contiguous()  # columns as contiguous rows, here and below
     WH = H @ W.mT.to(dtype)
     BH = H @ B
     scale = _positive_scale(B, WH, BH)
