@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from bwla_compiler import api
-from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.checkpoint.hf import attach
 from bwla_compiler.demo import demo_tokens
 from bwla_compiler.evaluate.perplexity import perplexity
+from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
 
@@ -55,11 +57,14 @@ def compare(name: str, progress: Progress, *, texts: Texts, folder: Path) -> Com
     calibration = demo_tokens("train", sequences=texts.calibration_sequences, length=texts.length - 1)
     fp = perplexity(floats, test, progress=stages.next())
     figures: dict[str, Any] = {"fp": {"perplexity": fp, "n_bytes": _save(floats, folder / saved_name(name, "fp"))}}
-    plan = api.plan(floats)
+    # its sizes divide no axis of these models: the plan is the one that `make_plan` finds by itself
+    graph = capture(floats, batch=BATCH, length=calibration.shape[1])
+    plan = make_plan(floats, graph=graph)
     rows: dict[str, Any] = {}
     for row, recipe in RECIPES.items():
         packed = api.load(name).model
-        report = quantize_model(packed, load_recipe(recipe), calibration, plan=plan, progress=stages.next())
+        chosen = load_recipe(recipe)
+        report = quantize_model(packed, chosen, calibration, plan=plan, graph=graph, progress=stages.next())
         attach(packed, recipe=report.recipe, plan=plan, bits=report.bits)
         n_bytes = _save(packed, folder / saved_name(name, row))
         rows[row] = {"true_bits": report.bits.linears, "n_bytes": n_bytes} | _perplexities(packed, test, stages)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.graph.basis import analyse
-from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.graph.planner import make_plan, site_modules
 from bwla_compiler.numerics.activations import fake_quantize
@@ -40,18 +41,20 @@ def quantize_model(
     tokens: Tensor | None,
     *,
     plan: Plan | None = None,
+    graph: GraphModule | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a causal LM in place and return the report.
 
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
-    this model, None to make it here. Deterministic given the seed.
+    this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
+    it was made for batches [BATCH, length] and the folds add no parameter. Deterministic given the seed.
     Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
     """
     with evaluating(model):
         check_weights(model)
-        return _Quantizer(model, recipe, tokens, plan or make_plan(model), seed, progress).run()
+        return _Quantizer(model, recipe, tokens, plan or make_plan(model), graph, seed, progress).run()
 
 
 class _Quantizer:
@@ -63,10 +66,11 @@ class _Quantizer:
         recipe: Recipe,
         tokens: Tensor | None,
         plan: Plan,
+        graph: GraphModule | None,
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.recipe, self.plan, self.seed = model, recipe, plan, seed
+        self.model, self.recipe, self.plan, self.graph, self.seed = model, recipe, plan, graph, seed
         self.tokens = tokens if recipe.needs_calibration else None
         self.progress = progress or (lambda label, done, total: None)
         self.passes: list[PassReport] = []
@@ -98,11 +102,19 @@ class _Quantizer:
             return None
         batch = min(BATCH, self.tokens.shape[0])
         usable = self.tokens[: self.tokens.shape[0] // batch * batch]
-        graph = capture(self.model, batch=batch, length=usable.shape[1])
+        graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
         self.nodes = site_modules(self.model, analysis)
         calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
         return TwinStream(graph, self.model, usable.split(batch), calls)
+
+    def _graph(self, batch: int, length: int) -> GraphModule:
+        """Return the graph of the folded model: the given one where it fits, a new one elsewhere."""
+        graph = self.graph
+        fits = graph is not None and input_shape(graph) == (batch, length)
+        if graph is not None and fits and rebind(graph, self.model, tied=self.plan.tied):
+            return graph  # also where a tied head was untied: the stream ends before it
+        return capture(self.model, batch=batch, length=length)
 
     def _groups(self) -> None:
         heads = set(head_names(self.model, self.plan))
