@@ -43,3 +43,7 @@ class GradientError(BwlaError, RuntimeError):
 
 class DemoError(BwlaError, RuntimeError):
     """The embedded model cannot be built or found."""
+
+
+class WorkerError(BwlaError, RuntimeError):
+    """A worker process ended without a result."""

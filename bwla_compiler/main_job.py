@@ -7,41 +7,36 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import StaticCache
 
 from bwla_compiler import api
 from bwla_compiler.backend import compile_backend
-from bwla_compiler.calibrate.quantize import quantize_model
-from bwla_compiler.calibrate.report import QuantizeReport
-from bwla_compiler.checkpoint.hf import attach
 from bwla_compiler.codegen.isa import best_isa
-from bwla_compiler.demo import NAMES, demo_tokens
-from bwla_compiler.evaluate.perplexity import perplexity
+from bwla_compiler.comparison import Texts, compare, saved_name
+from bwla_compiler.demo import NAMES, demo_path
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.results import result_page
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
+from bwla_compiler.workers import side_by_side
 
 Progress = Callable[[str, int, int], None]
 
-RECIPES: dict[str, str] = {"rtn": "rtn", "hadamard-rtn": "hadamard-rtn", "bwla": "bwla-w1a6"}
-"""Rows of the table: the weights of each are fitted once, its activations set per column."""
-
-ACTIVATION_BITS = (16, 8, 6, 4)
-SPEED_BITS = 6
+COMPARING = "comparing recipes on both models, percent"
+SPEED_ROW, SPEED_BITS = "bwla", 6
 
 
 @dataclass(frozen=True)
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 64
-    test_sequences: int = 24
+    calibration_sequences: int = 128
+    test_sequences: int = 48
     length: int = 256
     decode_steps: int = 24
     rounds: int = 4
@@ -66,15 +61,20 @@ def run_demo(
     start = time.perf_counter()
     size = QUICK if quick else Size()
     tell = progress or (lambda label, done, total: None)
-    compared = {name: _compare(name, size, tell) for name in NAMES}
-    first = compared[NAMES[0]]
+    for name in NAMES:
+        demo_path(name, progress=tell)  # trained here, once, and not by two workers
+    texts = Texts(size.calibration_sequences, size.test_sequences, size.length)
+    with tempfile.TemporaryDirectory() as folder:
+        job = partial(compare, texts=texts, folder=Path(folder))
+        compared = dict(zip(NAMES, side_by_side(job, NAMES, label=COMPARING, progress=tell), strict=True))
+        packed = api.load(Path(folder) / saved_name(NAMES[0], SPEED_ROW)).model
     result: dict[str, Any] = {"models": {name: found.figures for name, found in compared.items()}}
-    result["speed"] = measure_speed(first.floats, first.packed, size, tell)
+    result["speed"] = measure_speed(api.load(NAMES[0]).model, packed, size, tell)
     result["seconds"] = time.perf_counter() - start
     if json_path is not None:
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if html_path is not None:
-        report = first.report
+        report = compared[NAMES[0]].report
         shown = build_report(report.plan, source=NAMES[0], recipe=report.recipe.name, outcome=report)
         Path(html_path).write_text(result_page(result, shown, subtitle=_machine()), "utf-8")
     return result
@@ -82,53 +82,6 @@ def run_demo(
 
 def _machine() -> str:
     return f"{platform.machine()}, kernels for {best_isa()}, torch {torch.__version__}, {platform.python_version()}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One embedded model: its figures, and the model in floats and by the last row's recipe, with its report."""
-
-    figures: dict[str, Any]
-    floats: nn.Module
-    packed: nn.Module
-    report: QuantizeReport
-
-
-def _compare(name: str, size: Size, progress: Progress) -> Comparison:
-    """Measure one embedded model, in floats and with every recipe; all start from one plan."""
-    floats = api.load(name, progress=progress).model
-    test = demo_tokens("test", sequences=size.test_sequences, length=size.length)
-    calibration = demo_tokens("train", sequences=size.calibration_sequences, length=size.length - 1)
-    fp = perplexity(floats, test, progress=_prefixed(progress, f"{name} fp "))
-    plan = api.plan(floats)
-    rows: dict[str, Any] = {}
-    for row, recipe in RECIPES.items():
-        tell = _prefixed(progress, f"{name} {row} ")
-        packed = api.load(name).model
-        report = quantize_model(packed, load_recipe(recipe), calibration, plan=plan, progress=tell)
-        attach(packed, recipe=report.recipe, plan=plan, bits=report.bits)
-        rows[row] = {"true_bits": report.bits.linears, "n_bytes": _saved(packed)} | _perplexities(packed, test, tell)
-    figures = {"fp": {"perplexity": fp, "n_bytes": _saved(floats)}, "recipes": rows}
-    return Comparison(figures, floats, packed, report)
-
-
-def _prefixed(progress: Progress, prefix: str) -> Progress:
-    return lambda label, done, total: progress(prefix + label, done, total)
-
-
-def _perplexities(model: nn.Module, tokens: Tensor, progress: Progress) -> dict[str, float]:
-    found = {}
-    for bits in ACTIVATION_BITS:
-        set_activation_bits(model, bits)
-        found[f"a{bits}"] = perplexity(model, tokens, progress=_prefixed(progress, f"A{bits} "))
-    return found
-
-
-def _saved(model: nn.Module) -> int:
-    """Bytes of the weights' files as save_pretrained writes them."""
-    with tempfile.TemporaryDirectory() as folder:
-        api.save(model, folder)
-        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
 
 def measure_speed(floats: nn.Module, packed: nn.Module, size: Size, progress: Progress) -> dict[str, Any]:

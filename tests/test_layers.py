@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "bwla_compiler"
 
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost"), 1),
+    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost", "workers"), 1),
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo"), 5),
     "backend": 6,
-    **dict.fromkeys(("main_job", "api", "cli", "__main__"), 7),
+    **dict.fromkeys(("main_job", "comparison", "api", "cli", "__main__"), 7),
 }
 STRANGERS = {2, 5}
 

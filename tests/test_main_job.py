@@ -1,11 +1,14 @@
 import json
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bwla_compiler import api, main_job
+from bwla_compiler import api, comparison, main_job
+from bwla_compiler.workers import side_by_side
 from tests import tiny
 
 
@@ -15,16 +18,23 @@ def fake_tokens(split: str, *, sequences: int, length: int) -> torch.Tensor:
 
 def test_the_demo_writes_every_figure_that_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = {"demo:": "llama-tied", "demo:outliers": "llama"}
-    monkeypatch.setattr(api, "load", lambda name, **kw: api.LoadedModel(tiny.make(loads[name]), None, name))
-    monkeypatch.setattr(main_job, "demo_tokens", fake_tokens)
+    load = api.load
+
+    def fake_load(name: str | Path, **kw: Any) -> api.LoadedModel:
+        return api.LoadedModel(tiny.make(loads[str(name)]), None, str(name)) if name in loads else load(name)
+
+    monkeypatch.setattr(api, "load", fake_load)
+    monkeypatch.setattr(comparison, "demo_tokens", fake_tokens)
+    monkeypatch.setattr(main_job, "demo_path", lambda name, **kw: tmp_path)
+    monkeypatch.setattr(main_job, "side_by_side", partial(side_by_side, threads=1))  # a worker would not be patched
     monkeypatch.setattr(main_job, "QUICK", main_job.Size(8, 4, 16, 2, 2))
     monkeypatch.setattr(main_job, "measure_speed", lambda *a: {"eager fp32": 1.0, "method": "none"})
-    seen: list[str] = []
+    seen: list[tuple[str, int, int]] = []
     result = main_job.run_demo(
         json_path=tmp_path / "r.json",
         html_path=tmp_path / "r.html",
         quick=True,
-        progress=lambda label, done, total: seen.append(label),
+        progress=lambda *told: seen.append(told),
     )
     stored = json.loads((tmp_path / "r.json").read_text())
     assert stored == json.loads(json.dumps(result))
@@ -39,7 +49,10 @@ def test_the_demo_writes_every_figure_that_it_promises(tmp_path: Path, monkeypat
     page = (tmp_path / "r.html").read_text()
     assert "demo:outliers" in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert any("bwla quantizing" in label for label in seen)
+    shares = [done for label, done, total in seen if label == main_job.COMPARING]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert len(set(shares)) > 2 * len(comparison.RECIPES)
 
 
 def test_decode_speed_is_measured_way_by_way() -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule
 
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.graph.basis import analyse
-from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.graph.planner import make_plan, site_modules
 from bwla_compiler.numerics.activations import fake_quantize
@@ -41,18 +41,20 @@ def quantize_model(
     tokens: Tensor | None,
     *,
     plan: Plan | None = None,
+    graph: GraphModule | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a causal LM in place and return the report.
 
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
-    this model, None to make it here. Deterministic given the seed.
+    this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
+    it was made for batches [BATCH, length] and the folds add no parameter. Deterministic given the seed.
     Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
     """
     with evaluating(model):
         check_weights(model)
-        return _Quantizer(model, recipe, tokens, plan or make_plan(model), seed, progress).run()
+        return _Quantizer(model, recipe, tokens, plan or make_plan(model), graph, seed, progress).run()
 
 
 class _Quantizer:
@@ -64,10 +66,11 @@ class _Quantizer:
         recipe: Recipe,
         tokens: Tensor | None,
         plan: Plan,
+        graph: GraphModule | None,
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.recipe, self.plan, self.seed = model, recipe, plan, seed
+        self.model, self.recipe, self.plan, self.graph, self.seed = model, recipe, plan, graph, seed
         self.tokens = tokens if recipe.needs_calibration else None
         self.progress = progress or (lambda label, done, total: None)
         self.passes: list[PassReport] = []
@@ -99,11 +102,19 @@ class _Quantizer:
             return None
         batch = min(BATCH, self.tokens.shape[0])
         usable = self.tokens[: self.tokens.shape[0] // batch * batch]
-        graph = capture(self.model, batch=batch, length=usable.shape[1])
+        graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
         self.nodes = site_modules(self.model, analysis)
         calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
         return TwinStream(graph, self.model, usable.split(batch), calls)
+
+    def _graph(self, batch: int, length: int) -> GraphModule:
+        """Return the graph of the folded model: the given one where it fits, a new one elsewhere."""
+        graph = self.graph
+        fits = graph is not None and input_shape(graph) == (batch, length)
+        if graph is not None and fits and rebind(graph, self.model, tied=self.plan.tied):
+            return graph  # also where a tied head was untied: the stream ends before it
+        return capture(self.model, batch=batch, length=length)
 
     def _groups(self) -> None:
         heads = set(head_names(self.model, self.plan))
@@ -152,37 +163,33 @@ class _Quantizer:
         weight = torch.cat([self._weight(x) for x in members])
         bits = self.recipe.activations.bits
         module = self.model.get_submodule(group.name)
-        drift_of = self._drift_nodes(members) if self.recipe.target.drift else None
-        stats = LinearStats.empty(weight.shape[1], weight.shape[0] if drift_of is not None else None)
-        drifts = list(self._drifts(drift_of, weight.shape[0])) if drift_of is not None else None
+        wanted = self.recipe.target.drift
+        added = self._added_drifts(members) if wanted else None
+        # where nothing is added to the output, the weight is taken out of the sum over tokens: fewer products
+        width = weight.shape[1] if added is None else weight.shape[0]
+        stats = LinearStats.empty(weight.shape[1], width if wanted else None)
         for i, (fp, q) in enumerate(self.stream.pairs(self.nodes[group.name].source)):
             if isinstance(module, TransformedLinear):
                 fp, q = module.transform(fp), module.transform(q)
             seen = fake_quantize(q.float(), bits=bits)
-            if drifts is None:
-                stats.update(seen)
-            else:
-                stream = drifts[i]
-                drift = (fp.float() - seen) @ weight.T
-                stats.update(seen, drift if stream is None else drift + stream)
-        return stats.gram(), stats.cross() if drifts is not None else None
+            error = fp.float() - seen if wanted else None
+            stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+        if not wanted:
+            return stats.gram(), None
+        return stats.gram(), stats.cross() if added is not None else weight.double() @ stats.cross()
 
-    def _drift_nodes(self, members: Sequence[Linear]) -> list[Node | None]:
-        """What each member's output is added to, where that is the residual stream and already computed."""
-        assert self.stream is not None
-        found: list[Node | None] = []
-        for linear in members:
-            other = residual_operand(self.nodes[linear.name].node) if linear.writes_residual else None
-            found.append(other if other is not None and self.stream.computed(other) else None)
-        return found
+    def _added_drifts(self, members: Sequence[Linear]) -> list[Tensor] | None:
+        """Per batch, the drift [tokens, out] of what a lone member's output is added to.
 
-    def _drifts(self, nodes: Sequence[Node | None], rows: int) -> "list[Tensor | None]":
-        """Per batch, the drift [tokens, rows] of the stream that the group writes to; None where it writes none."""
+        None where that is not the residual stream, or is not yet computed, or there are several members.
+        """
         assert self.stream is not None
-        if len(nodes) != 1 or nodes[0] is None:
-            return [None] * len(self.stream.batches)
-        drifts = [(fp - q).float() for fp, q in self.stream.pairs(nodes[0])]
-        return [d if d.shape[1] == rows else None for d in drifts]
+        linear, *others = members
+        node = None if others or not linear.writes_residual else residual_operand(self.nodes[linear.name].node)
+        if node is None or not self.stream.computed(node):
+            return None
+        drifts = [(fp - q).float() for fp, q in self.stream.pairs(node)]
+        return drifts if drifts[0].shape[1] == linear.out_features else None
 
     def _weight(self, linear: Linear) -> Tensor:
         """A linear's float weight [out, in] in the basis that it reads now."""

@@ -7,7 +7,7 @@ parameters as `get_attr` nodes (the same tensors: an edit of a parameter is seen
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,33 @@ def attribute(gm: GraphModule, node: Node) -> Tensor:
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value
+
+
+def input_shape(gm: GraphModule) -> tuple[int, ...]:
+    """Return the shape [batch, length] of token ids that a graph was captured for."""
+    ids = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    return tuple(ids.meta["val"].shape)
+
+
+def rebind(gm: GraphModule, model: nn.Module, *, tied: Iterable[tuple[str, str]] = ()) -> bool:
+    """Make a captured graph read the parameters that a model of the same architecture has now.
+
+    tied: (embedding weight, head module) that were one tensor at the capture; where they no longer are, the graph
+    follows the embedding, and what it computes after the head's product is wrong. Returns False, the graph unchanged,
+    where the model has parameters that it has no place for (a bias added by a fold): only a new capture will do.
+    """
+    followed = {f"{head}.weight": embedding for embedding, head in tied}
+    nodes = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources = {node: followed.get(parameter_name(node), parameter_name(node)) for node in nodes}
+    placed = {id(parameters[name]) for name in sources.values() if name in parameters}
+    if any(id(parameter) not in placed for name, parameter in parameters.items() if name not in followed):
+        return False
+    for node, name in sources.items():
+        if name in parameters:
+            owner, _, leaf = str(node.target).rpartition(".")
+            setattr(gm.get_submodule(owner), leaf, parameters[name])
+    return True
 
 
 def parameter_name(node: Node) -> str:

@@ -23,18 +23,22 @@ def gptq_signs(W: Tensor, H: Tensor, *, block: int = 128) -> Tensor:
     signs = torch.empty(columns.shape, dtype=torch.int8, device=W.device)
     for low in range(0, W.shape[1], block):
         high = min(low + block, W.shape[1])
-        errors = _quantize_block(columns[low:high], signs[low:high], U[low:high, low:high], alpha)
+        errors = _quantize_block(columns[low:high], U[low:high, low:high], alpha)
+        signs[low:high] = torch.where(columns[low:high].signbit(), -1, 1)
         columns[high:].addmm_(U[low:high, high:].mT, errors)
     return signs.mT.contiguous()
 
 
-def _quantize_block(columns: Tensor, signs: Tensor, U: Tensor, alpha: Tensor) -> Tensor:
-    """Fill signs [b, m]; return the errors (q - w) / U_jj [b, m] of one sequential pass."""
-    inverse: list[float] = U.diagonal().reciprocal().tolist()
+def _quantize_block(columns: Tensor, U: Tensor, alpha: Tensor) -> Tensor:
+    """Return the errors (q - w) / U_jj [b, m] of one sequential pass; columns [b, m] become the w that were rounded.
 
-    def decide(j: int, column: Tensor) -> Tensor:
-        quantized = torch.where(column < 0, -alpha, alpha)
-        signs[j] = torch.where(column < 0, -1, 1)
-        return (quantized - column).mul(inverse[j])
+    Each w is divided by its U_jj > 0 throughout the pass, which keeps its sign and spares a product per column.
+    """
+    diagonal = U.diagonal()
+    columns /= diagonal[:, None]
+    targets = (alpha / diagonal[:, None]).unbind(0)
 
-    return visit_columns(columns, U, decide)
+    def decide(j: int, column: Tensor, error: Tensor) -> None:
+        torch.copysign(targets[j], column, out=error).sub_(column)
+
+    return visit_columns(columns, U / diagonal, decide)

@@ -15,7 +15,7 @@ from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.hessian import check_hessian, cholesky
 from bwla_compiler.numerics.signs import descend_signs
 
-EXACT_SVD = 512
+EXACT_SVD = 128
 """Up to this smaller side the SVD is exact; above it a randomised one costs a few products."""
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
 

@@ -38,8 +38,8 @@ def weighted_scale(W: Tensor, signs: Tensor, H: Tensor) -> Tensor:
     W [m, n], signs [m, n] of any dtype, H [n, n] positive definite. It may be negative. Raises ShapeError.
     """
     check_hessian(W, H)
-    B = signs.to(W.dtype)
-    return _scale(signs, W @ H, B @ H).to(W.dtype)
+    B = signs.mT.to(W.dtype)
+    return _scale(B, H @ W.mT, H @ B)[:, None]
 
 
 def descend_signs(
@@ -61,9 +61,9 @@ def descend_signs(
     dtype = torch.promote_types(W.dtype, torch.float32)
     H = H.to(dtype)
     start = gptq_signs(W, H, block=block) if signs is None else signs
-    B = start.to(torch.int8, copy=True)
-    WH = W.to(dtype) @ H
-    BH = B.to(dtype) @ H
+    B = start.mT.to(dtype, copy=True).contiguous()  # columns as contiguous rows, here and below
+    WH = H @ W.mT.to(dtype)
+    BH = H @ B
     scale = _positive_scale(B, WH, BH)
     for done in range(sweeps):
         changed = _sweep(B, WH, BH, H, scale, block=block)
@@ -72,52 +72,48 @@ def descend_signs(
             progress("sign descent", done + 1, sweeps)
         if not changed:
             break
-    return B, scale.to(torch.promote_types(W.dtype, torch.float32))
+    return B.mT.to(torch.int8).contiguous(), scale[:, None].to(torch.promote_types(W.dtype, torch.float32))
 
 
 def _scale(B: Tensor, WH: Tensor, BH: Tensor) -> Tensor:
-    """Return (b H w) / (b H b) [m, 1], float64, from the products with H."""
-    numerator = (B * WH).sum(1, keepdim=True, dtype=torch.float64)
-    denominator = (B * BH).sum(1, keepdim=True, dtype=torch.float64)
-    return numerator / denominator.clamp_min(torch.finfo(torch.float64).tiny)
+    """Return (b H w) / (b H b) [m] from the products with H; all [n, m]."""
+    return (B * WH).sum(0) / (B * BH).sum(0).clamp_min(torch.finfo(B.dtype).tiny)
 
 
 def _positive_scale(B: Tensor, WH: Tensor, BH: Tensor) -> Tensor:
-    """Return |a| [m, 1]; flip, in place, the rows where a is negative, which leaves a*B as it was."""
-    scale = _scale(B, WH, BH).to(WH.dtype)
-    flip = torch.where(scale < 0, -1, 1)
-    B.mul_(flip.to(torch.int8))
-    BH.mul_(flip)
+    """Return |a| [m]; flip, in place, the columns [n] where a is negative, which leaves a*B as it was."""
+    scale = _scale(B, WH, BH)
+    if (scale < 0).any():
+        flip = torch.where(scale < 0, -1, 1)
+        B.mul_(flip)
+        BH.mul_(flip)
     return scale.abs()
 
 
 def _sweep(B: Tensor, WH: Tensor, BH: Tensor, H: Tensor, scale: Tensor, *, block: int) -> bool:
-    """Visit each column once, in place in B and BH; return whether any sign changed."""
+    """Visit each row of B [n, m] once, in place in B and BH; return whether any sign changed."""
     inverse = 1 / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     changed = False
-    for low in range(0, B.shape[1], block):
-        columns = slice(low, low + block)
-        # -R / a, columns as contiguous rows; dividing by a > 0 keeps every sign and spares a product per column
-        gradient = torch.addcmul(BH[:, columns], WH[:, columns], inverse, value=-1).mT.contiguous()
-        signs = B[:, columns].mT.to(BH.dtype).contiguous()
-        delta = _visit_block(gradient, signs, H[columns, columns])
+    for low in range(0, B.shape[0], block):
+        rows = slice(low, low + block)
+        # -R / a: dividing by a > 0 keeps every sign and spares a product per column
+        gradient = torch.addcmul(BH[rows], WH[rows], inverse, value=-1)
+        signs = _visit_block(gradient, B[rows], H[rows, rows])
+        delta = signs - B[rows]
         if delta.any():
             changed = True
-            B[:, columns] += delta.mT.to(torch.int8)
-            BH.addmm_(delta.mT, H[columns])
+            B[rows] = signs
+            BH.addmm_(H[:, rows], delta)
     return changed
 
 
 def _visit_block(gradient: Tensor, signs: Tensor, H: Tensor) -> Tensor:
-    """Return the changes of signs [b, m] (-2, 0 or 2) of one sequential pass over b columns.
+    """Return the signs [b, m] after one sequential pass over b columns.
 
-    gradient [b, m] = -R / a as it was before the block, overwritten; H [b, b]. A sign flips where the gradient
-    without its own term agrees with it; a tie keeps its sign.
+    gradient [b, m] = -R / a as it was before the block, overwritten; H [b, b]. A sign becomes that of minus the
+    gradient without its own term; where that is zero, either is as good.
     """
-    gradient.addcmul_(signs, H.diagonal()[:, None], value=-1)
-    flips = -2 * signs
-
-    def decide(j: int, column: Tensor) -> Tensor:
-        return torch.where(column * signs[j] > 0, flips[j], 0)
-
-    return visit_columns(gradient, H, decide)
+    # less the terms of the column itself and of those before it, which the pass puts back as they become
+    gradient.addmm_(H.triu().mT, signs, beta=-1)
+    one = torch.ones_like(gradient[0])
+    return visit_columns(gradient, -H, lambda j, column, sign: torch.copysign(one, column, out=sign))

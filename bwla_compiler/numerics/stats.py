@@ -42,10 +42,11 @@ class LinearStats:
         self._check(x_q, drift)
         for low in range(0, x_q.shape[0], CHUNK_TOKENS):
             x = x_q[low : low + CHUNK_TOKENS].float()
-            self.gram_sum += x.mT @ x
-            torch.maximum(self.x_absmax, x.abs().amax(0), out=self.x_absmax)
+            gram = _finite(x.mT @ x, "activations")
             if self.cross_sum is not None and drift is not None:
-                self.cross_sum += drift[low : low + CHUNK_TOKENS].float().mT @ x
+                self.cross_sum += _finite(drift[low : low + CHUNK_TOKENS].float().mT @ x, "drift")
+            self.gram_sum += gram
+            torch.maximum(self.x_absmax, x.abs().amax(0), out=self.x_absmax)
         self.n_tokens += x_q.shape[0]
 
     def merge(self, other: "LinearStats") -> Self:
@@ -84,9 +85,13 @@ class LinearStats:
             expected = (x_q.shape[0], self.cross_sum.shape[0])
             if drift.shape != expected:
                 raise ShapeError(f"drift of shape {list(drift.shape)}: expected {list(expected)}")
-        for name, values in (("activations", x_q), ("drift", drift)):
-            if values is not None and not values.isfinite().all():
-                raise CalibrationError(f"{name} hold NaN or infinity; check the model in float32 on these tokens")
+
+
+def _finite(product: Tensor, name: str) -> Tensor:
+    """Return a product over tokens, in which a NaN or infinity of its factors would stand, and which is smaller."""
+    if not product.isfinite().all():
+        raise CalibrationError(f"{name} hold NaN or infinity; check the model in float32 on these tokens")
+    return product
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

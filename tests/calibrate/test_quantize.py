@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.calibrate import quantize
+from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.errors import PlanError, WeightError
+from bwla_compiler.graph.capture import capture
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 from tests import tiny
@@ -121,3 +123,21 @@ class _Bare(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         return self.embed(input_ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_graph_that_fits_spares_a_capture_and_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, spared = tiny.make(name), tiny.make(name)
+    graph = capture(tiny.make(name), batch=BATCH, length=tokens().shape[1])
+    plan = quantize_model(plain, recipe(), tokens()).plan
+    monkeypatch.setattr(quantize, "capture", lambda *a, **kw: pytest.fail("captured again"))
+    quantize_model(spared, recipe(), tokens(), plan=plan, graph=graph)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(spared.state_dict()[key], value), key
+
+
+def test_a_graph_of_another_shape_is_not_used() -> None:
+    plain, given = tiny.make("llama"), tiny.make("llama")
+    plan = quantize_model(plain, recipe(), tokens()).plan
+    quantize_model(given, recipe(), tokens(), plan=plan, graph=capture(tiny.make("llama")))
+    assert torch.equal(logits(given), logits(plain))

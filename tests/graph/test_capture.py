@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bwla_compiler.errors import CaptureError
-from bwla_compiler.graph.capture import attribute, capture, lift_casts
+from bwla_compiler.graph.capture import attribute, capture, input_shape, lift_casts, rebind
 from tests import tiny
 
 
@@ -69,3 +69,36 @@ def test_attribute_gives_the_tensor_itself() -> None:
     graph = capture(model)
     node = next(n for n in graph.graph.nodes if n.op == "get_attr" and str(n.target).endswith("lm_head.weight"))
     assert attribute(graph, node) is model.lm_head.weight
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_a_graph_can_be_bound_to_another_model_of_its_kind(name: str) -> None:
+    first, second = tiny.make(name, seed=0), tiny.make(name, seed=1)
+    graph = capture(first)
+    assert input_shape(graph) == (3, 11)
+    before = first(tiny.ids()).logits
+    assert rebind(graph, second)
+    with torch.no_grad():
+        # the same float32 operations, possibly fused differently
+        torch.testing.assert_close(graph(input_ids=tiny.ids()), second(tiny.ids()).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(first(tiny.ids()).logits, before)  # the model that it came from is left as it was
+
+
+def test_a_graph_follows_the_embedding_of_an_untied_head() -> None:
+    model = tiny.make("llama-tied")
+    graph = capture(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert not rebind(graph, model)
+    assert rebind(graph, model, tied=(("model.embed_tokens.weight", "lm_head"),))
+    table = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.embedding.default).args[0]
+    assert attribute(graph, table) is model.model.embed_tokens.weight
+
+
+def test_a_graph_without_a_place_for_a_new_bias_is_not_bound() -> None:
+    model = tiny.make("llama")
+    graph = capture(model)
+    weight = model.model.norm.weight
+    model.model.norm.weight = nn.Parameter(weight.detach().clone())
+    model.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.ones(64))
+    assert not rebind(graph, model)
+    assert attribute(graph, next(n for n in graph.graph.nodes if str(n.target).endswith("model.norm.weight"))) is weight
