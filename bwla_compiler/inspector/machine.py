@@ -43,11 +43,12 @@ def _package(name: str) -> tuple[Cell, ...]:
 
 def _processor() -> tuple[Cell, ...]:
     isa = best_isa()
-    found = f"{_cpu_model()}, {os.cpu_count()} cores, {isa}"
+    found = f"{cpu_model()}, {os.cpu_count()} cores, {isa}"
     return row("processor", found, _verdict(isa != "portable", f"kernels are emitted for {isa}", SLOW))
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

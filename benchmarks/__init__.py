@@ -1,0 +1,1 @@
+"""Measurements: of what the project claims, against what one would use instead, written to benchmarks/results."""
