@@ -47,10 +47,12 @@ _CALLS: dict[str, tuple[type, ...]] = {
     "int8_linear": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "transform": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
+    "use_team": (c_void_p,),
 }
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
+    "use_team",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -81,6 +83,7 @@ class KernelLibrary:
         self.int8_linear = self._library.bwla_int8_linear
         self.transform = self._library.bwla_transform
         self.int8_embedding = self._library.bwla_int8_embedding
+        self.use_team = self._library.bwla_use_team
 
     def addresses(self) -> ctypes.Array[c_void_p]:
         """Return the addresses of OPS_ENTRIES, as `bwla_register` of the C++ operators takes them."""
