@@ -3,6 +3,7 @@
 HEADER = r"""
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -18,6 +19,7 @@ static long process_id() { return (long)getpid(); }
 #else
 static long process_id() { return 0; }
 #endif
+static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 #define EXPORT extern "C" __attribute__((visibility("default")))
 """
 
@@ -199,7 +201,6 @@ static float quantize(const float* x, const float* column_scale, long in, long p
 SWEEP = r"""
 constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, PANEL = 4096 / ROWS;
 static_assert(CHUNK % GROUP_WORDS == 0, "a chunk holds whole groups");
-static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 
 template <int T>
 using Int = std::integral_constant<int, T>;

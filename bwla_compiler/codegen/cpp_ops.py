@@ -7,6 +7,7 @@ shapes that do not fit) it hands to the portable implementation, whose words exp
 
 from bwla_compiler.codegen.cpp_ops_derived import DERIVED
 from bwla_compiler.codegen.cpp_ops_ends import ENDS
+from bwla_compiler.codegen.cpp_ops_fused import FUSED
 from bwla_compiler.codegen.cpp_ops_linear import LINEAR
 from bwla_compiler.codegen.cpp_ops_routes import ROUTES
 
@@ -18,6 +19,8 @@ HEADER = r"""
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -37,6 +40,15 @@ struct Member {
   const void *signs, *scale, *rank_in, *rank_out, *rank_scale, *bias;
   float* y;
   long out, planes, groups, rank;
+  const void* residual;
+};
+
+// What precedes the linears; mirrors `struct Prologue` of the kernels.
+struct Prologue {
+  long kind;
+  float eps;
+  const void *gate, *gain, *shift, *scale, *left, *right;
+  long n1, n2;
 };
 
 // The kernels' entries, in the order of OPS_ENTRIES in library.py.
@@ -50,6 +62,7 @@ struct Kernels {
   void (*transform)(const void*, const void*, const void*, const void*, void*, long, long, long, long);
   void (*int8_embedding)(const void*, const void*, const void*, void*, long, long);
   void (*use_team)(void (*)(long, void (*)(void*), void*));
+  void (*fused_group)(const void*, const Prologue*, const void*, long, long, int, const Member*, long, long);
 };
 Kernels kernels;
 """
@@ -79,6 +92,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
                                                         __LINE__));
   registered.back()->impl("linear", TORCH_FN(linear));
   registered.back()->impl("linear_group", TORCH_FN(linear_group));
+  registered.back()->impl("fused_group", TORCH_FN(fused_group));
   registered.back()->impl("int8_linear", TORCH_FN(int8_linear));
   registered.back()->impl("int8_embedding", TORCH_FN(int8_embedding));
   registered.back()->impl("transform", TORCH_FN(transform));
@@ -86,6 +100,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
                                                         __FILE__, __LINE__));
   registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
   registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable<linear_group>));
+  registered.back()->impl("fused_group", TORCH_FN(FusedRoute::differentiable<fused_group>));
   registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());
@@ -111,5 +126,5 @@ EXPORT long bwla_derived() { return caches().signs.made + caches().values.made +
 
 def emit_operators() -> str:
     """Return the C++20 source of the operators; compiled against torch's headers, free of any instruction set."""
-    parts = ("// bwla operators; generated", HEADER, ROUTES, DERIVED, LINEAR, ENDS, REGISTRATION)
+    parts = ("// bwla operators; generated", HEADER, ROUTES, DERIVED, LINEAR, ENDS, FUSED, REGISTRATION)
     return "\n".join(part.strip("\n") for part in parts) + "\n"

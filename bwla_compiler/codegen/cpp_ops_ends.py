@@ -51,29 +51,40 @@ struct TransformName { static constexpr const char* name = "bwla::transform"; };
 using TransformRoute = Route<TransformName, Tensor(const Tensor&, const Maybe&, const Maybe&, const Maybe&,
                                                    const Maybe&, const Maybe&, const Maybe&)>;
 
-int64_t side(const Maybe& factor) { return factor ? factor->size(0) : 0; }
-bool is_square(const Maybe& factor) {
-  return !factor || (factor->dim() == 2 && factor->size(0) == factor->size(1) && factor->size(0) > 0);
-}
+// The factors of a transform as the kernels take them; `fit` where they fit n channels.
+struct Factors {
+  bool fit = false;
+  Tensor scale, left, right;
+  long n1 = 1, n2 = 1;
+
+  Factors(int64_t n, const Maybe& scale, const Maybe& left, const Maybe& right, const Maybe& scale_exponent,
+          const Maybe& left_exponent, const Maybe& right_exponent) {
+    if (!are_values(scale, scale_exponent) || !are_values(left, left_exponent) || !are_values(right, right_exponent))
+      return;
+    if (!is_square(left) || !is_square(right) || (scale && (scale->dim() != 1 || scale->size(0) != n))) return;
+    n1 = left ? left->size(0) : right ? n / right->size(0) : 1;
+    n2 = right ? right->size(0) : n / n1;
+    fit = n1 * n2 == n;
+    if (!fit) return;
+    this->scale = values_of(scale, scale_exponent);
+    this->left = values_of(left, left_exponent), this->right = values_of(right, right_exponent);
+  }
+
+  static bool is_square(const Maybe& factor) {
+    return !factor || (factor->dim() == 2 && factor->size(0) == factor->size(1) && factor->size(0) > 0);
+  }
+};
 
 Tensor transform(const Tensor& x, const Maybe& scale, const Maybe& left, const Maybe& right,
                  const Maybe& scale_exponent, const Maybe& left_exponent, const Maybe& right_exponent) {
-  bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && are_values(scale, scale_exponent) &&
-              are_values(left, left_exponent) && are_values(right, right_exponent) && is_square(left) &&
-              is_square(right) && (!scale || (scale->dim() == 1 && scale->size(0) == x.size(-1)));
-  int64_t n1 = 1, n2 = 1;
-  if (good) {
-    n1 = left ? side(left) : right ? x.size(-1) / side(right) : 1;
-    n2 = right ? side(right) : x.size(-1) / n1;
-    good = n1 * n2 == x.size(-1);
-  }
-  if (!good)
+  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x);
+  const Factors f(good ? x.size(-1) : 0, scale, left, right, scale_exponent, left_exponent, right_exponent);
+  if (!good || !f.fit)
     return TransformRoute::portable(x, scale, left, right, scale_exponent, left_exponent, right_exponent);
-  const Tensor rows = plain(x), s = values_of(scale, scale_exponent);
-  const Tensor l = values_of(left, left_exponent), r = values_of(right, right_exponent);
+  const Tensor rows = plain(x);
   Tensor y = result_of(x, x.size(-1));
-  kernels.transform(rows.const_data_ptr(), address(s), address(l), address(r), y.mutable_data_ptr(), tokens_of(x), n1,
-                    n2, at::get_num_threads());
+  kernels.transform(rows.const_data_ptr(), address(f.scale), address(f.left), address(f.right), y.mutable_data_ptr(),
+                    tokens_of(x), f.n1, f.n2, at::get_num_threads());
   return typed_like(std::move(y), x);
 }
 """

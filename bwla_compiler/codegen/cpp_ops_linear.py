@@ -1,9 +1,12 @@
-"""C++ text of the operators linear and linear_group."""
+"""C++ text of the operators linear and linear_group, and what the fused group shares with them."""
 
 LINEAR = r"""
+const Maybe NOTHING;
+
 struct Linear {
   const Tensor &signs, &scale;
   const Maybe &rank_in, &rank_out, &rank_scale, &bias, &scale_exponent, &rank_scale_exponent;
+  const Maybe& residual = NOTHING;
 
   // Whether the tensors fit each other and x; the portable implementation says what does not.
   bool fits(int64_t columns) const {
@@ -40,9 +43,9 @@ int64_t tokens_of(const Tensor& x) { return c10::multiply_integers(x.sizes().beg
 
 Tensor typed_like(Tensor y, const Tensor& x) { return y.scalar_type() == x.scalar_type() ? y : y.to(x.scalar_type()); }
 
-// One result per linear, for x that they share; all fit.
+// One result per linear, for x that they share; all fit. prologue: what precedes them, null for nothing.
 std::vector<Tensor> run_linears(const Tensor& x, const std::vector<Linear>& linears, const Tensor& column_scale,
-                                int64_t bits) {
+                                int64_t bits, const Prologue* prologue = nullptr) {
   const Tensor rows = plain(x);
   c10::SmallVector<Member, 4> members;
   c10::SmallVector<Tensor, 16> kept;  // the addresses below are valid while these live
@@ -57,6 +60,7 @@ std::vector<Tensor> run_linears(const Tensor& x, const std::vector<Linear>& line
     member.signs = keep(packed_signs(linear.signs, x.size(-1)));
     member.scale = keep(packed_scale(linear.scale, linear.scale_exponent));
     member.bias = linear.bias ? keep(plain(*linear.bias)) : nullptr;
+    member.residual = linear.residual ? keep(plain(*linear.residual)) : nullptr;
     member.y = y.mutable_data_ptr<float>();
     member.planes = linear.signs.size(0), member.out = linear.signs.size(1), member.groups = linear.scale.size(2);
     if (linear.rank_in) {
@@ -68,8 +72,8 @@ std::vector<Tensor> run_linears(const Tensor& x, const std::vector<Linear>& line
     results.push_back(std::move(y));
   }
   const int limit = bits >= 16 ? 0 : (1 << (bits - 1)) - 1;
-  kernels.linear(rows.const_data_ptr(), address(column_scale), tokens_of(x), x.size(-1), limit, members.data(),
-                 (long)members.size(), at::get_num_threads());
+  kernels.fused_group(rows.const_data_ptr(), prologue, address(column_scale), tokens_of(x), x.size(-1), limit,
+                      members.data(), (long)members.size(), at::get_num_threads());
   for (Tensor& y : results) y = typed_like(std::move(y), x);
   return results;
 }
@@ -89,6 +93,39 @@ Tensor linear(const Tensor& x, const Tensor& signs, const Tensor& scale, const M
   return run_linears(x, {member}, values_of(column_scale, column_exponent), bits)[0];
 }
 
+// The linears of a group, from one list per operand.
+struct Members {
+  std::vector<std::array<Maybe, 7>> parts;  // alive while the linears refer to them
+  std::vector<Linear> linears;
+  bool fit = true;
+
+  Members(const Tensor& x, at::TensorList signs, at::TensorList scale, const MaybeList& rank_in,
+          const MaybeList& rank_out, const MaybeList& rank_scale, const MaybeList& bias,
+          const MaybeList& scale_exponent, const MaybeList& rank_exponent, const MaybeList* residual = nullptr) {
+    fit = x.dim() >= 1 && scale.size() == signs.size();
+    for (const MaybeList* list : {&rank_in, &rank_out, &rank_scale, &bias, &scale_exponent, &rank_exponent})
+      fit = fit && list->size() == signs.size();
+    if (!fit || (residual && residual->size() != signs.size())) {
+      fit = false;
+      return;
+    }
+    parts.reserve(signs.size()), linears.reserve(signs.size());
+    for (size_t i = 0; i < signs.size(); i++) {
+      parts.push_back({rank_in.get(i), rank_out.get(i), rank_scale.get(i), bias.get(i), scale_exponent.get(i),
+                       rank_exponent.get(i), residual ? residual->get(i) : Maybe()});
+      const auto& p = parts.back();
+      linears.push_back(Linear{signs[i], scale[i], p[0], p[1], p[2], p[3], p[4], p[5], p[6]});
+      fit = fit && linears.back().fits(x.size(-1)) && (!p[6] || is_result(*p[6], x, signs[i].size(1)));
+    }
+  }
+
+  // Whether t has the shape of a result for x.
+  static bool is_result(const Tensor& t, const Tensor& x, int64_t features) {
+    return is_float(t) && dense_cpu(t) && t.dim() == x.dim() && t.size(-1) == features &&
+           t.sizes().slice(0, t.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
+  }
+};
+
 struct GroupName { static constexpr const char* name = "bwla::linear_group"; };
 using GroupRoute =
     Route<GroupName, std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList, const Maybe&, const MaybeList&,
@@ -100,22 +137,11 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList signs, at::Tens
                                  const MaybeList& rank_scale, const MaybeList& bias, int64_t bits,
                                  const MaybeList& scale_exponent, const Maybe& column_exponent,
                                  const MaybeList& rank_exponent) {
-  bool good = takes(x, column_scale, column_exponent, bits) && scale.size() == signs.size();
-  for (const MaybeList* list : {&rank_in, &rank_out, &rank_scale, &bias, &scale_exponent, &rank_exponent})
-    good = good && list->size() == signs.size();
-  std::vector<std::vector<Maybe>> parts;  // of each member, alive while the linears refer to them
-  for (size_t i = 0; good && i < signs.size(); i++)
-    parts.push_back({rank_in.get(i), rank_out.get(i), rank_scale.get(i), bias.get(i), scale_exponent.get(i),
-                     rank_exponent.get(i)});
-  std::vector<Linear> members;
-  for (size_t i = 0; i < parts.size(); i++) {
-    const auto& p = parts[i];
-    members.push_back(Linear{signs[i], scale[i], p[0], p[1], p[2], p[3], p[4], p[5]});
-    good = good && members.back().fits(x.size(-1));
-  }
+  const Members members(x, signs, scale, rank_in, rank_out, rank_scale, bias, scale_exponent, rank_exponent);
+  const bool good = takes(x, column_scale, column_exponent, bits) && members.fit;
   if (!good)
     return GroupRoute::portable(x, signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, bits,
                                 scale_exponent, column_exponent, rank_exponent);
-  return run_linears(x, members, values_of(column_scale, column_exponent), bits);
+  return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits);
 }
 """

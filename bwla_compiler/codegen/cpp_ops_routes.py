@@ -24,6 +24,25 @@ struct Refusal : torch::autograd::Function<Refusal> {
   }
 };
 
+// The tensor, or the first of a list, that asks for a gradient; undefined where none does.
+Tensor asking(const Tensor& t) { return t.defined() && t.requires_grad() ? t : Tensor(); }
+Tensor asking(const Maybe& t) { return t ? asking(*t) : Tensor(); }
+Tensor asking(const MaybeList& list) {
+  for (size_t i = 0; i < list.size(); i++)
+    if (Tensor found = asking(list.get(i)); found.defined()) return found;
+  return Tensor();
+}
+template <class Other>
+Tensor asking(const Other&) {
+  return Tensor();
+}
+template <class... A>
+Tensor first_asking(const A&... a) {
+  Tensor found;
+  ((found.defined() ? void() : void(found = asking(a))), ...);
+  return found;
+}
+
 torch::autograd::variable_list listed(Tensor y) { return {std::move(y)}; }
 torch::autograd::variable_list listed(std::vector<Tensor> ys) { return ys; }
 
@@ -35,15 +54,14 @@ template <class Name, class R, class... A>
 struct Route<Name, R(A...)> {
   template <R (*direct)(A...)>
   static R differentiable(c10::DispatchKeySet keys, A... a) {
-    const Tensor& x = std::get<0>(std::tie(a...));
-    const bool tracked = x.requires_grad() && at::GradMode::is_enabled();
+    const Tensor asking = at::GradMode::is_enabled() ? first_asking(a...) : Tensor();
     const bool plain = (keys & c10::after_ADInplaceOrView_keyset).highestPriorityTypeId() == c10::DispatchKey::CPU;
     auto run = [&]() -> R {
       at::AutoDispatchBelowAutograd guard;
       return plain ? direct(a...) : handle().redispatch(keys & c10::after_autograd_keyset, a...);
     };
-    if (!tracked) return run();
-    auto results = Refusal::apply(x, Refusal::Run([&] { return listed(run()); }));
+    if (!asking.defined()) return run();
+    auto results = Refusal::apply(asking, Refusal::Run([&] { return listed(run()); }));
     if constexpr (std::is_same_v<R, Tensor>)
       return results[0];
     else

@@ -25,12 +25,14 @@ class Member(ctypes.Structure):
     """One linear of those that share an input; mirrors `struct Member` of the emitted source.
 
     signs: packed by `pack`. scale: [planes, out] float32, or packed by `pack_scale` where groups > 1.
-    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y [tokens, out] float32.
+    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y and residual
+    [tokens, out] float32.
     """
 
     _fields_ = (
         *((name, c_void_p) for name in ("signs", "scale", "rank_in", "rank_out", "rank_scale", "bias", "y")),
         *((name, c_long) for name in ("out_features", "planes", "groups", "rank")),
+        ("residual", c_void_p),
     )
 
 
@@ -41,6 +43,7 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
+    "fused_group": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
     "accumulate": (c_void_p, c_void_p, c_long, c_long, c_long, c_int, c_void_p),
@@ -52,7 +55,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
-    "use_team",
+    "use_team", "fused_group",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
