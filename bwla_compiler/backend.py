@@ -11,7 +11,6 @@ import torch
 from torch.fx import GraphModule
 
 from bwla_compiler.errors import PlanError, RecipeError
-from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.runtime import ops
 
 log = logging.getLogger(__name__)
@@ -37,8 +36,6 @@ def compile_backend(
             'backend="bwla" compiles packed models, and this graph has no packed linear. Quantize the model first: '
             "bwla_compiler.quantize(model), or load a packed checkpoint"
         )
-    report = FuseKernels().run(gm)
-    log.info("fused %d groups of linears", len(report.changed))
     return _inductor(gm, example_inputs, mode)
 
 
@@ -57,5 +54,12 @@ def _is_packed(gm: GraphModule) -> bool:
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
-    patches = torch._inductor.list_mode_options(mode) if mode else None
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
+
+
+def inductor_passes() -> dict[str, Any]:
+    """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports."""
+    from bwla_compiler.passes.inductor_pass import InductorFusion  # imports Inductor
+
+    return {"post_grad_custom_pre_pass": InductorFusion()}
