@@ -93,6 +93,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(linear));
   registered.back()->impl("linear_group", TORCH_FN(linear_group));
   registered.back()->impl("fused_group", TORCH_FN(fused_group));
+  registered.back()->impl("fused_call", TORCH_FN(fused_call));
   registered.back()->impl("int8_linear", TORCH_FN(int8_linear));
   registered.back()->impl("int8_embedding", TORCH_FN(int8_embedding));
   registered.back()->impl("transform", TORCH_FN(transform));
@@ -101,6 +102,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
   registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable<linear_group>));
   registered.back()->impl("fused_group", TORCH_FN(FusedRoute::differentiable<fused_group>));
+  registered.back()->impl("fused_call", TORCH_FN(fused_call));
   registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());

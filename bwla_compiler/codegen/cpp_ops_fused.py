@@ -51,5 +51,27 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
                           f.n1, f.n2};
   return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits, &prologue);
 }
+
+// The fused group with its operands in one list; plan: see runtime/flat.py.
+std::vector<Tensor> fused_call(at::TensorList tensors, at::IntArrayRef plan, double eps) {
+  constexpr size_t HEAD = 3, SINGLES = 12, LISTS = 9;
+  TORCH_CHECK(plan.size() >= HEAD + SINGLES && plan[0] >= 0 && plan[0] < (int64_t)KINDS.size() && plan[2] >= 0 &&
+                  plan.size() == HEAD + SINGLES + LISTS * plan[2],
+              "bwla::fused_call: the plan does not fit; it is made by bwla_compiler.runtime.flat.flatten");
+  auto at = [&](size_t i) -> Maybe { return plan[i] < 0 ? Maybe() : Maybe(tensors.at(plan[i])); };
+  std::array<Maybe, SINGLES> one;
+  for (size_t i = 0; i < SINGLES; i++) one[i] = at(HEAD + i);
+  TORCH_CHECK(one[0], "bwla::fused_call: the plan names no input");
+  std::vector<Tensor> signs, scale;
+  std::array<MaybeList, LISTS - 2> lists;
+  for (int64_t m = 0; m < plan[2]; m++) {
+    const size_t first = HEAD + SINGLES + m * LISTS;
+    signs.push_back(at(first).value()), scale.push_back(at(first + 1).value());
+    for (size_t i = 0; i < lists.size(); i++) lists[i].push_back(at(first + 2 + i));
+  }
+  return FusedRoute::handle().call(*one[0], one[1], KINDS[plan[0]], eps, one[2], one[3], one[4], one[5], one[6],
+                                   one[7], one[8], one[9], signs, scale, one[10], lists[0], lists[1], lists[2],
+                                   lists[3], lists[4], plan[1], lists[5], one[11], lists[6]);
+}
 """
 )

@@ -1,4 +1,4 @@
-"""FuseKernels as Inductor runs it: on the graph after decompositions, known to its cache by the passes' source."""
+"""FuseKernels and FlattenCalls as Inductor runs them: on the graph after decompositions, known to its cache by the passes' source."""
 
 import logging
 from pathlib import Path
@@ -7,12 +7,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 from bwla_compiler.passes.base import PassReport
+from bwla_compiler.passes.flatten_calls import FlattenCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
+from bwla_compiler.runtime import flat
 
 log = logging.getLogger(__name__)
 
 _SOURCES = (
-    "fuse_kernels", "graph_order", "inductor_pass", "match_activations", "match_graph", "match_norms",
+    "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "match_activations", "match_graph", "match_norms",
     "match_prologue", "packed_calls",
 )  # fmt: skip
 
@@ -30,9 +32,11 @@ class InductorFusion(CustomGraphPass):
         for what, outcome in (*report.changed, *report.skipped):
             log.debug("%s: %s", what, outcome)
         self.reports.append(report)
+        FlattenCalls().run(graph)
 
     def uuid(self) -> bytes:
         """Return a hash of the source of every file that decides what the pass does."""
         home = Path(__file__).parent
-        key: bytes = get_hash_for_files(tuple(str(home / f"{name}.py") for name in _SOURCES))
+        files = (*(str(home / f"{name}.py") for name in _SOURCES), flat.__file__)
+        key: bytes = get_hash_for_files(files)
         return key

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, native, portable
+from bwla_compiler.runtime import compiled, flat, native, portable
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -42,6 +42,7 @@ SCHEMAS = (
     "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "fused_call(Tensor[] tensors, int[] plan, float eps) -> Tensor[]",
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
     "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
@@ -145,6 +146,12 @@ def _fused_group(
     return [y.to(x.dtype) for y in sums]
 
 
+def _fused_call(tensors: list[Tensor], plan: list[int], eps: float) -> list[Tensor]:
+    """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
+    results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
+    return results
+
+
 def _int8_linear_with(fast: bool) -> Any:
     """Return the implementation of bwla::int8_linear."""
 
@@ -210,6 +217,8 @@ for _name, _implementation in ON_CPU.items():
 LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_call", _fused_call, "Autograd")
 LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
 LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
@@ -259,6 +268,7 @@ for _name, _fake in (
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
+    ("fused_call", _fused_call),
     ("int8_linear", _fake_int8_linear),
     ("int8_embedding", _fake_int8_embedding),
     ("refuse_gradient", _fake_refuse_gradient),

@@ -16,7 +16,7 @@ from bwla_compiler.codegen.library import load
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.numerics.half import to_half_bits
 from bwla_compiler.numerics.kronecker import factor_pair
-from bwla_compiler.runtime import compiled, native, ops, portable, reference
+from bwla_compiler.runtime import compiled, flat, native, ops, portable, reference
 from bwla_compiler.runtime.halves import decoded
 from bwla_compiler.spec import PROLOGUES
 from tests.runtime.test_ops import make_linear, without_native
@@ -67,17 +67,21 @@ class Case:
     residuals: list[Tensor | None] | None = None
     bits: int = 6
 
-    def run(self) -> list[Tensor]:
-        """Return the operator's results; the transform goes in as half bits."""
+    def operands(self) -> tuple[Any, ...]:
+        """Return the operator's operands; the transform goes in as half bits."""
         p, nothing = self.prologue, [None] * len(self.members)
         factors = [(None, None) if t is None else halves(t) for t in (p.scale, p.left, p.right)]
         pairs = [m[2] or (None,) * 3 for m in self.members]
-        results: list[Tensor] = BWLA.fused_group(
+        return (
             self.x, p.gate, p.kind, p.eps, p.gain, p.shift, *(f[0] for f in factors), *(f[1] for f in factors),
             [m[0] for m in self.members], [m[1] for m in self.members], self.column_scale,
             *(list(c) for c in zip(*pairs, strict=True)), [m[3] for m in self.members], self.residuals or nothing,
             self.bits, nothing, None, nothing,
         )  # fmt: skip
+
+    def run(self) -> list[Tensor]:
+        """Return the operator's results."""
+        results: list[Tensor] = BWLA.fused_group(*self.operands())
         return results
 
     def exact(self) -> list[Tensor]:
@@ -239,6 +243,25 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(y, results[0]) for y in results)
 
 
+def test_one_list_of_operands_is_the_same_call(path: str) -> None:
+    x, prologue = make("rms_norm", 40, 3)
+    members = [make_linear(9, 40), make_linear(5, 40, rank=2, seed=1)]
+    case = Case(x, prologue, members, residuals=[None, torch.ones(3, 5)])
+    flattened = flat.flatten(case.operands())
+    assert all(a is b or a == b for a, b in zip(flat.unflatten(*flattened), case.operands(), strict=True) if a is None)
+    for y, want in zip(BWLA.fused_call(*flattened), case.run(), strict=True):
+        assert torch.equal(y, want)
+    x.requires_grad_()
+    with pytest.raises(GradientError, match="no_grad"):
+        BWLA.fused_call(*flat.flatten(case.operands()))[1].sum().backward()
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    native.install()
+    with pytest.raises(RuntimeError, match="plan does not fit"):
+        BWLA.fused_call([torch.ones(2)], [0, 6, 1, 0], 0.0)
+
+
 def test_opcheck_and_meta() -> None:
     x, prologue = make("rms_norm", 40, 2)
     signs, scale, _, bias = make_linear(9, 40)
@@ -248,6 +271,7 @@ def test_opcheck_and_meta() -> None:
         nothing, nothing, nothing, [bias], [torch.randn(2, 9)], 6, nothing, None, nothing,
     )  # fmt: skip
     torch.library.opcheck(BWLA.fused_group.default, arguments)
+    torch.library.opcheck(BWLA.fused_call.default, flat.flatten(arguments))
     (y,) = BWLA.fused_group(x.to("meta"), *arguments[1:12], [signs.to("meta")], *arguments[13:])
     assert y.is_meta
     assert y.shape == (2, 9)
