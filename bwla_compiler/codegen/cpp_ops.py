@@ -20,6 +20,7 @@ HEADER = r"""
 #include <torch/library.h>
 
 #include <array>
+#include <charconv>
 #include <cstring>
 #include <functional>
 #include <memory>

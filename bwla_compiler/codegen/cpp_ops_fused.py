@@ -52,26 +52,37 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
   return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits, &prologue);
 }
 
+constexpr const char* BAD_PLAN =
+    "bwla::fused_call: the plan does not fit; it is made by bwla_compiler.runtime.flat.flatten";
+
 // The fused group with its operands in one list; plan: see runtime/flat.py.
-std::vector<Tensor> fused_call(at::TensorList tensors, at::IntArrayRef plan, double eps) {
-  constexpr size_t HEAD = 3, SINGLES = 12, LISTS = 9;
-  TORCH_CHECK(plan.size() >= HEAD + SINGLES && plan[0] >= 0 && plan[0] < (int64_t)KINDS.size() && plan[2] >= 0 &&
-                  plan.size() == HEAD + SINGLES + LISTS * plan[2],
-              "bwla::fused_call: the plan does not fit; it is made by bwla_compiler.runtime.flat.flatten");
-  auto at = [&](size_t i) -> Maybe { return plan[i] < 0 ? Maybe() : Maybe(tensors.at(plan[i])); };
+std::vector<Tensor> fused_call(at::TensorList tensors, std::string_view plan, double eps) {
+  constexpr size_t HEAD = 2, SINGLES = 12, LISTS = 9;
+  const size_t word = std::min(plan.find(' '), plan.size());
+  const std::string_view kind = plan.substr(0, word);
+  c10::SmallVector<int64_t, 64> places;  // bits and members, then the places
+  for (const char *at = plan.data() + word, *end = plan.data() + plan.size(); at < end;) {
+    int64_t value = 0;
+    const auto read = std::from_chars(at + 1, end, value);
+    TORCH_CHECK(read.ec == std::errc(), BAD_PLAN);
+    places.push_back(value), at = read.ptr;
+  }
+  TORCH_CHECK(places.size() >= HEAD + SINGLES && places[1] >= 0 && places[1] <= (int64_t)places.size() &&
+              places.size() == HEAD + SINGLES + LISTS * places[1], BAD_PLAN);
+  auto at = [&](size_t i) -> Maybe { return places[i] < 0 ? Maybe() : Maybe(tensors.at(places[i])); };
   std::array<Maybe, SINGLES> one;
   for (size_t i = 0; i < SINGLES; i++) one[i] = at(HEAD + i);
-  TORCH_CHECK(one[0], "bwla::fused_call: the plan names no input");
+  TORCH_CHECK(one[0], BAD_PLAN);
   std::vector<Tensor> signs, scale;
   std::array<MaybeList, LISTS - 2> lists;
-  for (int64_t m = 0; m < plan[2]; m++) {
+  for (int64_t m = 0; m < places[1]; m++) {
     const size_t first = HEAD + SINGLES + m * LISTS;
     signs.push_back(at(first).value()), scale.push_back(at(first + 1).value());
     for (size_t i = 0; i < lists.size(); i++) lists[i].push_back(at(first + 2 + i));
   }
-  return FusedRoute::handle().call(*one[0], one[1], KINDS[plan[0]], eps, one[2], one[3], one[4], one[5], one[6],
+  return FusedRoute::handle().call(*one[0], one[1], kind, eps, one[2], one[3], one[4], one[5], one[6],
                                    one[7], one[8], one[9], signs, scale, one[10], lists[0], lists[1], lists[2],
-                                   lists[3], lists[4], plan[1], lists[5], one[11], lists[6]);
+                                   lists[3], lists[4], places[0], lists[5], one[11], lists[6]);
 }
 """
 )

@@ -42,7 +42,7 @@ SCHEMAS = (
     "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
-    "fused_call(Tensor[] tensors, int[] plan, float eps) -> Tensor[]",
+    "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
     "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
@@ -146,7 +146,7 @@ def _fused_group(
     return [y.to(x.dtype) for y in sums]
 
 
-def _fused_call(tensors: list[Tensor], plan: list[int], eps: float) -> list[Tensor]:
+def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
     """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
     results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
     return results

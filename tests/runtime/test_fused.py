@@ -258,8 +258,9 @@ def test_one_list_of_operands_is_the_same_call(path: str) -> None:
 
 def test_a_plan_that_does_not_fit_is_refused() -> None:
     native.install()
-    with pytest.raises(RuntimeError, match="plan does not fit"):
-        BWLA.fused_call([torch.ones(2)], [0, 6, 1, 0], 0.0)
+    for plan in ("none 6 1 0", "none", "", "none 6 x", "none 6 0" + " -1" * 12, "none 6 -1 0"):
+        with pytest.raises(RuntimeError, match="plan does not fit"):
+            BWLA.fused_call([torch.ones(2)], plan, 0.0)
 
 
 def test_opcheck_and_meta() -> None:
