@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from bwla_compiler import backend
@@ -27,7 +28,9 @@ def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
 def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = backend.inductor_passes()
     monkeypatch.setattr(backend, "inductor_passes", lambda: passes)
-    monkeypatch.setattr(inductor_config, "force_disable_caches", True)  # a cached graph is not fused again
+    # a cached graph is not fused again
+    monkeypatch.setattr(inductor_config, "fx_graph_cache", False)
+    monkeypatch.setattr(functorch_config, "enable_autograd_cache", False)
     model = packed(name)
     torch._dynamo.reset()
     with torch.no_grad():
