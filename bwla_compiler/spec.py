@@ -11,6 +11,11 @@ from typing import Literal
 FLOAT_BITS = 16
 """Activation bits from which on activations are left as they are."""
 
+PROLOGUES = (
+    "none", "rms_norm", "layer_norm", "silu_mul", "gelu_mul", "gelu_tanh_mul", "silu", "gelu", "gelu_tanh", "relu",
+)  # fmt: skip
+"""What a fused group may compute before its transform; "_mul" multiplies by a second input, the gate."""
+
 
 @dataclass(frozen=True)
 class TransformSpec:

@@ -13,7 +13,6 @@ from bwla_compiler.backend.options import read_options
 from bwla_compiler.backend.owner import find_owner
 from bwla_compiler.backend.progress import telling
 from bwla_compiler.backend.raw import RawGraph, variants_of
-from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.native import forget
 
@@ -34,8 +33,6 @@ def compile_backend(
     """
     chosen = read_options(options, mode)
     if _is_packed(gm):
-        report = FuseKernels().run(gm)
-        log.info("fused %d groups of linears", len(report.changed))
         return lower(gm, example_inputs, mode=mode)
     owner = find_owner(gm, example_inputs)
     if owner is None:

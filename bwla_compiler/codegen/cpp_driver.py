@@ -3,6 +3,7 @@
 HEADER = r"""
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -18,6 +19,7 @@ static long process_id() { return (long)getpid(); }
 #else
 static long process_id() { return 0; }
 #endif
+static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 #define EXPORT extern "C" __attribute__((visibility("default")))
 """
 
@@ -111,9 +113,40 @@ class Pool {
   void* context = nullptr;
 };
 
+// Runs body(context) on up to `threads` threads of the host at once, at least on the caller's, until all are done.
+// Two pools on the same cores only delay each other: the idle threads of one spin while the other has work.
+using Team = void (*)(long threads, void (*body)(void*), void* context);
+static std::atomic<Team> team{nullptr};
+static std::atomic<long> team_process{0};
+
+// Compute on the host's threads from now on; null: on the pool. A forked child, where they are gone, has its own pool.
+EXPORT void bwla_use_team(Team host) {
+  team_process = process_id();
+  team = host;
+}
+
+// Run f(i) for i in [0, n) on up to `threads` threads, the caller's among them, in any order.
 template <class F>
 static void parallel(long n, long threads, F&& f) {
-  Pool::run(n, threads, [](void* context, long i) { (*(std::remove_reference_t<F>*)context)(i); }, (void*)&f);
+  if (std::min(n, threads) <= 1) {
+    for (long i = 0; i < n; i++) f(i);
+    return;
+  }
+  const Team host = team;
+  if (!host || team_process != process_id()) {
+    Pool::run(n, threads, [](void* context, long i) { (*(std::remove_reference_t<F>*)context)(i); }, (void*)&f);
+    return;
+  }
+  struct Call {
+    std::remove_reference_t<F>& f;
+    const long n;
+    std::atomic<long> next;
+  } call{f, n, {0}};
+  auto body = [](void* context) {
+    Call& call = *(Call*)context;
+    for (long i; (i = call.next.fetch_add(1, std::memory_order_relaxed)) < call.n;) call.f(i);
+  };
+  host(std::min(n, threads), body, &call);
 }
 """
 
@@ -168,7 +201,6 @@ static float quantize(const float* x, const float* column_scale, long in, long p
 SWEEP = r"""
 constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, PANEL = 4096 / ROWS;
 static_assert(CHUNK % GROUP_WORDS == 0, "a chunk holds whole groups");
-static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 
 template <int T>
 using Int = std::integral_constant<int, T>;

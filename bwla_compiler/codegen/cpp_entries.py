@@ -11,6 +11,7 @@ struct Member {
   const float* bias;        // [out]
   float* y;                 // [tokens, out]
   long out, planes, groups, rank;
+  const float* residual;    // [tokens, out]
 };
 
 template <class K>
@@ -28,7 +29,7 @@ static inline float project(const float* x, const int8_t* row, long n) {
   return sum;
 }
 
-// Write y = (sum + low rank) * token scale + bias for `rows` rows from `first` on.
+// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on.
 template <class K>
 static void finish(const Member& member, const Wave<K>& wave, const float* sums, const float* projected, long stride,
                    long first, long rows) {
@@ -50,6 +51,9 @@ static void finish(const Member& member, const Wave<K>& wave, const float* sums,
       for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale + member.bias[first + r];
     else
       for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale;
+    if (!member.residual) continue;
+    const float* residual = member.residual + (wave.first + m) * member.out + first;
+    for (long r = 0; r < rows; r++) y[r] += residual[r];
   }
 }
 
@@ -117,8 +121,8 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
 }
 
 template <class K>
-static void linear(const float* x, const float* column_scale, long tokens, long in, int limit, const Member* members,
-                   long n_members, long threads) {
+static void linear(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in, int limit,
+                   const Member* members, long n_members, long threads) {
   static thread_local Buffer<typename K::Code> codes_buffer;
   static thread_local Buffer<typename K::Entry> table_buffer;
   static thread_local Buffer<float> scale_buffer;
@@ -131,7 +135,8 @@ static void linear(const float* x, const float* column_scale, long tokens, long 
     auto* tables = table_buffer.get(n * words * K::TABLE);
     float* scale = scale_buffer.get(n);
     parallel(n, helpers, [&](long m) {
-      scale[m] = quantize(x + (first + m) * in, column_scale, in, padded, limit, codes + m * padded);
+      const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
+      scale[m] = quantize(token, column_scale, in, padded, limit, codes + m * padded);
     });
     build_tables<K>(codes, n, words, tables, helpers);
     run_wave<K>(Wave<K>{first, n, in, words, limit, threads, codes, scale, tables}, members, n_members);
@@ -172,13 +177,19 @@ EXPORT void bwla_pack_scale(const float* scale, float* packed, long planes, long
         packed[((p * blocks + row / ROWS) * groups + g) * ROWS + row % ROWS] = scale[(p * out + row) * groups + g];
 }
 
-// Linears that share x [tokens, in]; activations rounded to [-limit, limit], or left as they are where limit is 0.
+// Linears that share x [tokens, in], each token after the prologue (null for none) rounded once to [-limit, limit],
+// or left as it is where limit is 0.
+EXPORT void bwla_fused_group(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in,
+                             int limit, const Member* members, long n_members, long threads) {
+  if (limit)
+    linear<IntKernel>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
+  else
+    linear<FloatKernel>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
+}
+
 EXPORT void bwla_linear(const float* x, const float* column_scale, long tokens, long in, int limit,
                         const Member* members, long n_members, long threads) {
-  if (limit)
-    linear<IntKernel>(x, column_scale, tokens, in, limit, members, n_members, threads);
-  else
-    linear<FloatKernel>(x, column_scale, tokens, in, limit, members, n_members, threads);
+  bwla_fused_group(x, nullptr, column_scale, tokens, in, limit, members, n_members, threads);
 }
 
 EXPORT void bwla_quantize(const float* x, const float* column_scale, long tokens, long in, int limit, int8_t* codes,
@@ -203,30 +214,5 @@ EXPORT void bwla_accumulate(const int8_t* codes, const Word* signs, long tokens,
   std::fill(sum, sum + tokens * stride, 0);
   sweep_rows<IntKernel>(signs, words, 0, blocks, table, tokens, limit, sum);
   for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
-}
-"""
-
-INT8 = r"""
-// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], in float32.
-EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
-                             long tokens, long out, long in, long threads) {
-  const long height = std::clamp(out / (threads * 8), 1L, 64L);
-  parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
-    const long last = std::min((job + 1) * height, out);
-    auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };
-    long m = 0;
-    for (; m + 4 <= tokens; m += 4)
-      for (long row = job * height; row < last; row++) {
-        float sums[4];
-        dots<4>(codes + row * in, x + m * in, in, in, sums);
-        for (int t = 0; t < 4; t++) store(m + t, row, sums[t]);
-      }
-    for (; m < tokens; m++)
-      for (long row = job * height; row < last; row++) {
-        float sum;
-        dots<1>(codes + row * in, x + m * in, in, in, &sum);
-        store(m, row, sum);
-      }
-  });
 }
 """

@@ -1,6 +1,15 @@
 """The C++ source of every kernel of one instruction set: one self-contained translation unit without torch."""
 
-from bwla_compiler.codegen import cpp_avx2, cpp_avx512, cpp_driver, cpp_ends, cpp_entries, cpp_portable
+from bwla_compiler.codegen import (
+    cpp_avx2,
+    cpp_avx512,
+    cpp_driver,
+    cpp_ends,
+    cpp_entries,
+    cpp_portable,
+    cpp_prologue,
+    cpp_transform,
+)
 from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
@@ -19,10 +28,14 @@ def emit(isa: Isa) -> str:
         cpp_driver.THREADS,
         cpp_driver.ROUNDING,
         cpp_driver.SWEEP,
+        cpp_transform.VECTORS,
+        cpp_transform.PRODUCT,
+        cpp_transform.TRANSFORM,
+        cpp_prologue.FUNCTIONS,
+        cpp_prologue.PROLOGUE,
         cpp_entries.LINEAR,
         cpp_entries.ENTRIES,
-        cpp_entries.INT8,
-        cpp_ends.TRANSFORM,
+        cpp_ends.INT8,
         cpp_ends.EMBEDDING,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -25,12 +25,14 @@ class Member(ctypes.Structure):
     """One linear of those that share an input; mirrors `struct Member` of the emitted source.
 
     signs: packed by `pack`. scale: [planes, out] float32, or packed by `pack_scale` where groups > 1.
-    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y [tokens, out] float32.
+    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y and residual
+    [tokens, out] float32.
     """
 
     _fields_ = (
         *((name, c_void_p) for name in ("signs", "scale", "rank_in", "rank_out", "rank_scale", "bias", "y")),
         *((name, c_long) for name in ("out_features", "planes", "groups", "rank")),
+        ("residual", c_void_p),
     )
 
 
@@ -41,16 +43,19 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
+    "fused_group": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
     "accumulate": (c_void_p, c_void_p, c_long, c_long, c_long, c_int, c_void_p),
     "int8_linear": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "transform": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
+    "use_team": (c_void_p,),
 }
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
+    "use_team", "fused_group",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -81,6 +86,7 @@ class KernelLibrary:
         self.int8_linear = self._library.bwla_int8_linear
         self.transform = self._library.bwla_transform
         self.int8_embedding = self._library.bwla_int8_embedding
+        self.use_team = self._library.bwla_use_team
 
     def addresses(self) -> ctypes.Array[c_void_p]:
         """Return the addresses of OPS_ENTRIES, as `bwla_register` of the C++ operators takes them."""

@@ -1,110 +1,202 @@
-"""FuseKernels: packed linears that read one tensor become one call, which rounds their input once."""
+"""FuseKernels: packed linears that read one tensor become one call, with what precedes and follows them inside."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
 from bwla_compiler.passes.base import PassReport
-from bwla_compiler.runtime.ops import LIBRARY
+from bwla_compiler.passes.graph_order import dependence, mutation_between, positions, sink_readers
+from bwla_compiler.passes.match_activations import match_activation
+from bwla_compiler.passes.match_graph import dtype_of
+from bwla_compiler.passes.match_norms import match_norm
+from bwla_compiler.passes.match_prologue import Found, Matcher, dtype_refusal
+from bwla_compiler.passes.packed_calls import (
+    NO_TRANSFORM,
+    OPS,
+    Packed,
+    find_packed,
+    foreign_reader,
+    residual_of,
+    results_as,
+)
 
-_OPS: Any = getattr(torch.ops, LIBRARY.ns)
-_LINEAR: frozenset[Any] = frozenset({_OPS.linear, _OPS.linear.default})
+MATCHERS: tuple[Matcher, ...] = (match_norm, match_activation)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One call to be made: its input, what precedes, and for each member the nodes it replaces and its residual."""
+
+    members: tuple[Packed, ...]
+    x: Node
+    found: Found | None
+    results: tuple[list[Node], ...]
+    residuals: tuple[Node | None, ...]
+
+    @property
+    def operands(self) -> list[Node]:
+        """Every node that the call reads."""
+        values: list[Any] = [self.x, *self.residuals, *self.members[0].transform]
+        if self.found is not None:
+            values += [self.found.gain, self.found.shift, self.found.gate]
+        for member in self.members:
+            values += member.operands[1:]
+        return [value for value in values if isinstance(value, Node)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but linears is in it."""
+        return self.found is None and not any(self.residuals) and self.members[0].transform == NO_TRANSFORM
+
+    def __str__(self) -> str:
+        parts = [self.found.kind] if self.found is not None else []
+        parts += ["transform"] if self.members[0].transform != NO_TRANSFORM else []
+        parts.append(f"{len(self.members)} linear{'s' if len(self.members) > 1 else ''}")
+        n_residuals = sum(r is not None for r in self.residuals)
+        parts += [f"{n_residuals} residual{'s' if n_residuals > 1 else ''}"] if n_residuals else []
+        return "one call of " + ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class FuseKernels:
-    """Put linears with the same input and activation bits into one `bwla.linear_group` (q/k/v, gate/up).
+    """Make one `bwla.fused_group` of linears with the same input (q/k/v, gate/up), norm or activation, and residual.
 
-    Works on the graph of torch.compile, in place; everything else is left to the backend below.
+    Works in place on a functional aten graph after decompositions, static or symbolic; nodes need meta "val".
+    Between the input and the results all is float32, so that roundings to bfloat16 in between are left out.
+    Linears alone become a `bwla.linear_group`; what does not match exactly stays as it is, with the reason.
     """
 
     name: ClassVar[str] = "fuse-kernels"
 
-    def run(self, gm: GraphModule) -> PassReport:
-        """Merge what can be merged; linears that stand alone are listed with the reason."""
+    def run(self, graph: Graph) -> PassReport:
+        """Merge what can be merged; the report lists each call made, and each refusal with its reason."""
         report = PassReport(self.name)
-        groups: dict[tuple[Any, ...], list[Node]] = {}
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and node.target in _LINEAR:
-                groups.setdefault(_shared(node), []).append(node)
+        groups: dict[tuple[Any, ...], list[Packed]] = {}
+        for packed in find_packed(graph):
+            groups.setdefault(packed.shared, []).append(packed)
         for members in groups.values():
-            names = ", ".join(m.name for m in members)
-            if len(members) == 1:
-                report.skip(names, "no other linear reads its input")
-            elif reason := _refusal(members):
-                report.skip(names, reason)
-            else:
-                report.changed.append((names, f"one call of {len(members)} linears"))
-                _merge(gm, members)
+            _fuse(graph, members, report)
         if report.changed:
-            gm.graph.lint()
-            gm.recompile()
+            graph.eliminate_dead_code()
+            graph.lint()
         return report
 
 
-_N_OPERANDS = 12
-"""Of bwla::linear: x, signs, scale, column scale, low rank (3), bias, bits, and three exponents."""
+def _fuse(graph: Graph, members: Sequence[Packed], report: PassReport) -> None:
+    """Make one call of linears that share their input, or several where one needs another."""
+    names = ", ".join(m.node.name for m in members)
+    order = positions(graph)
+    draft = _drafted(members, order, report)
+    if draft.is_plain and len(members) == 1:
+        report.skip(names, "no norm, activation, transform, residual or other linear to fuse it with")
+        return
+    if reason := _refusal(graph, draft, order):
+        report.skip(names, reason)
+        if len(members) > 1:
+            for member in members:
+                _fuse(graph, [member], report)
+        return
+    _replace(graph, draft, order)
+    report.changed.append((names, str(draft)))
 
 
-def _operands(linear: Node) -> tuple[Any, ...]:
-    """All operands of a linear by position, None for those left out."""
-    return (*linear.args, *(None,) * (_N_OPERANDS - len(linear.args)))
+def _drafted(members: Sequence[Packed], order: dict[Node, int], report: PassReport) -> Draft:
+    """Return the widest call that is right, reporting what could not be pulled in."""
+    names = ", ".join(m.node.name for m in members)
+    source = members[0].source
+    found = next((f for f in (matcher(source) for matcher in MATCHERS) if f is not None), None)
+    if found is not None:
+        reason = dtype_refusal(found)
+        if not reason and (reader := foreign_reader(source)) is not None:
+            reason = f"its {found.kind} is also read by {reader.name}"
+        results = [results_as(m.node, dtype_of(found.x)) for m in members]
+        if not reason and not all(results):
+            reason = f"its {found.kind} reads {dtype_of(found.x)}, and its result is read in another dtype"
+        if not reason:
+            return _with_residuals(members, found.x, found, results, order)
+        report.skip(names, reason)
+    for x in (source, members[0].read):
+        results = [results_as(m.node, dtype_of(x)) for m in members]
+        if all(results):
+            return _with_residuals(members, x, None, results, order)
+    raise AssertionError("a linear's result has the dtype of what it reads")
 
 
-def _shared(linear: Node) -> tuple[Any, ...]:
-    """What the members of a group must have in common: input, column scale and its exponent, activation bits."""
-    operands = _operands(linear)
-    return operands[0], operands[3], operands[10], operands[8]
+def _with_residuals(
+    members: Sequence[Packed], x: Node, found: Found | None, results: list[list[Node]], order: dict[Node, int]
+) -> Draft:
+    """Return the call, with additions to its results pulled in where they need no other result of it."""
+    nodes = {m.node for m in members}
+    replaced: list[list[Node]] = []
+    residuals: list[Node | None] = []
+    for result in results:
+        pulled = residual_of(result[0]) if len(result) == 1 else None
+        if pulled is not None and dependence([pulled[1]], nodes, order) is None:
+            replaced.append([pulled[0]])
+            residuals.append(pulled[1])
+        else:
+            replaced.append(result)
+            residuals.append(None)
+    return Draft(tuple(members), x, found, tuple(replaced), tuple(residuals))
 
 
-def _refusal(members: list[Node]) -> str:
-    """Return why linears cannot be one call: an operand of a later one may be computed from an earlier one."""
-    earlier = set(members)
-    for node in members:
-        frontier = [operand for operand in node.all_input_nodes if operand is not node.args[0]]
-        while frontier:
-            operand = frontier.pop()
-            if operand in earlier:
-                return f"{node.name} depends on {operand.name}"
-            frontier.extend(operand.all_input_nodes)
+def _refusal(graph: Graph, draft: Draft, order: dict[Node, int]) -> str:
+    """Return why linears cannot be one call, or ""."""
+    nodes = {m.node for m in draft.members}
+    if (needs := dependence(draft.operands, nodes, order)) is not None:
+        return f"{needs[0].name} depends on {needs[1].name}"
+    first = min(nodes, key=order.__getitem__)
+    if (edit := mutation_between(graph, first, _place(draft, order))) is not None:
+        return f"{edit.name} edits a tensor in place between them"
     return ""
 
 
-def _merge(gm: GraphModule, members: list[Node]) -> None:
-    """Replace linears by one group call at the place of the last, and move their readers behind it."""
-    graph, last = gm.graph, members[-1]
-    x, column_scale, column_exponent, bits = _shared(last)
-    columns = list(zip(*map(_operands, members), strict=True))
+def _place(draft: Draft, order: dict[Node, int]) -> Node:
+    """Return the last node that the call must come after."""
+    return max([m.node for m in draft.members] + draft.operands, key=order.__getitem__)
+
+
+def _replace(graph: Graph, draft: Draft, order: dict[Node, int]) -> None:
+    """Put the call in, hand its results to the readers, and move those that stand before it behind it."""
+    with graph.inserting_after(_place(draft, order)):
+        call = graph.call_function(*_call(draft))
+    made: list[Node] = []
+    after = call
+    for i in range(len(draft.members)):
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (call, i))
+        made.append(after)
+    call.meta["val"] = [nodes[0].meta.get("val") for nodes in draft.results]
+    for nodes, result in zip(draft.results, made, strict=True):
+        result.meta = dict(nodes[0].meta)
+        for node in nodes:
+            node.replace_all_uses_with(result)
+    sink_readers(graph, made)
+    for nodes, member in zip(draft.results, draft.members, strict=True):
+        for node in dict.fromkeys([*nodes, *_between(member.node, nodes), member.node]):
+            graph.erase_node(node)
+
+
+def _between(linear: Node, ends: list[Node]) -> list[Node]:
+    """Return the conversion between a linear and the sum that took it in, if there is one."""
+    return [user for user in linear.users if user not in ends]
+
+
+def _call(draft: Draft) -> tuple[Any, tuple[Any, ...]]:
+    """Return (operator, operands) of the call."""
+    first = draft.members[0]
+    columns = [list(column) for column in zip(*(m.operands for m in draft.members), strict=True)]
     signs, scale, low_rank, bias = columns[1], columns[2], columns[4:7], columns[7]
+    column_scale, bits, column_exponent = first.operands[3], first.operands[8], first.operands[10]
     exponents, rank_exponents = columns[9], columns[11]
-    with graph.inserting_before(last):
-        operands: list[Any] = [x, signs, scale, column_scale, *low_rank, bias, bits]
-        operands += [exponents, column_exponent, rank_exponents]
-        group = graph.call_function(
-            _OPS.linear_group.default, tuple(list(o) if isinstance(o, tuple) else o for o in operands)
-        )
-        results = [graph.call_function(operator.getitem, (group, i)) for i in range(len(members))]
-    for member, result in zip(members, results, strict=True):
-        result.meta = dict(member.meta)
-        member.replace_all_uses_with(result)
-    _sink_readers(gm, results)
-    for member in members:
-        graph.erase_node(member)
-
-
-def _sink_readers(gm: GraphModule, results: list[Node]) -> None:
-    """Restore topological order: nodes that read a result but stand before it move behind it, in their order."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    anchor = results[-1]
-    limit, moved = order[anchor], set(results)
-    after = anchor
-    for node in list(gm.graph.nodes):
-        if order[node] > limit:
-            break
-        if node not in moved and any(source in moved for source in node.all_input_nodes):
-            after.append(node)
-            after = node
-            moved.add(node)
+    if draft.is_plain:
+        operands = (draft.x, signs, scale, column_scale, *low_rank, bias, bits, exponents, column_exponent)
+        return OPS.linear_group.default, (*operands, rank_exponents)
+    found = draft.found or Found("none", draft.x, set[torch.dtype]())
+    prologue = (draft.x, found.gate, found.kind, found.eps, found.gain, found.shift, *first.transform)
+    linears = (signs, scale, column_scale, *low_rank, bias, list(draft.residuals), bits, exponents, column_exponent)
+    return OPS.fused_group.default, (*prologue, *linears, rank_exponents)

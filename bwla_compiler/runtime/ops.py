@@ -6,17 +6,25 @@ one element), which the operators decode. The first call on the CPU builds the C
 take the place of the Python implementations here.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, native, portable
+from bwla_compiler.runtime import compiled, flat, native, portable
+from bwla_compiler.runtime.checks import (
+    check_linear,
+    check_prologue,
+    check_residuals,
+    linears_of,
+    low_rank_pair,
+    maybe_values,
+    values,
+)
 from bwla_compiler.runtime.compiled import Linear
-from bwla_compiler.runtime.halves import decoded
-from bwla_compiler.spec import FLOAT_BITS
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
@@ -29,92 +37,18 @@ SCHEMAS = (
     "linear_group(Tensor x, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "fused_group(Tensor x, Tensor? gate, str prologue, float eps, Tensor? gain, Tensor? shift, "
+    "Tensor? transform_scale, Tensor? left, Tensor? right, Tensor? transform_scale_exponent, Tensor? left_exponent, "
+    "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
+    "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
+    "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
     "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _values(stored: Tensor, exponent: Tensor | None) -> Tensor:
-    """Return the floats that a scale or factor stands for. Raises ShapeError for bits without exponent, or reverse."""
-    if (stored.dtype == torch.int16) != (exponent is not None):
-        raise ShapeError(
-            f"a scale of {stored.dtype} with{'' if exponent is not None else 'out'} exponent: expected floats alone, "
-            "or int16 bits of float16 with an int8 exponent"
-        )
-    return stored if exponent is None else decoded(stored, exponent)
-
-
-def _maybe_values(stored: Tensor | None, exponent: Tensor | None) -> Tensor | None:
-    """Return `_values`, None for none. Raises ShapeError for an exponent alone."""
-    if stored is None:
-        if exponent is not None:
-            raise ShapeError("an exponent is given, and the scale it belongs to is not")
-        return None
-    return _values(stored, exponent)
-
-
-def _check_linear(x: Tensor, linear: Linear, bits: int) -> None:
-    """Raise ShapeError where the tensors of a linear do not fit x or each other."""
-    signs, scale, columns = linear.signs, linear.scale, x.shape[-1]
-    if signs.dtype != torch.uint8 or signs.dim() != 3 or signs.shape[2] != (columns + 7) // 8:
-        raise ShapeError(
-            f"signs {signs.dtype} {list(signs.shape)} for {columns} input columns: "
-            f"expected uint8 [planes, out, {(columns + 7) // 8}]"
-        )
-    if scale.dim() != 3 or scale.shape[:2] != signs.shape[:2] or scale.shape[2] not in (1, -(-columns // 128)):
-        raise ShapeError(
-            f"scale {list(scale.shape)}: expected [{signs.shape[0]}, {signs.shape[1]}, 1] for rows, "
-            f"or {-(-columns // portable.GROUP)} scales a row for groups of {portable.GROUP} columns"
-        )
-    if not (2 <= bits <= 8 or bits >= FLOAT_BITS):
-        raise ShapeError(f"activation_bits is {bits}: expected 2 to 8, or {FLOAT_BITS} for floats")
-    if linear.bias is not None and linear.bias.shape != signs.shape[1:2]:
-        raise ShapeError(f"bias {list(linear.bias.shape)}: expected [{signs.shape[1]}]")
-    if linear.low_rank is not None:
-        into, onto, rank_scale = linear.low_rank
-        rank = into.shape[0]
-        shapes = ([*into.shape], [*onto.shape], [*rank_scale.shape])
-        if shapes != ([rank, columns], [signs.shape[1], rank], [rank]):
-            raise ShapeError(f"low-rank pair {shapes}: expected [rank, {columns}], [{signs.shape[1]}, rank] and [rank]")
-        if into.dtype != torch.int8 or onto.dtype != torch.int8:
-            raise ShapeError(f"low-rank factors are {into.dtype} and {onto.dtype}: expected int8")
-
-
-def _pair(
-    low_rank_in: Tensor | None, low_rank_out: Tensor | None, low_rank_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the low-rank tensors together, None for none. Raises ShapeError for some without the others."""
-    if low_rank_in is None or low_rank_out is None or low_rank_scale is None:
-        if low_rank_in is not None or low_rank_out is not None or low_rank_scale is not None:
-            raise ShapeError("low_rank_in, low_rank_out and low_rank_scale are given together or not at all")
-        return None
-    return low_rank_in, low_rank_out, low_rank_scale
-
-
-def _members(
-    signs: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    low_rank_in: Sequence[Tensor | None],
-    low_rank_out: Sequence[Tensor | None],
-    low_rank_scale: Sequence[Tensor | None],
-    bias: Sequence[Tensor | None],
-    scale_exponent: Sequence[Tensor | None],
-    low_rank_scale_exponent: Sequence[Tensor | None],
-) -> list[Linear]:
-    """Return one Linear per member. Raises ShapeError where the lists are not equally long."""
-    parts = (signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent)
-    lengths = [len(part) for part in parts]
-    if len(set(lengths)) != 1:
-        raise ShapeError(f"the lists of a group have {lengths} entries: one per member is needed, None for none")
-    rank_scale = map(_maybe_values, low_rank_scale, low_rank_scale_exponent)
-    pairs = map(_pair, low_rank_in, low_rank_out, rank_scale)
-    return [Linear(*one) for one in zip(signs, map(_values, scale, scale_exponent), pairs, bias, strict=True)]
 
 
 # ---------------------------------------------------------------- implementations
@@ -137,7 +71,7 @@ def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
 def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits: int, *, fast: bool) -> list[Tensor]:
     """Return one result per linear; by compiled kernels where `fast` and there are any."""
     for linear in linears:
-        _check_linear(x, linear, bits)
+        check_linear(x, linear, bits)
     if column_scale is not None and column_scale.shape != x.shape[-1:]:
         raise ShapeError(f"column_scale {list(column_scale.shape)}: expected [{x.shape[-1]}]")
     rows = _rows(x)
@@ -159,10 +93,10 @@ def _linear_with(fast: bool) -> Any:
         scale_exponent: Tensor | None = None, column_scale_exponent: Tensor | None = None,
         low_rank_scale_exponent: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        rank_scale = _maybe_values(low_rank_scale, low_rank_scale_exponent)
-        pair = _pair(low_rank_in, low_rank_out, rank_scale)
-        member = Linear(signs, _values(scale, scale_exponent), pair, bias)
-        columns = _maybe_values(column_scale, column_scale_exponent)
+        rank_scale = maybe_values(low_rank_scale, low_rank_scale_exponent)
+        pair = low_rank_pair(low_rank_in, low_rank_out, rank_scale)
+        member = Linear(signs, values(scale, scale_exponent), pair, bias)
+        columns = maybe_values(column_scale, column_scale_exponent)
         return _linears(x, [member], columns, activation_bits, fast=fast)[0]
 
     return linear
@@ -177,13 +111,45 @@ def _group_with(fast: bool) -> Any:
         bias: list[Tensor | None], activation_bits: int, scale_exponent: list[Tensor | None],
         column_scale_exponent: Tensor | None, low_rank_scale_exponent: list[Tensor | None],
     ) -> list[Tensor]:  # fmt: skip
-        members = _members(
+        members = linears_of(
             signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
         )
-        columns = _maybe_values(column_scale, column_scale_exponent)
+        columns = maybe_values(column_scale, column_scale_exponent)
         return _linears(x, members, columns, activation_bits, fast=fast)
 
     return linear_group
+
+
+def _fused_group(
+    x: Tensor, gate: Tensor | None, prologue: str, eps: float, gain: Tensor | None, shift: Tensor | None,
+    transform_scale: Tensor | None, left: Tensor | None, right: Tensor | None, transform_scale_exponent: Tensor | None,
+    left_exponent: Tensor | None, right_exponent: Tensor | None, signs: list[Tensor], scale: list[Tensor],
+    column_scale: Tensor | None, low_rank_in: list[Tensor | None], low_rank_out: list[Tensor | None],
+    low_rank_scale: list[Tensor | None], bias: list[Tensor | None], residual: list[Tensor | None],
+    activation_bits: int, scale_exponent: list[Tensor | None], column_scale_exponent: Tensor | None,
+    low_rank_scale_exponent: list[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """Implementation of bwla::fused_group in plain torch; between prologue and results everything is float32."""
+    group = linears_of(
+        signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
+    )
+    stored = zip((transform_scale, left, right), (transform_scale_exponent, left_exponent, right_exponent), strict=True)
+    before = portable.Prologue(prologue, eps, gain, shift, gate, *(maybe_values(*one) for one in stored))
+    check_prologue(x, before)
+    check_residuals(x, group, residual)
+    if gate is not None:
+        before = dataclasses.replace(before, gate=_rows(gate))
+    rows = portable.prologue(_rows(x), before).view(x.shape)
+    columns = maybe_values(column_scale, column_scale_exponent)
+    results = _linears(rows, group, columns, activation_bits, fast=False)
+    sums = (y if add is None else y + add.float() for y, add in zip(results, residual, strict=True))
+    return [y.to(x.dtype) for y in sums]
+
+
+def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
+    """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
+    results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
+    return results
 
 
 def _int8_linear_with(fast: bool) -> Any:
@@ -196,7 +162,7 @@ def _int8_linear_with(fast: bool) -> Any:
             raise ShapeError(f"codes {codes.dtype} {list(codes.shape)}: expected int8 [out, {x.shape[-1]}]")
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
-        scale, rows = _values(scale, scale_exponent), _rows(x)
+        scale, rows = values(scale, scale_exponent), _rows(x)
         library = compiled.kernels() if fast and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
         if library is not None:
             y = compiled.int8_linear(library, rows, codes, scale, bias)
@@ -212,13 +178,13 @@ def _transform(
     left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
-    return portable.transform(x, *(_maybe_values(stored, exponent) for stored, exponent in factors))
+    return portable.transform(x, *(maybe_values(stored, exponent) for stored, exponent in factors))
 
 
 def _int8_embedding(
     ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, scale_exponent: Tensor | None = None
 ) -> Tensor:
-    return portable.int8_embedding(ids, codes, _values(scale, scale_exponent), dtype)
+    return portable.int8_embedding(ids, codes, values(scale, scale_exponent), dtype)
 
 
 def _installing(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,6 +208,7 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "transform": _installing(_transform),
     "linear": _installing(_linear_with(True)),
     "linear_group": _installing(_group_with(True)),
+    "fused_group": _installing(_fused_group),
     "int8_linear": _installing(_int8_linear_with(True)),
     "int8_embedding": _installing(_int8_embedding),
 }
@@ -249,6 +216,9 @@ for _name, _implementation in ON_CPU.items():
     LIBRARY.impl(_name, _implementation, "CPU")
 LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_call", _fused_call, "Autograd")
 LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
 LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
@@ -274,6 +244,11 @@ def _fake_linear_group(x: Tensor, signs: list[Tensor], *rest: Any) -> list[Tenso
     return [_result(x, member.shape[1]) for member in signs]
 
 
+def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
+    signs = rest[11]
+    return [_result(x, member.shape[1]) for member in signs]
+
+
 def _fake_int8_linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return _result(x, codes.shape[0])
 
@@ -292,6 +267,8 @@ for _name, _fake in (
     ("transform", _fake_transform),
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
+    ("fused_group", _fake_fused_group),
+    ("fused_call", _fused_call),
     ("int8_linear", _fake_int8_linear),
     ("int8_embedding", _fake_int8_embedding),
     ("refuse_gradient", _fake_refuse_gradient),
@@ -324,24 +301,35 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not torch._C._len_torch_dispatch_stack()
 
 
+def _asking(arguments: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor, in lists too, that asks for a gradient."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.requires_grad:
+                return argument
+        elif isinstance(argument, (list, tuple)) and (found := _asking(argument)) is not None:
+            return found
+    return None
+
+
 def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]:
     """Return the autograd kernel of bwla::<name>; `direct` is its CPU implementation."""
     op = getattr(torch.ops.bwla, name).default
 
     def kernel(keys: Any, x: Tensor, *rest: Any) -> Any:
-        tracked = x.requires_grad and torch.is_grad_enabled()
-        if not tracked and _is_plain(x):
+        tracked = _asking((x, *rest)) if torch.is_grad_enabled() else None
+        if tracked is None and _is_plain(x):
             return direct(x, *rest)  # a second dispatch would cost more than the operator's own Python
 
         def run() -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keys & torch._C._after_autograd_keyset, x, *rest)
 
-        result = _Refusal.apply(x, run) if tracked else run()  # type: ignore[no-untyped-call]
+        result = run() if tracked is None else _Refusal.apply(tracked, run)  # type: ignore[no-untyped-call]
         return list(result) if isinstance(result, tuple) else result
 
     return kernel
 
 
-for _name in ("transform", "linear", "linear_group", "int8_linear"):
+for _name in ("transform", "linear", "linear_group", "fused_group", "int8_linear"):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

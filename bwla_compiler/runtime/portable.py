@@ -1,7 +1,11 @@
 """Every operator in plain torch, for any device: slow, but whole weights are never unpacked."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bwla_compiler.numerics.activations import quantize_activation
 from bwla_compiler.numerics.kronecker import apply_kronecker
@@ -22,6 +26,55 @@ def transform(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tenso
         y = y * scale.float()
     # a result of its own even where nothing is asked: an operator's output may not alias its input
     return apply_kronecker(y, left, right).to(x.dtype, copy=y.data_ptr() == x.data_ptr())
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What precedes the rounding of a fused group: norm or activation function, then a transform.
+
+    kind: one of spec.PROLOGUES. eps: of a norm. gain, shift [n] of a norm or None; gate [tokens, n] of a "_mul".
+    scale [n], left [n1, n1], right [n2, n2] of the transform or None, decoded.
+    """
+
+    kind: str = "none"
+    eps: float = 0.0
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def prologue(rows: Tensor, p: Prologue) -> Tensor:
+    """Return rows [tokens, n] after the prologue, float32 throughout."""
+    y = rows.float()
+    if p.kind.endswith("_norm"):
+        y = _normalized(y, p)
+    elif p.kind != "none":
+        y = ACTIVATIONS[p.kind.removesuffix("_mul")](y)
+        if p.gate is not None:
+            y = y * p.gate.float()
+    if p.scale is not None:
+        y = y * p.scale.float()
+    return apply_kronecker(y, p.left, p.right)
+
+
+def _normalized(y: Tensor, p: Prologue) -> Tensor:
+    if p.kind == "layer_norm":
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + p.eps)
+    if p.gain is not None:
+        y = y * p.gain.float()
+    return y if p.shift is None else y + p.shift.float()
 
 
 def rounded(x: Tensor, column_scale: Tensor | None, bits: int) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from bwla_compiler.numerics.activations import quantize_activation
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import unpack_signs
-from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.runtime.portable import ACTIVATIONS, GROUP, Prologue
 from bwla_compiler.spec import FLOAT_BITS
 
 
@@ -14,6 +14,21 @@ def transform(x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tenso
     """Return (x * scale) (left (x) right) [..., n] float64."""
     y = x.double() if scale is None else x.double() * scale.double()
     return apply_kronecker(y, left, right)
+
+
+def prologue(x: Tensor, p: Prologue) -> Tensor:
+    """Return x [..., n] float64 after norm or activation function and transform."""
+    y = x.double()
+    if p.kind == "layer_norm":
+        y = y - y.mean(-1, keepdim=True)
+    if p.kind.endswith("_norm"):
+        y = y / (y.square().mean(-1, keepdim=True) + p.eps).sqrt()
+    elif p.kind != "none":
+        y = ACTIVATIONS[p.kind.removesuffix("_mul")](y)
+    y = y if p.gate is None else y * p.gate.double()
+    y = y if p.gain is None else y * p.gain.double()
+    y = y if p.shift is None else y + p.shift.double()
+    return transform(y, p.scale, p.left, p.right)
 
 
 def dense(

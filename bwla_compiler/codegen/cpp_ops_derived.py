@@ -1,0 +1,138 @@
+"""C++ text of what is derived from tensors and kept: kernel layouts, decoded scales."""
+
+DERIVED = r"""
+constexpr int NO_EXPONENT = 1 << 10;
+
+// Values derived from tensors, each kept while its tensor lives and is not edited. The weak reference keeps the
+// TensorImpl's address from being taken by another tensor; entries of dead tensors leave when a new one comes.
+class Derived {
+ public:
+  // make(), called once a state of `tensor` and `extra`. An inference tensor has no version: nothing is kept for it.
+  template <class F>
+  Tensor get(const Tensor& tensor, int extra, const F& make) {
+    if (tensor.is_inference()) {
+      TORCH_WARN_ONCE("weights made under torch.inference_mode() have no version, so their kernel layout is derived ",
+                      "anew at every call; make or load the model outside inference mode");
+      return make();
+    }
+    at::TensorImpl* key = tensor.unsafeGetTensorImpl();
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = entries.find(key);
+    if (found != entries.end() && found->second.describes(tensor, extra)) return found->second.value;
+    for (auto it = entries.begin(); it != entries.end();) it = it->second.owner.expired() ? entries.erase(it) : ++it;
+    entries.erase(key);
+    made++;
+    Tensor value = make();
+    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), tensor.data_ptr(), tensor._version(), extra,
+                               tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), value});
+    return value;
+  }
+
+  void forget(at::TensorImpl* key) {
+    std::lock_guard<std::mutex> lock(mutex);
+    entries.erase(key);
+  }
+
+  void clear() {
+    std::lock_guard<std::mutex> lock(mutex);
+    entries.clear();
+  }
+
+  long made = 0;
+
+ private:
+  struct Entry {
+    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
+    const void* data;
+    int64_t version;
+    int extra;
+    at::ScalarType type;
+    std::vector<int64_t> sizes, strides;
+    Tensor value;
+
+    bool describes(const Tensor& t, int extra) const {
+      return data == t.data_ptr() && version == t._version() && this->extra == extra && type == t.scalar_type() &&
+             t.sizes() == sizes && t.strides() == strides;
+    }
+  };
+  std::mutex mutex;
+  std::unordered_map<at::TensorImpl*, Entry> entries;
+};
+
+// Never destroyed: tensors may die after static destructors ran.
+struct Caches {
+  Derived signs, values, groups;
+};
+Caches& caches() {
+  static auto* all = new Caches;
+  return *all;
+}
+
+bool dense_cpu(const Tensor& t) { return t.device().is_cpu() && t.layout() == at::kStrided; }
+bool is_float(const Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
+bool is_float(const Maybe& t) { return !t || (is_float(*t) && dense_cpu(*t)); }
+
+// Whether these are values: floats, or int16 bits of float16 with an int8 power of two beside them.
+bool are_values(const Tensor& t, const Maybe& exponent) {
+  if (!dense_cpu(t)) return false;
+  if (!exponent) return is_float(t);
+  return t.scalar_type() == at::kShort && exponent->scalar_type() == at::kChar && exponent->numel() == 1 &&
+         dense_cpu(*exponent);
+}
+bool are_values(const Maybe& t, const Maybe& exponent) { return t ? are_values(*t, exponent) : !exponent; }
+
+Tensor plain(const Tensor& t) {  // float32 and contiguous; t itself where it is so
+  return t.scalar_type() == at::kFloat && t.is_contiguous() ? t : t.to(at::kFloat).contiguous();
+}
+Tensor new_floats(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions().dtype(at::kFloat)); }
+
+int power_of(const Maybe& exponent) { return exponent ? *exponent->const_data_ptr<int8_t>() : NO_EXPONENT; }
+
+// float16(bits) * 2^power, as `halves.decode` has it: the power is put together from its bits.
+Tensor decode(const Tensor& bits, int power) {
+  const Tensor source = bits.contiguous();
+  Tensor values = new_floats(source.sizes());
+  const int32_t word = (power + 127) << 23;
+  float factor;
+  std::memcpy(&factor, &word, sizeof factor);
+  const auto* from = (const uint16_t*)source.const_data_ptr();
+  float* to = values.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < source.numel(); i++)
+    to[i] = (float)c10::Half(from[i], c10::Half::from_bits()) * factor;
+  return values;
+}
+
+Tensor values_of(const Tensor& t, const Maybe& exponent) {
+  if (!exponent) return plain(t);
+  const int power = power_of(exponent);
+  return caches().values.get(t, power, [&] { return decode(t, power); });
+}
+Tensor values_of(const Maybe& t, const Maybe& exponent) { return t ? values_of(*t, exponent) : Tensor(); }
+
+Tensor packed_signs(const Tensor& signs, long columns) {
+  return caches().signs.get(signs, 0, [&] {
+    const Tensor source = signs.contiguous();
+    const long planes = source.size(0), out = source.size(1);
+    Tensor packed = at::empty({kernels.packed_bytes(planes, out, columns)}, at::TensorOptions().dtype(at::kByte));
+    kernels.pack(source.const_data_ptr(), packed.mutable_data_ptr(), planes, out, columns, at::get_num_threads());
+    return packed;
+  });
+}
+
+// Scales as the kernel takes them: by row as they are, by group in the kernel's order.
+Tensor packed_scale(const Tensor& scale, const Maybe& exponent) {
+  if (scale.size(2) == 1) return values_of(scale, exponent);
+  const int power = power_of(exponent);
+  return caches().groups.get(scale, power, [&] {
+    const Tensor source = exponent ? decode(scale, power) : plain(scale);
+    const long planes = source.size(0), out = source.size(1), groups = source.size(2);
+    Tensor packed = new_floats({kernels.packed_scales(planes, out, groups)});
+    kernels.pack_scale(source.const_data_ptr(), packed.mutable_data_ptr(), planes, out, groups);
+    return packed;
+  });
+}
+
+const void* address(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+"""

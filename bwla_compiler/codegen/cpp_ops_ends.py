@@ -1,0 +1,90 @@
+"""C++ text of the operators beside the linears: int8_linear, int8_embedding, transform."""
+
+ENDS = r"""
+long int8_tokens = 0;  // beyond, torch's float matrix product serves
+
+struct Int8Name { static constexpr const char* name = "bwla::int8_linear"; };
+using Int8Route =
+    Route<Int8Name, Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&)>;
+
+Tensor int8_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& bias,
+                   const Maybe& exponent) {
+  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && dense_cpu(codes) && codes.dim() == 2 &&
+                    codes.scalar_type() == at::kChar && codes.size(1) == x.size(-1) && are_values(scale, exponent) &&
+                    scale.dim() == 1 && scale.size(0) == codes.size(0) && is_float(bias) &&
+                    (!bias || (bias->dim() == 1 && bias->size(0) == codes.size(0)));
+  if (!good || tokens_of(x) > int8_tokens) return Int8Route::portable(x, codes, scale, bias, exponent);
+  const Tensor rows = plain(x), table = codes.contiguous(), values = values_of(scale, exponent);
+  const Tensor shift = bias ? plain(*bias) : Tensor();
+  Tensor y = result_of(x, codes.size(0));
+  kernels.int8_linear(rows.const_data_ptr(), table.const_data_ptr(), address(values), address(shift),
+                      y.mutable_data_ptr(), tokens_of(x), codes.size(0), codes.size(1), at::get_num_threads());
+  return typed_like(std::move(y), x);
+}
+
+struct EmbeddingName { static constexpr const char* name = "bwla::int8_embedding"; };
+using EmbeddingRoute =
+    Route<EmbeddingName, Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType, const Maybe&)>;
+
+Tensor int8_embedding(const Tensor& ids, const Tensor& codes, const Tensor& scale, at::ScalarType dtype,
+                      const Maybe& exponent) {
+  bool good = dense_cpu(ids) && ids.scalar_type() == at::kLong && dense_cpu(codes) && codes.dim() == 2 &&
+              codes.scalar_type() == at::kChar && are_values(scale, exponent) && scale.dim() == 1 &&
+              scale.size(0) == codes.size(0);
+  const Tensor rows = good ? ids.contiguous() : ids;
+  const int64_t n = ids.numel();
+  for (int64_t i = 0; good && i < n; i++) {
+    const int64_t id = rows.const_data_ptr<int64_t>()[i];
+    good = id >= 0 && id < codes.size(0);
+  }
+  if (!good) return EmbeddingRoute::portable(ids, codes, scale, dtype, exponent);
+  const Tensor table = codes.contiguous(), values = values_of(scale, exponent);
+  c10::SmallVector<int64_t, 5> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(codes.size(1));
+  Tensor y = new_floats(sizes);
+  kernels.int8_embedding(rows.const_data_ptr(), table.const_data_ptr(), address(values), y.mutable_data_ptr(), n,
+                         codes.size(1));
+  return dtype == at::kFloat ? y : y.to(dtype);
+}
+
+struct TransformName { static constexpr const char* name = "bwla::transform"; };
+using TransformRoute = Route<TransformName, Tensor(const Tensor&, const Maybe&, const Maybe&, const Maybe&,
+                                                   const Maybe&, const Maybe&, const Maybe&)>;
+
+// The factors of a transform as the kernels take them; `fit` where they fit n channels.
+struct Factors {
+  bool fit = false;
+  Tensor scale, left, right;
+  long n1 = 1, n2 = 1;
+
+  Factors(int64_t n, const Maybe& scale, const Maybe& left, const Maybe& right, const Maybe& scale_exponent,
+          const Maybe& left_exponent, const Maybe& right_exponent) {
+    if (!are_values(scale, scale_exponent) || !are_values(left, left_exponent) || !are_values(right, right_exponent))
+      return;
+    if (!is_square(left) || !is_square(right) || (scale && (scale->dim() != 1 || scale->size(0) != n))) return;
+    n1 = left ? left->size(0) : right ? n / right->size(0) : 1;
+    n2 = right ? right->size(0) : n / n1;
+    fit = n1 * n2 == n;
+    if (!fit) return;
+    this->scale = values_of(scale, scale_exponent);
+    this->left = values_of(left, left_exponent), this->right = values_of(right, right_exponent);
+  }
+
+  static bool is_square(const Maybe& factor) {
+    return !factor || (factor->dim() == 2 && factor->size(0) == factor->size(1) && factor->size(0) > 0);
+  }
+};
+
+Tensor transform(const Tensor& x, const Maybe& scale, const Maybe& left, const Maybe& right,
+                 const Maybe& scale_exponent, const Maybe& left_exponent, const Maybe& right_exponent) {
+  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x);
+  const Factors f(good ? x.size(-1) : 0, scale, left, right, scale_exponent, left_exponent, right_exponent);
+  if (!good || !f.fit)
+    return TransformRoute::portable(x, scale, left, right, scale_exponent, left_exponent, right_exponent);
+  const Tensor rows = plain(x);
+  Tensor y = result_of(x, x.size(-1));
+  kernels.transform(rows.const_data_ptr(), address(f.scale), address(f.left), address(f.right), y.mutable_data_ptr(),
+                    tokens_of(x), f.n1, f.n2, at::get_num_threads());
+  return typed_like(std::move(y), x);
+}
+"""

@@ -1,0 +1,106 @@
+"""C++ text of float32 vectors of any width, matrix products, and Kronecker transforms of tokens."""
+
+VECTORS = r"""
+#if defined(__AVX512F__)
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int TALL = 8;  // rows whose sums the registers hold
+static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef float Vec __attribute__((vector_size(32)));
+constexpr int TALL = 4;
+static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+#else
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int TALL = 4;
+static inline Vec multiply_add(Vec a, float b, Vec c) { return a * b + c; }
+#endif
+constexpr long WIDTH = sizeof(Vec) / sizeof(float);
+
+static inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+"""
+
+PRODUCT = r"""
+// Y [R, V * WIDTH] = A B for R rows of A: element (r, k) is a[r * row + k * step]; B [depth, n], Y [., n].
+template <int R, int V>
+static inline void product_tile(const float* a, long row, long step, const float* b, float* y, long depth, long n) {
+  Vec acc[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) acc[r][v] = Vec{};
+  for (long k = 0; k < depth; k++) {
+    Vec line[V];
+    for (int v = 0; v < V; v++) line[v] = load(b + k * n + v * WIDTH);
+    for (int r = 0; r < R; r++) {
+      const float factor = a[r * row + k * step];
+      for (int v = 0; v < V; v++) acc[r][v] = multiply_add(line[v], factor, acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) std::memcpy(y + r * n + v * WIDTH, &acc[r][v], sizeof(Vec));
+}
+
+template <int R>
+static inline void product_rows(const float* a, long row, long step, const float* b, float* y, long depth, long n) {
+  long j = 0;
+  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_tile<R, 2>(a, row, step, b + j, y + j, depth, n);
+  for (; j + WIDTH <= n; j += WIDTH) product_tile<R, 1>(a, row, step, b + j, y + j, depth, n);
+  for (int r = 0; r < R && j < n; r++) {
+    float sums[WIDTH] = {};
+    for (long k = 0; k < depth; k++)
+      for (long c = j; c < n; c++) sums[c - j] += a[r * row + k * step] * b[k * n + c];
+    for (long c = j; c < n; c++) y[r * n + c] = sums[c - j];
+  }
+}
+
+// Y [rows, n] = A B, A [rows, depth] with the strides `row` and `step`; rows shared out over threads.
+static void product(const float* a, long row, long step, const float* b, float* y, long rows, long depth, long n,
+                    long threads) {
+  const long height = threads > 1 ? divide_up(divide_up(rows, threads), TALL) * TALL : rows;
+  parallel(divide_up(rows, height), threads, [&](long job) {
+    long r = job * height;
+    const long last = std::min(r + height, rows);
+    for (; r + TALL <= last; r += TALL) product_rows<TALL>(a + r * row, row, step, b, y + r * n, depth, n);
+    for (; r + 2 <= last; r += 2) product_rows<2>(a + r * row, row, step, b, y + r * n, depth, n);
+    for (; r < last; r++) product_rows<1>(a + r * row, row, step, b, y + r * n, depth, n);
+  });
+}
+"""
+
+TRANSFORM = r"""
+// y = left^T (x * scale) right for tokens [n1, n2]; scale [n1 * n2], left [n1, n1], right [n2, n2]; null for none.
+struct Transform {
+  const float *scale, *left, *right;
+  long n1, n2;
+
+  // Multiplications for one token; under some tens of microseconds a second thread costs more than it saves.
+  long work() const { return n1 * n2 * ((left ? n1 : 0) + (right ? n2 : 0)); }
+  long useful(long threads, long tokens) const { return work() * tokens < (1 << 20) ? 1 : threads; }
+
+  void token(const float* from, float* to, long threads) const {
+    static thread_local Buffer<float> buffer;
+    const long n = n1 * n2;
+    float *scaled = buffer.get(2 * n), *half = scaled + n;
+    if (scale) {
+      float* product = left || right ? scaled : to;
+      for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
+      from = product;
+    }
+    if (right) {
+      product(from, n2, 1, right, left ? half : to, n1, n2, n2, threads);
+      from = left ? half : to;
+    }
+    if (left) product(left, 1, n1, from, to, n1, n1, n2, threads);
+    if (from != to && !left) std::memcpy(to, from, n * sizeof(float));
+  }
+};
+
+EXPORT void bwla_transform(const float* x, const float* scale, const float* left, const float* right, float* y,
+                           long tokens, long n1, long n2, long threads) {
+  const Transform transform{scale, left, right, n1, n2};
+  const long n = n1 * n2, useful = transform.useful(threads, tokens), across = tokens < useful ? 1 : useful;
+  parallel(tokens, across, [&](long m) { transform.token(x + m * n, y + m * n, across > 1 ? 1 : useful); });
+}
+"""

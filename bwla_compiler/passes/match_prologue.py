@@ -1,0 +1,49 @@
+"""What a matcher finds before a group of linears, and when it may be computed inside the fused operator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bwla_compiler.passes.match_graph import dtype_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """A norm or activation function of x: kind as in spec.PROLOGUES, its operands, and every dtype between."""
+
+    kind: str
+    x: Node
+    dtypes: set[torch.dtype]
+    eps: float = 0.0
+    gain: Node | None = None
+    shift: Node | None = None
+    gate: Node | None = None
+
+
+Matcher = Callable[[Node], Found | None]
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes' tensors have one shape for certain; symbols must be the same expression."""
+    left, right = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() != right.dim():
+        return False
+    return all(_same_size(m, n) for m, n in zip(left.shape, right.shape, strict=True))
+
+
+def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    if isinstance(m, torch.SymInt) and isinstance(n, torch.SymInt):
+        return bool(m.node.expr == n.node.expr)
+    return isinstance(m, int) and isinstance(n, int) and m == n
+
+
+def dtype_refusal(found: Found) -> str:
+    """Return why a found prologue is not ours to compute: rounding to a dtype that is not the input's; else ""."""
+    own = dtype_of(found.x)
+    if own not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its {found.kind} reads {own}"
+    foreign = found.dtypes - {torch.float32, own}
+    return f"its {found.kind} of {own} goes through {sorted(map(str, foreign))[0]}" if foreign else ""
