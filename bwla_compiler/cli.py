@@ -55,7 +55,10 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0; 1 for an error, said in one line; 2 for wrong usage."""
-    debug = settings().debug
+    try:
+        debug = settings().debug
+    except BwlaError as error:
+        return _fail(str(error), code=1)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

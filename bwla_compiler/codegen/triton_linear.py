@@ -8,7 +8,7 @@ are one launch: a program finds its member by its number.
 from collections.abc import Sequence
 
 from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded, power_of_two
-from bwla_compiler.codegen.triton_text import EXPAND, choose_number, choose_pointers, head, indented, members
+from bwla_compiler.codegen.triton_text import EXPAND, choose_number, choose_pointers, head, indented, members, product_function
 
 _DOT = '''
 
@@ -104,9 +104,10 @@ def constants(spec: LinearKernel) -> dict[str, int | float | str | bool]:
     return found
 
 
-def _matrix_constants(spec: LinearKernel, tile: Tile) -> dict[str, int | float | str | bool]:
-    floats: dict[str, int | float | str | bool] = {"PRECISION": spec.precision}
-    return {"TOKENS": tile.tokens} | (floats if spec.ranked or not spec.rounds else {})
+def _product(spec: LinearKernel) -> str:
+    """Return the function of float products, where there are any; what stands on the left is signs or int8."""
+    needed = spec.ranked or not spec.rounds
+    return product_function(spec.precision, name="product", x="b") if needed else ""
 
 
 def describe(spec: LinearKernel) -> str:
@@ -142,8 +143,8 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
         low_rank=_second_half(spec),
         finish=_finish(spec),
     )
-    numbers = {**constants(spec), **_matrix_constants(spec, spec.tile)}
-    source = head(title, numbers) + "\n" + EXPAND + body
+    numbers = {**constants(spec), "TOKENS": spec.tile.tokens}
+    source = head(title, numbers) + "\n" + EXPAND + _product(spec) + body
     return Emitted("linear_dot", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
 
 
@@ -164,15 +165,18 @@ def _plane(spec: LinearKernel, plane: int) -> str:
     at = f"{group_of(spec, plane)} * outputs"
     lines = [f"words_of = words + ({at} + row[:, None]) * 4 + word[None, :]"]
     lines += ["signs = expand(tl.load(words_of, mask=live_row[:, None], other=0))"]
-    product = "tl.dot(signs, tl.trans(q), {}out_dtype=tl.int32)"
+    sums = "tl.zeros((ROWS, TOKENS), tl.float32)" if spec.grouped else f"sums_{plane}"
     if not spec.rounds:
-        product = "tl.dot(signs.to(tl.float32), tl.trans(q), {}input_precision=PRECISION)"
+        product = f"product(signs.to(tl.float32), tl.trans(q), {sums})"
+    elif spec.grouped:
+        product = "tl.dot(signs, tl.trans(q), out_dtype=tl.int32)"
+    else:
+        product = f"tl.dot(signs, tl.trans(q), acc={sums}, out_dtype=tl.int32)"
     if spec.grouped:
         lines += [f"group_scale = tl.load(scale + {at} + row, mask=live_row, other=0.0)"]
-        lines += [f"total += {product.format('')}.to(tl.float32) * group_scale[:, None]"]
+        lines += [f"total += {product}.to(tl.float32) * group_scale[:, None]"]
     else:
-        sums = f"sums_{plane}"
-        lines += [f"{sums} = {product.format(f'acc={sums}, ')}"]
+        lines += [f"{sums} = {product}"]
     return indented(lines, 2)
 
 
@@ -197,7 +201,7 @@ def _second_half(spec: LinearKernel) -> str:
             "t = tl.load(mixed + at, mask=inside, other=0.0)",
             "inside = live_row[:, None] & (component[None, :] < rank)",
             "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
-            "total = tl.dot(factor.to(tl.float32), t, acc=total, input_precision=PRECISION)",
+            "total = product(factor.to(tl.float32), t, total)",
         ]
     )
 
@@ -240,7 +244,8 @@ def emit_low_rank(spec: LinearKernel) -> Emitted:
         accumulator="tl.int32" if spec.rounds else "tl.float32",
         dot="tl.dot(factor, tl.trans(q), acc=total, out_dtype=tl.int32)"
         if spec.rounds
-        else "tl.dot(factor.to(tl.float32), tl.trans(q), acc=total, input_precision=PRECISION)",
+        else "product(factor.to(tl.float32), tl.trans(q), total)",
     )
-    numbers = {**constants(spec), **_matrix_constants(spec, tile), "COLUMNS": spec.columns, "ROWS": tile.rows}
-    return Emitted("low_rank", title, head(title, numbers) + body, tuple(parameters), tile.warps, tile.stages)
+    numbers = {**constants(spec), "COLUMNS": spec.columns, "ROWS": tile.rows, "TOKENS": tile.tokens}
+    source = head(title, numbers) + ("" if spec.rounds else _product(spec)) + body
+    return Emitted("low_rank", title, source, tuple(parameters), tile.warps, tile.stages)

@@ -17,9 +17,12 @@ from bwla_compiler.settings import settings
 REMEDY = "install it with: pip install 'triton>=3.6' (Linux)"
 
 
+@functools.cache
 def installed() -> bool:
     """Return whether Triton can be imported, without importing it."""
-    return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
+    if "triton" in sys.modules:
+        return sys.modules["triton"] is not None  # None: its import is blocked
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

@@ -5,10 +5,10 @@ Y = left^T X' right on X' [n1, n2], codes = round(x'' * column_scale / token_sca
 """
 
 from bwla_compiler.codegen.triton_spec import Emitted, PrologueKernel, power_of_two
-from bwla_compiler.codegen.triton_text import head, indented
+from bwla_compiler.codegen.triton_text import head, indented, product_function
 
-SLAB = 32
-"""Rows of the streamed factor, and of X', that are multiplied at a time."""
+SLAB = 16
+"""Rows of the streamed factor, and of X', that are multiplied at a time: more of them spill at 96 x 128."""
 
 _SIGMOID_FORM = "v / (1.0 + tl.exp(-{}))"
 _ACTIVATIONS = {
@@ -19,21 +19,19 @@ _ACTIVATIONS = {
     "relu": "tl.where(v < 0, 0.0, v)",  # a comparison, since maximum would drop NaN
 }
 
-_STATISTICS = {
-    "rms_norm": """\
-    every = tl.arange(0, BLOCK)
-    v = tl.load(x + every, mask=every < COLUMNS, other=0.0).to(tl.float32)
-    mean = 0.0
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(v * v) / COLUMNS + eps)
-""",
-    "layer_norm": """\
-    every = tl.arange(0, BLOCK)
-    v = tl.load(x + every, mask=every < COLUMNS, other=0.0).to(tl.float32)
-    mean = tl.sum(v) / COLUMNS
+_CENTRE = """    mean = tl.sum(v) / COLUMNS
     v = tl.where(every < COLUMNS, v - mean, 0.0)
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(v * v) / COLUMNS + eps)
-""",
-}
+"""
+
+_STATISTICS = '''
+
+@triton.jit
+def statistics(x, eps):
+    """Return the token's mean where it is taken off, else 0, and 1 / sqrt(mean square + eps)."""
+    every = tl.arange(0, BLOCK)
+    v = tl.load(x + every, mask=every < COLUMNS, other=0.0).to(tl.float32)
+{centre}    return mean, 1.0 / tl.sqrt_rn(tl.sum(v * v) / COLUMNS + eps)
+'''
 
 _ROUND = """\
     # half to even by the addition of 1.5 * 2^23, whose unit is 1; a token that is not finite has scale NaN, codes 0
@@ -64,18 +62,21 @@ def emit_prologue(spec: PrologueKernel) -> Emitted:
         f'    """{title}."""\n    token = tl.program_id(0).to(tl.int64)\n    x += token * COLUMNS\n',
         "    gate += token * COLUMNS\n" if spec.gated else "",
         "    out += token * STRIDE\n",
-        _STATISTICS.get(spec.kind, ""),
+        "    mean, inverse = statistics(x, eps)\n" if spec.normed else "",
         _factored(spec) if online else _unfactored(spec),
         "    y = y * tl.load(column_scale + at, mask=live, other=0.0).to(tl.float32)\n" if spec.column_scaled else "",
         _ROUND if spec.rounds else "    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)\n",
         _rest(spec),
     ]
-    source = head(title, _constants(spec)) + _channels(spec) + f"\n\n@triton.jit\ndef prologue({names}):\n"
+    functions = (_statistics(spec) if spec.normed else "") + _channels(spec)
+    functions += product_function(spec.precision, name="from_left", x="b") if spec.transform.left else ""
+    functions += product_function(spec.precision, name="from_right", x="a") if spec.transform.right else ""
+    source = head(title, _constants(spec)) + functions + f"\n\n@triton.jit\ndef prologue({names}):\n"
     return Emitted("prologue", title, source + "".join(body), parameters, spec.warps, 2)
 
 
 def _title(spec: PrologueKernel) -> str:
-    parts = [spec.kind] if spec.kind != "none" else []
+    parts: list[str] = [spec.kind] if spec.kind != "none" else []
     sides = [str(n) if there else "1" for n, there in _sides(spec)]
     parts += [f"basis {' x '.join(sides)}"] if sides != ["1", "1"] else []
     parts += [f"{spec.activation_bits}-bit codes" if spec.rounds else "floats"]
@@ -113,10 +114,14 @@ def _constants(spec: PrologueKernel) -> dict[str, int | float | str | bool]:
         n1, n2 = spec.transform.n1, spec.transform.n2
         streamed = n1 if _streams_left(spec) else n2
         constants |= {"N1": n1, "N2": n2, "ROWS": power_of_two(n1), "COLS": power_of_two(n2)}
-        constants |= {"SLAB": min(SLAB, power_of_two(streamed)), "PRECISION": spec.precision}
+        constants["SLAB"] = min(SLAB, power_of_two(streamed))
     if spec.rounds:
         constants["LIMIT"] = 2 ** (spec.activation_bits - 1) - 1
     return constants
+
+
+def _statistics(spec: PrologueKernel) -> str:
+    return _STATISTICS.format(centre=_CENTRE if spec.kind == "layer_norm" else "    mean = 0.0\n")
 
 
 def _channels(spec: PrologueKernel) -> str:
@@ -165,18 +170,18 @@ def _factored(spec: PrologueKernel) -> str:
     if left:
         slab = ["at = inner[:, None] * N2 + column[None, :]", "live = (inner[:, None] < N1) & (column[None, :] < N2)"]
         slab += [f"v = {_call(spec)}", *_factor("left", "inner[None, :]", "row[:, None]", "N1")]
-        slab += ["y = tl.dot(factor, v, acc=y, input_precision=PRECISION)"]
+        slab += ["y = from_left(factor, v, y)"]
     else:
         slab = ["at = row[:, None] * N2 + inner[None, :]", "live = (row[:, None] < N1) & (inner[None, :] < N2)"]
         slab += [f"v = {_call(spec)}", *_factor("right", "inner[:, None]", "column[None, :]", "N2")]
-        slab += ["y = tl.dot(v, factor, acc=y, input_precision=PRECISION)"]
+        slab += ["y = from_right(v, factor, y)"]
     lines += ["    " + line for line in slab]
     if left and t.right:
         lines += ["inner = tl.arange(0, COLS)", *_factor("right", "inner[:, None]", "column[None, :]", "N2")]
-        lines += ["y = tl.dot(y, factor, input_precision=PRECISION)"]
+        lines += ["y = from_right(y, factor, tl.zeros((ROWS, COLS), tl.float32))"]
     elif t.left and not left:
         lines += ["inner = tl.arange(0, ROWS)", *_factor("left", "inner[None, :]", "row[:, None]", "N1")]
-        lines += ["y = tl.dot(factor, y, input_precision=PRECISION)"]
+        lines += ["y = from_left(factor, y, tl.zeros((ROWS, COLS), tl.float32))"]
     lines += ["at = row[:, None] * N2 + column[None, :]", "live = (row[:, None] < N1) & (column[None, :] < N2)"]
     return indented(lines)
 

@@ -14,8 +14,9 @@ Kind = Literal[
 ]
 """What happens to a linear's input before its change of basis."""
 
-Precision = Literal["ieee", "tf32", "tf32x3"]
-"""How float products run on matrix units: float32, one tf32 product (10 bits), or three (all but 2 of 24 bits)."""
+Precision = Literal["ieee", "tf32x2", "tf32x3"]
+"""How float products run: in float32; on tf32 matrix units (11 significant bits) as two products, x in two parts of
+22 bits together and the other operand exact in tf32 (signs, int8, float16 factors); or as three, both in two parts."""
 
 LARGEST_TILE = 32768
 """Channels that one program holds: 64 float32 registers a thread in 16 warps. Beyond, registers spill."""
@@ -54,7 +55,7 @@ class PrologueKernel:
     shift: bool = False
     activation_bits: int = 8
     stride: int = 0
-    precision: Precision = "tf32x3"
+    precision: Precision = "tf32x2"
 
     @property
     def gated(self) -> bool:
@@ -125,7 +126,7 @@ class LinearKernel:
     residuals: tuple[bool, ...]
     activation_bits: int
     tile: Tile
-    precision: Precision = "tf32x3"
+    precision: Precision = "tf32x2"
     assembly: bool = False
 
     @property

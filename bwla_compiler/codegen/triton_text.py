@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from bwla_compiler.codegen.triton_spec import Precision
+
 EXPAND = '''
 @triton.jit
 def expand(words):
@@ -16,6 +18,35 @@ def expand(words):
     odd = tl.join((bytes4 >> 8).to(tl.int8), (bytes4 >> 24).to(tl.int8))
     return tl.reshape(tl.join(even, odd), (ROWS, 128))
 '''
+
+_IN_TWO = '''
+
+@triton.jit
+def products(a, b, acc):
+    """Return acc + a @ b in float32 by tf32 products; {x} in two parts, the other operand is exact in tf32."""
+    high = ({x}.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    low = {x} - high
+    acc = tl.dot({high}, acc=acc, input_precision="tf32")
+    return tl.dot({low}, acc=acc, input_precision="tf32")
+'''
+
+_AT_ONCE = '''
+
+@triton.jit
+def products(a, b, acc):
+    """Return acc + a @ b in float32."""
+    return tl.dot(a, b, acc=acc, input_precision="{precision}")
+'''
+
+
+def product_function(precision: Precision, *, name: str, x: str) -> str:
+    """Return the function `name` of (a, b, acc); x: which of "a" and "b" holds more bits than tf32."""
+    if precision == "tf32x2":
+        high, low = (("high, b", "low, b") if x == "a" else ("a, high", "a, low"))
+        text = _IN_TWO.format(x=x, high=high, low=low)
+    else:
+        text = _AT_ONCE.format(precision=precision)
+    return text.replace("products", name)
 
 
 def head(title: str, constants: Mapping[str, int | float | str | bool]) -> str:

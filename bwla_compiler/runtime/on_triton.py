@@ -37,6 +37,15 @@ from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 PACKED_SIGNS: Derived[Tensor] = Derived("Triton layout")
 PACKED_SCALES: Derived[Tensor] = Derived("Triton scales")
 FLOATS: Derived[Tensor] = Derived("float32 copy")
+EXACT: Derived[bool] = Derived("precision")
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop what was derived from this tensor."""
+    PACKED_SIGNS.forget(tensor)
+    PACKED_SCALES.forget(tensor)
+    FLOATS.forget(tensor)
+    EXACT.forget(tensor)
 
 
 class Prologue(Protocol):
@@ -156,9 +165,7 @@ def _alike(linears: Sequence[Linear]) -> list[list[int]]:
 # ---------------------------------------------------------------- before the linears
 
 
-def _kernel(
-    rows: Tensor, prologue: Prologue, column_scale: Tensor | None, *, bits: int, stride: int
-) -> PrologueKernel:
+def _kernel(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, *, bits: int, stride: int) -> PrologueKernel:
     """Return the spec of the kernel that does all of a prologue. Raises ShapeError where its tensors do not fit."""
     return PrologueKernel(
         columns=rows.shape[1],
@@ -169,7 +176,7 @@ def _kernel(
         shift=prologue.shift is not None,
         activation_bits=bits,
         stride=stride,
-        precision=_precision(rows),
+        precision=_precision(rows, prologue.left, prologue.right),
     )
 
 
@@ -306,9 +313,7 @@ def _spec(
     return spec, gemv
 
 
-def _member_tensors(
-    member: Linear, residual: Tensor | None, y: Tensor, *, columns: int
-) -> dict[str, Tensor | None]:
+def _member_tensors(member: Linear, residual: Tensor | None, y: Tensor, *, columns: int) -> dict[str, Tensor | None]:
     """Return a member's tensors by the first part of their parameter names."""
     onto = None if member.low_rank is None else member.low_rank[1].contiguous()
     return {
@@ -392,9 +397,17 @@ def _launch(emitted: Emitted, grid: tuple[int, ...], arguments: Mapping[str, Any
         function_of(emitted)[grid](**own, num_warps=emitted.warps, num_stages=emitted.stages)
 
 
-def _precision(x: Tensor) -> Precision:
-    """Return how float products run: nearly float32, on matrix units where they are quick for it."""
-    return "tf32x3" if x.is_cuda and torch.version.hip is None else "ieee"
+def _precision(x: Tensor, *factors: Tensor | None) -> Precision:
+    """Return how float products with these factors run, on matrix units where there are any for it."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return "ieee"
+    exact = all(EXACT.get(f, functools.partial(_is_tf32, f)) for f in factors if f is not None)
+    return "tf32x2" if exact else "tf32x3"
+
+
+def _is_tf32(factor: Tensor) -> bool:
+    """Return whether every entry has 11 significant bits or fewer, as float16 bits times a power of two have."""
+    return not bool((factor.float().contiguous().view(torch.int32) & 0x1FFF).any())
 
 
 def _has_dp4a(x: Tensor) -> bool:

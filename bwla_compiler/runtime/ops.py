@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, native, portable
+from bwla_compiler.runtime import compiled, native, on_triton, portable
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.halves import decoded
 from bwla_compiler.spec import FLOAT_BITS
@@ -141,8 +141,10 @@ def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits
     if column_scale is not None and column_scale.shape != x.shape[-1:]:
         raise ShapeError(f"column_scale {list(column_scale.shape)}: expected [{x.shape[-1]}]")
     rows = _rows(x)
-    library = compiled.kernels() if fast else None
-    if library is not None:
+    library = compiled.kernels() if fast and native.wanted() else None
+    if on_triton.serves(rows):
+        results = on_triton.linears(rows, linears, column_scale, bits)
+    elif library is not None:
         results = compiled.linears(library, rows, linears, column_scale, bits)
     else:
         q, token_scale = portable.rounded(rows, column_scale, bits)
@@ -197,7 +199,9 @@ def _int8_linear_with(fast: bool) -> Any:
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
         scale, rows = _values(scale, scale_exponent), _rows(x)
-        library = compiled.kernels() if fast and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
+        library = (
+            compiled.kernels() if fast and native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
+        )
         if library is not None:
             y = compiled.int8_linear(library, rows, codes, scale, bias)
         else:
@@ -212,7 +216,10 @@ def _transform(
     left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
-    return portable.transform(x, *(_maybe_values(stored, exponent) for stored, exponent in factors))
+    values = [_maybe_values(stored, exponent) for stored, exponent in factors]
+    if on_triton.serves(x):
+        return _shaped_like(on_triton.transform(_rows(x), *values), x)
+    return portable.transform(x, *values)
 
 
 def _int8_embedding(
