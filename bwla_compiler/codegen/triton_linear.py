@@ -8,7 +8,15 @@ are one launch: a program finds its member by its number.
 from collections.abc import Sequence
 
 from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded, power_of_two
-from bwla_compiler.codegen.triton_text import EXPAND, choose_number, choose_pointers, head, indented, members, product_function
+from bwla_compiler.codegen.triton_text import (
+    EXPAND,
+    choose_number,
+    choose_pointers,
+    head,
+    indented,
+    members,
+    product_function,
+)
 
 _DOT = '''
 

@@ -42,7 +42,7 @@ def products(a, b, acc):
 def product_function(precision: Precision, *, name: str, x: str) -> str:
     """Return the function `name` of (a, b, acc); x: which of "a" and "b" holds more bits than tf32."""
     if precision == "tf32x2":
-        high, low = (("high, b", "low, b") if x == "a" else ("a, high", "a, low"))
+        high, low = ("high, b", "low, b") if x == "a" else ("a, high", "a, low")
         text = _IN_TWO.format(x=x, high=high, low=low)
     else:
         text = _AT_ONCE.format(precision=precision)

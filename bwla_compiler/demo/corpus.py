@@ -19,19 +19,8 @@ TOPICS = "pydoc_data/topics.py"
 # Folders that distributions ship apart or leave out: reading them would make the text depend on what is installed.
 SKIPPED = frozenset(
     (
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "tkinter",
-        "turtledemo",
-        "distutils",
-        "ensurepip",
-        "__pycache__",
+        "site-packages", "dist-packages", "lib-dynload", "test", "tests", "idle_test", "idlelib", "lib2to3", "tkinter",
+        "turtledemo", "distutils", "ensurepip", "__pycache__",
     )
 )
 SKIPPED_BEGINNINGS = ("_sysconfigdata", "config-")  # written when that Python was built

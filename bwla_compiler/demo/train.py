@@ -57,7 +57,9 @@ def new_model(config: DemoConfig, vocab_size: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(qwen).float()
 
 
-def train(model: Qwen3ForCausalLM, stream: Tensor, *, config: DemoConfig, progress: Progress | None = None) -> Training:
+def train(
+    model: Qwen3ForCausalLM, stream: Tensor, *, config: DemoConfig, progress: Progress | None = None
+) -> Training:
     """Train the model in place on a stream of tokens [n_tokens] int64 and return what it took.
 
     The number of steps is config.steps, and the result the same at every run on one machine; where the first
@@ -143,10 +145,7 @@ def _affordable(n_steps: int, seconds_per_step: float, config: DemoConfig) -> in
     log.warning(
         "embedded model: %d steps would take %.0f s here, over %.0f s: the schedule is shortened to %d steps, "
         "and perplexities will be worse than on a faster machine",
-        n_steps,
-        projected,
-        config.second_limit,
-        fewer,
+        n_steps, projected, config.second_limit, fewer,
     )
     return fewer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
-from bwla_compiler.runtime import compiled, on_triton
+from bwla_compiler.runtime import compiled, triton_layout
 from bwla_compiler.runtime.halves import DECODED
 from bwla_compiler.settings import chosen_kernels
 
@@ -79,7 +79,7 @@ def forget(tensor: Tensor) -> None:
     """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
     for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, DECODED):
         cache.forget(tensor)
-    on_triton.forget(tensor)
+    triton_layout.forget(tensor)
     found = operators() if wanted() else None
     if found is not None:
         found.forget(tensor)

@@ -18,7 +18,6 @@ from bwla_compiler.codegen.triton_prologue import emit_prologue
 from bwla_compiler.codegen.triton_spec import (
     GEMV_TILE,
     GEMV_TOKENS,
-    GROUP,
     Emitted,
     Kind,
     LinearKernel,
@@ -30,22 +29,12 @@ from bwla_compiler.codegen.triton_spec import (
 from bwla_compiler.errors import BuildError, ShapeError
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.runtime.compiled import Linear
-from bwla_compiler.runtime.derived import Derived
+from bwla_compiler.runtime.triton_layout import exact_in_tf32, float32, packed_scale, packed_signs
 from bwla_compiler.settings import chosen_kernels
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 
-PACKED_SIGNS: Derived[Tensor] = Derived("Triton layout")
-PACKED_SCALES: Derived[Tensor] = Derived("Triton scales")
-FLOATS: Derived[Tensor] = Derived("float32 copy")
-EXACT: Derived[bool] = Derived("precision")
-
-
-def forget(tensor: Tensor) -> None:
-    """Drop what was derived from this tensor."""
-    PACKED_SIGNS.forget(tensor)
-    PACKED_SCALES.forget(tensor)
-    FLOATS.forget(tensor)
-    EXACT.forget(tensor)
+_TOO_LARGE: set[PrologueKernel] = set()
+"""Kernels that a device of this process could not hold: devices differ in shared memory, and only a launch tells."""
 
 
 class Prologue(Protocol):
@@ -203,15 +192,13 @@ def _basis(columns: int, prologue: Prologue) -> TransformSpec:
 def _rounded(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, bits: int) -> _Codes:
     """Return the codes of the prologue's result."""
     spec = _kernel(rows, prologue, column_scale, bits=bits, stride=0)
-    if not spec.fits:
-        whole = _Steps()
-        rows, prologue = _floats(rows, prologue, None, stride=rows.shape[1], dtype=torch.float32), whole
-        spec = _kernel(rows, whole, column_scale, bits=bits, stride=0)
     tokens = rows.shape[0]
     values = rows.new_empty(tokens, spec.row_stride, dtype=torch.int8)
     scale, total = rows.new_empty(tokens, dtype=torch.float32), rows.new_empty(tokens, dtype=torch.int32)
-    tensors = {"out": values, "token_scale": scale, "code_sum": total}
-    _launch(emit_prologue_of(spec), (tokens,), {**_inputs(rows, prologue, column_scale), **tensors})
+    results = {"out": values, "token_scale": scale, "code_sum": total}
+    if not _run(spec, {**_inputs(rows, prologue, column_scale), **results}):
+        floats = _by_torch(rows, prologue, column_scale, stride=spec.columns, dtype=torch.float32)
+        return _rounded(floats, _Steps(), None, bits)
     return _Codes(values, scale, total)
 
 
@@ -226,11 +213,24 @@ def _floats(
 ) -> Tensor:
     """Return x'' * column_scale [tokens, stride] of `dtype`, columns beyond n zero."""
     spec = _kernel(rows, prologue, column_scale, bits=FLOAT_BITS, stride=stride)
-    if not spec.fits:
-        return _by_torch(rows, prologue, column_scale, stride=stride, dtype=dtype)
     out = rows.new_empty(rows.shape[0], stride, dtype=dtype)
-    _launch(emit_prologue_of(spec), (rows.shape[0],), {**_inputs(rows, prologue, column_scale), "out": out})
+    if not _run(spec, {**_inputs(rows, prologue, column_scale), "out": out}):
+        return _by_torch(rows, prologue, column_scale, stride=stride, dtype=dtype)
     return out
+
+
+def _run(spec: PrologueKernel, tensors: Mapping[str, Any]) -> bool:
+    """Launch a prologue's kernel, one program a token; return whether the device holds what a program needs."""
+    from triton.runtime.errors import OutOfResources
+
+    if not spec.fits or spec in _TOO_LARGE:
+        return False
+    try:
+        _launch(emit_prologue_of(spec), (tensors["x"].shape[0],), tensors)
+    except OutOfResources:
+        _TOO_LARGE.add(spec)
+        return False
+    return True
 
 
 def _by_torch(
@@ -253,6 +253,9 @@ def _inputs(rows: Tensor, prologue: Prologue, column_scale: Tensor | None) -> di
             raise ShapeError(f"gate {list(gate.shape)}: expected the shape of the input, {list(rows.shape)}")
         gate = gate.contiguous()
     named = {name: getattr(prologue, name) for name in ("gain", "shift", "scale", "left", "right")}
+    for name in ("gain", "shift", "scale"):
+        if named[name] is not None and named[name].shape != rows.shape[1:]:
+            raise ShapeError(f"{name} {list(named[name].shape)}: expected [{rows.shape[1]}]")
     vectors = {name: None if value is None else value.contiguous() for name, value in named.items()}
     columns = None if column_scale is None else column_scale.contiguous()
     return {"x": rows, "gate": gate, **vectors, "column_scale": columns, "eps": prologue.eps}
@@ -318,9 +321,9 @@ def _member_tensors(member: Linear, residual: Tensor | None, y: Tensor, *, colum
     onto = None if member.low_rank is None else member.low_rank[1].contiguous()
     return {
         "words": packed_signs(member.signs, columns),
-        "scale": _packed_scale(member.scale),
+        "scale": packed_scale(member.scale),
         "low_rank_out": onto,
-        "bias": None if member.bias is None else _float32(member.bias),
+        "bias": None if member.bias is None else float32(member.bias),
         "residual": None if residual is None else residual.reshape(y.shape).contiguous(),
         "y": y,
     }
@@ -332,51 +335,11 @@ def _low_rank(spec: LinearKernel, codes: _Codes, members: Sequence[Linear], toke
     mixed = codes.values.new_empty(tokens, sum(spec.ranks), dtype=torch.float32)
     tensors: dict[str, Any] = {"codes": codes.values, "mixed": mixed, "tokens": tokens}
     for i, (into, _, scale) in enumerate(pairs):
-        tensors |= {f"low_rank_in_{i}": into.contiguous(), f"low_rank_scale_{i}": _float32(scale)}
+        tensors |= {f"low_rank_in_{i}": into.contiguous(), f"low_rank_scale_{i}": float32(scale)}
     tile = spec.rank_tile
     tiles = spec.first_tiles([r for r in spec.ranks if r], tile.rows)[-1]
     _launch(emit_low_rank_of(spec), (tiles, -(-tokens // tile.tokens)), tensors)
     return mixed
-
-
-# ---------------------------------------------------------------- layouts
-
-
-def packed_signs(signs: Tensor, columns: int) -> Tensor:
-    """Return layout P, int32 [planes, groups, out, 4], of canonical signs uint8 [planes, out, ceil(columns / 8)].
-
-    Bit 8b + p of word c is channel 128 g + 16 p + 4 c + b; channels beyond the last are 0. Kept per tensor.
-    """
-    return PACKED_SIGNS.get(signs, lambda: _pack_signs(signs, columns))
-
-
-def _pack_signs(signs: Tensor, columns: int) -> Tensor:
-    planes, out, n_bytes = signs.shape
-    groups = padded(columns) // GROUP
-    whole = torch.nn.functional.pad(signs, (0, groups * GROUP // 8 - n_bytes))
-    # 16 bytes a group; byte 2p holds words 0 and 1 (c = 0, 1 in its low and high half), byte 2p + 1 words 2 and 3
-    source = whole.view(planes, out, groups, 8, 2).permute(0, 2, 1, 3, 4).to(torch.int32)
-    words = torch.zeros(planes, groups, out, 4, dtype=torch.int32, device=signs.device)
-    for p in range(8):
-        for c in range(4):
-            half = source[..., p, c // 2] >> (4 * (c % 2))
-            for b in range(4):
-                words[..., c] |= ((half >> b) & 1) << (8 * b + p)
-    return words
-
-
-def _packed_scale(scale: Tensor) -> Tensor:
-    """Return scale [planes, out, groups] as float32 [planes, groups, out]: lanes of a program read rows."""
-    if scale.shape[2] == 1 and scale.dtype == torch.float32 and scale.is_contiguous():
-        return scale
-    return PACKED_SCALES.get(scale, lambda: scale.float().transpose(1, 2).contiguous())
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    """Return the tensor as contiguous float32, kept where that is a copy."""
-    if tensor.dtype == torch.float32 and tensor.is_contiguous():
-        return tensor
-    return FLOATS.get(tensor, lambda: tensor.to(torch.float32, copy=True).contiguous())
 
 
 # ---------------------------------------------------------------- launches
@@ -401,13 +364,7 @@ def _precision(x: Tensor, *factors: Tensor | None) -> Precision:
     """Return how float products with these factors run, on matrix units where there are any for it."""
     if not x.is_cuda or torch.version.hip is not None:
         return "ieee"
-    exact = all(EXACT.get(f, functools.partial(_is_tf32, f)) for f in factors if f is not None)
-    return "tf32x2" if exact else "tf32x3"
-
-
-def _is_tf32(factor: Tensor) -> bool:
-    """Return whether every entry has 11 significant bits or fewer, as float16 bits times a power of two have."""
-    return not bool((factor.float().contiguous().view(torch.int32) & 0x1FFF).any())
+    return "tf32x2" if all(exact_in_tf32(f) for f in factors if f is not None) else "tf32x3"
 
 
 def _has_dp4a(x: Tensor) -> bool:

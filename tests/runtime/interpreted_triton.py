@@ -6,17 +6,18 @@ Not collected by name, since TRITON_INTERPRET must be set before Triton is impor
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from bwla_compiler.codegen import triton_spec
-from bwla_compiler.codegen.triton_spec import Kind
+from bwla_compiler.codegen.triton_spec import Emitted, Kind
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import pack_signs, unpack_signs
-from bwla_compiler.runtime import native, on_triton, ops, portable
+from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
 from bwla_compiler.runtime.compiled import Linear
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/runtime/test_on_triton.py instead"
@@ -298,6 +299,23 @@ def test_factors_too_large_for_one_program(monkeypatch: pytest.MonkeyPatch) -> N
     assert relative(on_triton.transform(x, None, steps.left, steps.right), prologue64(x, basis)) < FLOAT
 
 
+def test_factors_that_the_device_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, tried = on_triton._launch, []
+
+    def small_device(emitted: Emitted, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        if arguments.get("left") is not None:
+            tried.append(emitted.name)
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        launch(emitted, grid, arguments)
+
+    monkeypatch.setattr(on_triton, "_launch", small_device)
+    x = torch.randn(3, 420, generator=seeded(4))
+    steps = make_steps("rms_norm", x.shape, 20, 21, "slr")
+    check_codes(x, steps, 8)
+    check_codes(x, steps, 8)
+    assert tried == ["prologue"], "asked once, remembered then"
+
+
 def test_rows_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_spec, "LARGEST_TILE", 512)
     with pytest.raises(ShapeError, match="a row of 600 channels"):
@@ -318,8 +336,8 @@ def test_products_in_parts_are_the_same_sums(precision: str, monkeypatch: pytest
 
 
 def test_float16_factors_are_exact_in_tf32() -> None:
-    assert on_triton._is_tf32(torch.randn(8, 8, generator=seeded(0)).half().float() * 2.0**-20)
-    assert not on_triton._is_tf32(torch.randn(8, 8, generator=seeded(0)))
+    assert triton_layout.exact_in_tf32(torch.randn(8, 8, generator=seeded(0)).half().float() * 2.0**-20)
+    assert not triton_layout.exact_in_tf32(torch.randn(8, 8, generator=seeded(0)))
 
 
 def test_fused_is_the_steps_one_by_one() -> None:
@@ -341,7 +359,7 @@ def test_fused_is_the_steps_one_by_one() -> None:
 
 def test_layout_p() -> None:
     signs = torch.randint(0, 2, (2, 5, 200), dtype=torch.int8, generator=seeded(0)) * 2 - 1
-    words = on_triton.packed_signs(pack_signs(signs), 200)
+    words = triton_layout.packed_signs(pack_signs(signs), 200)
     assert words.shape == (2, 2, 5, 4)
     for channel in range(256):
         group, p, c, b = channel // 128, channel % 128 // 16, channel % 16 // 4, channel % 4
@@ -351,10 +369,10 @@ def test_layout_p() -> None:
 
 def test_packing_is_kept_until_the_signs_change() -> None:
     signs = pack_signs(torch.ones(1, 4, 64, dtype=torch.int8))
-    first = on_triton.packed_signs(signs, 64)
-    assert on_triton.packed_signs(signs, 64) is first
+    first = triton_layout.packed_signs(signs, 64)
+    assert triton_layout.packed_signs(signs, 64) is first
     signs.zero_()
-    assert not on_triton.packed_signs(signs, 64).any()
+    assert not triton_layout.packed_signs(signs, 64).any()
 
 
 def test_operators_go_to_triton_and_leave_cpp_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,5 +407,7 @@ def test_what_does_not_fit_is_refused() -> None:
         on_triton.transform(x, None, None, torch.randn(7, 5))
     with pytest.raises(ShapeError, match="prologue 'swish' is not known: expected one of none, rms_norm"):
         on_triton.fused(x, Steps("swish"), [make_linear(60, 8)], [None], None, 8)
+    with pytest.raises(ShapeError, match="gain \\[59\\]: expected \\[60\\]"):
+        on_triton.fused(x, Steps("rms_norm", gain=torch.ones(59)), [make_linear(60, 8)], [None], None, 8)
     with pytest.raises(ShapeError, match="gate \\[2, 30\\]: expected the shape of the input, \\[2, 60\\]"):
         on_triton.fused(x, Steps("silu_mul", gate=torch.randn(2, 30)), [make_linear(60, 8)], [None], None, 8)
