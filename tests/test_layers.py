@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
-    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "backend"), 5),
+    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "backend", "emit"), 5),
     **dict.fromkeys(("main_job", "api", "cli", "__main__"), 6),
 }
 STRANGERS = {2, 5}

@@ -12,12 +12,13 @@ from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_spec import Emitted, Precision
 from bwla_compiler.errors import BuildError
 
-FORMS = "cuda:CAPABILITY (cuda:80, cuda:90, cuda:100) or hip:ARCHITECTURE (hip:gfx942)"
-
-SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED_LIMITS = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that a program may have, by CUDA capability; the compiler does not check them."""
 
-HIP_SHARED_LIMIT = 65536
+HIP_SHARED_LIMITS = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840}
+"""The same by AMD architecture, of those with matrix units and 64 lanes to a warp."""
+
+FORMS = f"cpu, cuda:N with N one of {', '.join(map(str, SHARED_LIMITS))}, or hip:{' or hip:'.join(HIP_SHARED_LIMITS)}"
 
 Activations = Literal["fp32", "bf16", "fp16"]
 
@@ -36,10 +37,10 @@ class GpuTarget:
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory that a program may have; of the smallest known where it is not known."""
+        """Bytes of shared memory that a program may have."""
         if self.backend == "hip":
-            return HIP_SHARED_LIMIT
-        return SHARED_LIMITS.get(int(self.architecture), min(SHARED_LIMITS.values()))
+            return HIP_SHARED_LIMITS[self.architecture]
+        return SHARED_LIMITS[int(self.architecture)]
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.architecture}"
@@ -48,9 +49,9 @@ class GpuTarget:
 def parse_target(text: str) -> GpuTarget:
     """Return the GPU of "cuda:90" or "hip:gfx942". Raises BuildError, naming the forms, for anything else."""
     backend, _, architecture = text.partition(":")
-    if backend == "cuda" and re.fullmatch(r"[1-9][0-9]{1,2}", architecture):
+    if backend == "cuda" and architecture in map(str, SHARED_LIMITS):
         return GpuTarget("cuda", architecture)
-    if backend == "hip" and re.fullmatch(r"gfx[0-9a-f]{3,4}", architecture):
+    if backend == "hip" and architecture in HIP_SHARED_LIMITS:
         return GpuTarget("hip", architecture)
     raise BuildError(f"target {text!r} is not known: expected {FORMS}")
 

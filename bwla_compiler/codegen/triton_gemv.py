@@ -82,7 +82,7 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     parameters += [] if spec.grouped else [("code_sum", "*i32")]
     parameters += [("mixed", "*fp32")] if spec.ranked else []
     parameters += member_parameters(spec)
-    title = f"{describe(spec)}, for {spec.tile.rows} outputs of one token a program"
+    title = f"{describe(spec)}: tiles of {spec.tile.rows} x 1 token"
     body = _GEMV.format(
         names=", ".join(name for name, _ in parameters),
         title=title,

@@ -120,13 +120,12 @@ def _product(spec: LinearKernel) -> str:
 
 def describe(spec: LinearKernel) -> str:
     """Return what the kernel computes, in a few words."""
-    outs = ", ".join(map(str, spec.out_features))
-    scales = "group scales" if spec.grouped else "row scales"
-    ranks = f", rank {max(spec.ranks)}" if spec.ranked else ""
-    adds = [name for name, present in (("bias", spec.biases), ("residual", spec.residuals)) if any(present)]
-    added = f", {' and '.join(adds)} added" if adds else ""
-    codes = f"{spec.activation_bits}-bit codes" if spec.rounds else "floats"
-    return f"1-bit linear {spec.columns} -> {outs}, {spec.planes} plane(s), {scales}, {codes}{ranks}{added}"
+    parts = [f"1-bit linear {spec.columns} -> {' + '.join(map(str, spec.out_features))}", f"A{spec.activation_bits}"]
+    parts += [f"{spec.planes} planes"] if spec.planes > 1 else []
+    parts += ["group scales"] if spec.grouped else []
+    parts += [f"rank {max(spec.ranks)}"] if spec.ranked else []
+    parts += [name for name, present in (("bias", spec.biases), ("residual", spec.residuals)) if any(present)]
+    return ", ".join(parts)
 
 
 def emit_linear_dot(spec: LinearKernel) -> Emitted:
@@ -140,7 +139,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     parameters += [("token_scale", "*fp32")] if spec.rounds else []
     parameters += [("mixed", "*fp32")] if spec.ranked else []
     parameters += [*member_parameters(spec), ("tokens", "i32")]
-    title = f"{describe(spec)}, for {spec.tile.rows} outputs of {spec.tile.tokens} tokens a program"
+    title = f"{describe(spec)}: tiles of {spec.tile.rows} x {spec.tile.tokens} tokens"
     body = _DOT.format(
         names=", ".join(name for name, _ in parameters),
         title=title,
@@ -244,7 +243,7 @@ def emit_low_rank(spec: LinearKernel) -> Emitted:
     chosen += choose_number("rank_first", rank_firsts(ranks), first)
     names = ("low_rank_in", "low_rank_scale")
     chosen += choose_pointers({name: members(name, [True] * len(ranks)) for name in names}, first)
-    title = f"Low-rank components {spec.columns} -> {', '.join(map(str, ranks))}"
+    title = f"Low-rank pairs' inner {spec.columns} -> {' + '.join(map(str, ranks))}: tiles of 16 x {tile.tokens} tokens"
     body = _LOW_RANK.format(
         names=", ".join(name for name, _ in parameters),
         title=title,
@@ -255,5 +254,6 @@ def emit_low_rank(spec: LinearKernel) -> Emitted:
         else "product(factor.to(tl.float32), tl.trans(q), total)",
     )
     numbers = {**constants(spec), "COLUMNS": spec.columns, "ROWS": tile.rows, "TOKENS": tile.tokens}
+    numbers.pop("RANK")  # of the second half alone
     source = head(title, numbers) + ("" if spec.rounds else _product(spec)) + body
     return Emitted("low_rank", title, source, tuple(parameters), tile.warps, tile.stages)

@@ -65,6 +65,8 @@ def write(emitted: Emitted, folder: Path) -> Path:
 
 def load(emitted: Emitted) -> Any:
     """Return the jit function of an emitted kernel. Raises BuildError without Triton, or without a writable cache."""
+    if dump := settings().dump:
+        write(emitted, dump)
     return getattr(_imported(str(write(emitted, settings().cache / "triton"))), emitted.name)
 
 

@@ -77,15 +77,11 @@ def emit_prologue(spec: PrologueKernel) -> Emitted:
 
 def _title(spec: PrologueKernel) -> str:
     parts: list[str] = [spec.kind] if spec.kind != "none" else []
-    sides = [str(n) if there else "1" for n, there in _sides(spec)]
-    parts += [f"basis {' x '.join(sides)}"] if sides != ["1", "1"] else []
-    parts += [f"{spec.activation_bits}-bit codes" if spec.rounds else "floats"]
-    return f"{', '.join(parts)} of {spec.columns} channels"
-
-
-def _sides(spec: PrologueKernel) -> tuple[tuple[int, bool], tuple[int, bool]]:
     t = spec.transform
-    return (t.n1, t.left), (t.n2, t.right)
+    if t.left or t.right:
+        parts += [f"basis {t.n1 if t.left else f'I{t.n1}'} x {t.n2 if t.right else f'I{t.n2}'}"]
+    parts += [f"A{spec.activation_bits}" if spec.rounds else "floats"]
+    return f"{', '.join(parts)} of {spec.columns} channels"
 
 
 def _parameters(spec: PrologueKernel) -> tuple[tuple[str, str], ...]:

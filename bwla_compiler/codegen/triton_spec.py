@@ -184,4 +184,7 @@ def dot_tile(tokens: int, *, planes: int, grouped: bool, rounds: bool) -> Tile:
     return Tile(rows=128, tokens=128, warps=8, stages=3)
 
 
-GEMV_TILE = Tile(rows=32, tokens=1, warps=4, stages=2, split=16)
+def gemv_tile(columns: int) -> Tile:
+    """Return the tile of the decode kernel: groups side by side that leave none idle where they can, 4 to a warp."""
+    split = 16 if (padded(columns) // GROUP) % 16 == 0 else 8
+    return Tile(rows=32, tokens=1, warps=split // 4, stages=2, split=split)

@@ -16,7 +16,6 @@ from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
 from bwla_compiler.codegen.triton_spec import (
-    GEMV_TILE,
     GEMV_TOKENS,
     Emitted,
     Kind,
@@ -24,6 +23,7 @@ from bwla_compiler.codegen.triton_spec import (
     Precision,
     PrologueKernel,
     dot_tile,
+    gemv_tile,
     padded,
 )
 from bwla_compiler.errors import BuildError, ShapeError
@@ -299,7 +299,7 @@ def _spec(
     planes, grouped = members[0].signs.shape[0], members[0].scale.shape[2] > 1
     rounds = bits < FLOAT_BITS
     gemv = rows.shape[0] <= GEMV_TOKENS and rounds and _has_dp4a(rows)
-    tile = GEMV_TILE if gemv else dot_tile(rows.shape[0], planes=planes, grouped=grouped, rounds=rounds)
+    tile = gemv_tile(rows.shape[1]) if gemv else dot_tile(rows.shape[0], planes=planes, grouped=grouped, rounds=rounds)
     spec = LinearKernel(
         columns=rows.shape[1],
         out_features=tuple(m.signs.shape[1] for m in members),

@@ -116,7 +116,8 @@ def test_decode_kernel(case: str, columns: int, out: int, bits: int) -> None:
 
 def test_decode_kernel_takes_several_tokens_and_more_groups_than_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_triton, "GEMV_TOKENS", 2)
-    monkeypatch.setattr(on_triton, "GEMV_TILE", triton_spec.Tile(rows=64, tokens=1, warps=4, stages=2, split=2))
+    tile = triton_spec.Tile(rows=64, tokens=1, warps=4, stages=2, split=2)
+    monkeypatch.setattr(on_triton, "gemv_tile", lambda columns: tile)
     x = torch.randn(2, 300, generator=seeded(1))
     member = make_linear(300, 40, groups=True, rank=2)
     q, token_scale = portable.rounded(x, None, 8)
