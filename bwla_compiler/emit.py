@@ -127,7 +127,7 @@ def model_groups(model: nn.Module, recipe: Recipe) -> tuple[EmittedGroup, ...]:
 
     recipe: for a float model; a packed one has its own formats. Raises PlanError where there are none.
     """
-    packed = {name: m.spec for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = {name: _whole(m.spec) for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     found = _packed_groups(model, packed) if packed else _float_groups(model, recipe)
     if not found:
         raise PlanError(f"{type(model).__name__}: no linear is quantized, so there are no kernels to emit")
@@ -135,6 +135,15 @@ def model_groups(model: nn.Module, recipe: Recipe) -> tuple[EmittedGroup, ...]:
     for names, spec in found:
         distinct.setdefault(spec, []).append(names)
     return tuple(EmittedGroup(spec, tuple(linears)) for spec, linears in distinct.items())
+
+
+def _whole(spec: LinearSpec) -> LinearSpec:
+    """Return a spec whose factors cover the input: a transform of one factor alone does not know the other's size."""
+    t = spec.transform
+    if not (t.left or t.right) or t.n1 * t.n2 == spec.in_features:
+        return spec
+    n1, n2 = (t.n1, spec.in_features // t.n1) if t.left else (spec.in_features // t.n2, t.n2)
+    return dataclasses.replace(spec, transform=dataclasses.replace(t, n1=n1, n2=n2))
 
 
 def _packed_groups(model: nn.Module, specs: dict[str, LinearSpec]) -> list[tuple[tuple[str, ...], LinearSpec]]:
