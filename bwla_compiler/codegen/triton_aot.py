@@ -95,11 +95,10 @@ def compile_kernel(emitted: Emitted, target: GpuTarget, *, activations: Activati
     function = triton_module.load(emitted)
     types = {name: kind.replace("*x", f"*{activations}") for name, kind in emitted.parameters}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
-    options = {"num_warps": emitted.warps, "num_stages": emitted.stages, "enable_fp_fusion": True}
     architecture: int | str = int(target.architecture) if target.backend == "cuda" else target.architecture
     gpu = GPUTarget(target.backend, architecture, 32 if target.backend == "cuda" else 64)
     try:
-        built = triton.compile(ASTSource(function, types, attrs=aligned), target=gpu, options=options)
+        built = triton.compile(ASTSource(function, types, attrs=aligned), target=gpu, options=emitted.options)
     except Exception as error:  # Triton's own errors have no common base, and MLIR's are RuntimeErrors
         raise BuildError(f"{emitted.name} ({emitted.title}) does not compile for {target}: {error}") from error
     found = _nvidia(built) if target.backend == "cuda" else _amd(built)

@@ -170,6 +170,11 @@ class Emitted:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's options, for a launch and for compilation alike; sums may be fused, as its versions differ in."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
 
 def dot_tile(tokens: int, *, planes: int, grouped: bool, rounds: bool) -> Tile:
     """Return the tile of the matrix kernel for a number of tokens; small ones so that many programs share decoding."""

@@ -357,7 +357,7 @@ def _launch(emitted: Emitted, grid: tuple[int, ...], arguments: Mapping[str, Any
     own = {name: arguments[name] for name, _ in emitted.parameters}
     first = next(value for value in own.values() if isinstance(value, Tensor))
     with torch.cuda.device_of(first):
-        function_of(emitted)[grid](**own, num_warps=emitted.warps, num_stages=emitted.stages)
+        function_of(emitted)[grid](**own, **emitted.options)
 
 
 def _precision(x: Tensor, *factors: Tensor | None) -> Precision:
