@@ -18,6 +18,9 @@ from bwla_compiler.codegen.triton_text import (
     product_function,
 )
 
+RANK_SLAB = 16
+"""Low-rank components that are multiplied at a time."""
+
 _DOT = '''
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -150,7 +153,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
         low_rank=_second_half(spec),
         finish=_finish(spec),
     )
-    numbers = {**constants(spec), "TOKENS": spec.tile.tokens}
+    numbers = {**constants(spec), "TOKENS": spec.tile.tokens} | ({"SLAB": RANK_SLAB} if spec.ranked else {})
     source = head(title, numbers) + "\n" + EXPAND + _product(spec) + body
     return Emitted("linear_dot", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
 
@@ -198,19 +201,19 @@ def _totals(spec: LinearKernel) -> str:
 
 
 def _second_half(spec: LinearKernel) -> str:
+    """Return lines that add the low-rank pair, a slab of components at a time: all of them at once spill."""
     if not spec.ranked:
         return ""
-    return indented(
-        [
-            "component = tl.arange(0, RANK)",
-            "inside = (component[:, None] < rank) & live_token[None, :]",
-            "at = (block + token[None, :]) * RANKS + rank_first + component[:, None]",
-            "t = tl.load(mixed + at, mask=inside, other=0.0)",
-            "inside = live_row[:, None] & (component[None, :] < rank)",
-            "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
-            "total = product(factor.to(tl.float32), t, total)",
-        ]
-    )
+    slab = [
+        "component = start + tl.arange(0, SLAB)",
+        "inside = (component[:, None] < rank) & live_token[None, :]",
+        "at = (block + token[None, :]) * RANKS + rank_first + component[:, None]",
+        "t = tl.load(mixed + at, mask=inside, other=0.0)",
+        "inside = live_row[:, None] & (component[None, :] < rank)",
+        "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
+        "total = product(factor.to(tl.float32), t, total)",
+    ]
+    return indented(["for start in range(0, RANK, SLAB):"]) + indented(slab, 2)
 
 
 def _finish(spec: LinearKernel) -> str:

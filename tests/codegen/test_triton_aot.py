@@ -50,6 +50,12 @@ def test_matrix_kernel_on_nvidia() -> None:
     assert found.artefacts["cubin"][:4] == b"\x7fELF"
 
 
+def test_a_wide_low_rank_pair_does_not_spill() -> None:
+    tile = dot_tile(512, planes=1, grouped=False, rounds=True)
+    spec = dataclasses.replace(LINEAR, ranks=(80, 80), tile=tile)
+    assert compile_kernel(emit_linear_dot(spec), parse_target("cuda:80")).resources.spills == 0
+
+
 def test_decode_kernel_on_nvidia_is_dp4a() -> None:
     spec = dataclasses.replace(LINEAR, tile=gemv_tile(1000), assembly=True)
     r = compile_kernel(emit_linear_gemv(spec), H100).resources
