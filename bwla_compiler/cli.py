@@ -1,4 +1,4 @@
-"""The command line: bwla-compile demo | quantize | inspect | eval | generate | verify | recipes | doctor."""
+"""The command line: bwla-compile demo | quantize | inspect | eval | generate | verify | recipes | doctor | emit."""
 
 import json
 import logging
@@ -55,7 +55,10 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0; 1 for an error, said in one line; 2 for wrong usage."""
-    debug = settings().debug
+    try:
+        debug = settings().debug
+    except BwlaError as error:
+        return _fail(str(error), code=1)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -327,3 +330,43 @@ def doctor() -> None:
     from bwla_compiler.inspector.machine import machine_table
 
     _out().print(render_table(machine_table()))
+
+
+@app.command(
+    "emit",
+    epilog=_examples(
+        "bwla-compile emit demo: --target cuda:90 -o kernels",
+        "bwla-compile emit DIR --target hip:gfx942 -o OUT --recipe bwla-w1a8",
+        "bwla-compile emit demo: --target cpu -o kernels",
+    ),
+)
+def emit_kernels(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", help="cuda:90, hip:gfx942 and alike, or cpu; the GPU need not be there.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where sources and binaries go.")],
+    recipe: RecipeName = "bwla-w1a6",
+) -> None:
+    """Write the kernels of a model, source and compiled, and say what they use of the target."""
+    from bwla_compiler import api
+    from bwla_compiler.emit import emit
+
+    with _progress() as progress:
+        loaded = api.load(model, progress=progress)
+        report = emit(loaded.model, target, out, recipe=recipe, progress=progress)
+    console = _out()
+    console.print(render_table(_kernel_table(report)))
+    console.print(f"wrote {len(report.kernels)} kernels and resources.json to {out}", highlight=False)
+
+
+def _kernel_table(report: Any) -> Table:
+    columns = ("kernel", "what", ">warps", ">registers", ">stack", ">shared", ">instructions")
+    rows = []
+    for kernel in report.kernels:
+        r = kernel.resources
+        shared = "-" if r is None else size(r.shared_bytes) if kernel.holds else f"{size(r.shared_bytes)}: too much"
+        used = (None, None, None) if r is None else (r.registers, r.stack_bytes, r.instructions)
+        rows.append(row(kernel.name, Cell(kernel.title, "quiet"), kernel.warps, *used[:2], shared, used[2]))
+    note = f"{len(report.groups)} distinct specs; registers a thread, stack bytes a thread, shared memory a program"
+    return Table(f"{report.target}, {report.compiler}", columns, tuple(rows), note)

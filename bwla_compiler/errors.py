@@ -9,6 +9,10 @@ class RecipeError(BwlaError, ValueError):
     """A recipe, an override or a backend option is unknown, malformed or out of range."""
 
 
+class SettingsError(BwlaError, ValueError):
+    """An environment variable of the project has a value that is not known."""
+
+
 class CaptureError(BwlaError, RuntimeError):
     """The model cannot be turned into the normal form."""
 

@@ -3,6 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
+
+from bwla_compiler.errors import SettingsError
+
+Kernels = Literal["auto", "triton", "cpp", "torch"]
+"""Who computes: Triton on GPUs and C++ on the CPU; Triton everywhere; C++ on the CPU alone; plain torch."""
 
 
 @dataclass(frozen=True)
@@ -13,6 +19,7 @@ class Settings:
     debug: log a line per node (BWLA_DEBUG). dump: folder that receives graphs and sources (BWLA_DUMP).
     verify: check every compiled region against its reference (BWLA_VERIFY).
     compiler: the C++ compiler (BWLA_CXX, else CXX, else g++); an empty string means "none".
+    kernels: who computes (BWLA_KERNELS).
     """
 
     cache: Path
@@ -20,14 +27,29 @@ class Settings:
     dump: Path | None
     verify: bool
     compiler: str
+    kernels: Kernels
 
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
 
 
+def chosen_kernels() -> Kernels:
+    """Return who computes, as BWLA_KERNELS has it now; "auto" where it is not set.
+
+    Raises SettingsError for a value that is not known. Far cheaper than all settings: operators ask at every call.
+    """
+    found = os.environ.get("BWLA_KERNELS") or "auto"
+    if found not in get_args(Kernels):
+        raise SettingsError(f"BWLA_KERNELS is {found!r}: expected one of {', '.join(get_args(Kernels))}, or unset it")
+    return cast(Kernels, found)
+
+
 def settings() -> Settings:
-    """Return the settings as the environment has them now (read anew at every call)."""
+    """Return the settings as the environment has them now (read anew at every call).
+
+    Raises SettingsError for a value that is not known.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     dump = os.environ.get("BWLA_DUMP")
     return Settings(
@@ -36,4 +58,5 @@ def settings() -> Settings:
         dump=Path(dump) if dump else None,
         verify=_flag("BWLA_VERIFY"),
         compiler=os.environ.get("BWLA_CXX", os.environ.get("CXX", "g++")),
+        kernels=chosen_kernels(),
     )

@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
-    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo"), 5),
+    **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
     **dict.fromkeys(("main_job", "comparison", "api", "cli", "__main__"), 7),
 }

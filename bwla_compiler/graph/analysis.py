@@ -134,9 +134,9 @@ class Analysis:
         return self._names.setdefault(id(tensor), parameter_name(node))
 
     def constant_value(self, node: Node) -> Tensor:
-        """Compute a constant node."""
+        """Compute a constant node; parameters without values (on meta) are as `_with_values` has them."""
         if node.op == "get_attr":
-            return attribute(self.gm, node).detach()
+            return _with_values(attribute(self.gm, node).detach())
         args = map_arg(node.args, self.constant_value)
         kwargs = map_arg(node.kwargs, self.constant_value)
         assert callable(node.target)
@@ -259,12 +259,19 @@ class Analysis:
         name = self.parameter_of(source)
         if name is None or any(len(u.users) != 1 for u in users):
             return None
-        parameter = attribute(self.gm, source).detach().flatten().to(torch.float32)
+        parameter = _with_values(attribute(self.gm, source).detach()).flatten().to(torch.float32)
         offset = self.constant_value(node).detach().flatten().to(torch.float32) - parameter
         value = float(offset[0]) if offset.numel() else 0.0
         if value not in (0.0, 1.0) or not bool(((offset - value).abs() <= 1e-5 * (1 + parameter.abs())).all()):
             return None
         return name, value
+
+
+def _with_values(parameter: Tensor) -> Tensor:
+    """Return a parameter, or, for one on meta, values that differ from entry to entry: enough to see an offset."""
+    if not parameter.is_meta:
+        return parameter
+    return torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype).reshape(parameter.shape)
 
 
 Rule = Callable[[Analysis, Any], bool]

@@ -12,8 +12,9 @@ from torch import Tensor
 from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
-from bwla_compiler.runtime import compiled
+from bwla_compiler.runtime import compiled, triton_layout
 from bwla_compiler.runtime.halves import DECODED
+from bwla_compiler.settings import chosen_kernels
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def forget(tensor: Tensor) -> None:
     """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
     for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, DECODED):
         cache.forget(tensor)
-    found = operators()
+    triton_layout.forget(tensor)
+    found = operators() if wanted() else None
     if found is not None:
         found.forget(tensor)
 
@@ -86,8 +88,15 @@ def forget(tensor: Tensor) -> None:
 _GATE = threading.Lock()
 
 
+def wanted() -> bool:
+    """Return whether C++ may compute on the CPU: BWLA_KERNELS is auto or cpp."""
+    return chosen_kernels() in ("auto", "cpp")
+
+
 def install() -> None:
-    """Build and register the operators if that was not done or tried before."""
+    """Build and register the operators if they are wanted, and that was not done or tried before."""
+    if not wanted():
+        return
     with _GATE:
         found = operators()
         if found is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, flat, native, portable
+from bwla_compiler.runtime import compiled, flat, native, on_triton, portable
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -75,8 +75,10 @@ def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits
     if column_scale is not None and column_scale.shape != x.shape[-1:]:
         raise ShapeError(f"column_scale {list(column_scale.shape)}: expected [{x.shape[-1]}]")
     rows = _rows(x)
-    library = compiled.kernels() if fast else None
-    if library is not None:
+    library = compiled.kernels() if fast and native.wanted() else None
+    if on_triton.serves(rows):
+        results = on_triton.linears(rows, linears, column_scale, bits)
+    elif library is not None:
         results = compiled.linears(library, rows, linears, column_scale, bits)
     else:
         q, token_scale = portable.rounded(rows, column_scale, bits)
@@ -129,7 +131,7 @@ def _fused_group(
     activation_bits: int, scale_exponent: list[Tensor | None], column_scale_exponent: Tensor | None,
     low_rank_scale_exponent: list[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
-    """Implementation of bwla::fused_group in plain torch; between prologue and results everything is float32."""
+    """Implementation of bwla::fused_group by Triton or plain torch; between prologue and results everything is float32."""
     group = linears_of(
         signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
     )
@@ -139,8 +141,11 @@ def _fused_group(
     check_residuals(x, group, residual)
     if gate is not None:
         before = dataclasses.replace(before, gate=_rows(gate))
-    rows = portable.prologue(_rows(x), before).view(x.shape)
     columns = maybe_values(column_scale, column_scale_exponent)
+    if on_triton.serves(x):
+        ys = on_triton.fused(_rows(x), before, group, residual, columns, activation_bits)
+        return [_shaped_like(y, x) for y in ys]
+    rows = portable.prologue(_rows(x), before).view(x.shape)
     results = _linears(rows, group, columns, activation_bits, fast=False)
     sums = (y if add is None else y + add.float() for y, add in zip(results, residual, strict=True))
     return [y.to(x.dtype) for y in sums]
@@ -163,7 +168,9 @@ def _int8_linear_with(fast: bool) -> Any:
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
         scale, rows = values(scale, scale_exponent), _rows(x)
-        library = compiled.kernels() if fast and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
+        library = (
+            compiled.kernels() if fast and native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
+        )
         if library is not None:
             y = compiled.int8_linear(library, rows, codes, scale, bias)
         else:
@@ -178,7 +185,10 @@ def _transform(
     left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
-    return portable.transform(x, *(maybe_values(stored, exponent) for stored, exponent in factors))
+    factored = [maybe_values(stored, exponent) for stored, exponent in factors]
+    if on_triton.serves(x):
+        return _shaped_like(on_triton.transform(_rows(x), *factored), x)
+    return portable.transform(x, *factored)
 
 
 def _int8_embedding(

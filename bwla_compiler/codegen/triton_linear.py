@@ -1,0 +1,262 @@
+"""Triton kernels of 1-bit linears on matrix units: the product itself, and the low-rank pair's first half.
+
+y = token_scale * (sum_p scale_p (B_p q) + low_rank_out t) + bias + residual. Weights are in layout P: words int32
+[planes, groups, out, 4], bit 8b + p of word c is channel 128 g + 16 p + 4 c + b, 1 for +1. Members that share codes
+are one launch: a program finds its member by its number.
+"""
+
+from collections.abc import Sequence
+
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded, power_of_two
+from bwla_compiler.codegen.triton_text import (
+    EXPAND,
+    choose_number,
+    choose_pointers,
+    head,
+    indented,
+    members,
+    product_function,
+)
+
+RANK_SLAB = 16
+"""Low-rank components that are multiplied at a time."""
+
+_DOT = '''
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_dot({names}):
+    """{title}."""
+    tile = tl.program_id(0)
+    block = tl.program_id(1).to(tl.int64) * TOKENS
+{choice}    row = (tile - first) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    channel = tl.arange(0, 128)
+    word = tl.arange(0, 4)
+    live_row = row < outputs
+    live_token = block + token < tokens
+    codes += block * STRIDE
+{zeros}    for group in tl.range(0, GROUPS, num_stages=STAGES):
+        q = tl.load(codes + token[:, None] * STRIDE + group * 128 + channel[None, :], mask=live_token[:, None], other=0)
+{planes}{totals}{low_rank}{finish}    tl.store(y + block * outputs + token[None, :] * outputs + row[:, None], total.to(y.dtype.element_ty), mask=live)
+'''
+
+_LOW_RANK = '''
+
+@triton.jit(do_not_specialize=["tokens"])
+def low_rank({names}):
+    """{title}."""
+    tile = tl.program_id(0)
+    block = tl.program_id(1).to(tl.int64) * TOKENS
+{choice}    row = (tile - first) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    channel = tl.arange(0, 128)
+    live_row = row < rank
+    live_token = block + token < tokens
+    codes += block * STRIDE
+    total = tl.zeros((ROWS, TOKENS), {accumulator})
+    for group in tl.range(0, GROUPS, num_stages=STAGES):
+        k = group * 128 + channel
+        q = tl.load(codes + token[:, None] * STRIDE + k[None, :], mask=live_token[:, None], other=0)
+        inside = live_row[:, None] & (k[None, :] < COLUMNS)
+        factor = tl.load(low_rank_in + row[:, None] * COLUMNS + k[None, :], mask=inside, other=0)
+        total = {dot}
+    row_scale = tl.load(low_rank_scale + row, mask=live_row, other=0.0)
+    live = live_row[:, None] & live_token[None, :]
+    at = (block + token[None, :]) * RANKS + rank_first + row[:, None]
+    tl.store(mixed + at, total.to(tl.float32) * row_scale[:, None], mask=live)
+'''
+
+
+def member_parameters(spec: LinearKernel) -> list[tuple[str, str]]:
+    """Return (name, type) of the tensors of each member, in order."""
+    found = []
+    for i, rank in enumerate(spec.ranks):
+        found += [(f"words_{i}", "*i32"), (f"scale_{i}", "*fp32")]
+        found += [(f"low_rank_out_{i}", "*i8")] if rank else []
+        found += [(f"bias_{i}", "*fp32")] if spec.biases[i] else []
+        found += [(f"residual_{i}", "*x")] if spec.residuals[i] else []
+        found += [(f"y_{i}", "*x")]
+    return found
+
+
+def choice(spec: LinearKernel) -> str:
+    """Return lines that choose the tensors and numbers of the member that this program computes."""
+    outs, everyone = spec.out_features, [True] * len(spec.out_features)
+    first = spec.first_tiles(outs, spec.tile.rows)[:-1]
+    lines = choose_number("first", first, first) + choose_number("outputs", outs, first)
+    pointers = {name: members(name, everyone) for name in ("words", "scale", "y")}
+    for name, present in (("bias", spec.biases), ("residual", spec.residuals)):
+        if any(present):
+            pointers[name] = members(name, present)
+            rows = [out if there else 0 for out, there in zip(outs, present, strict=True)]
+            lines += choose_number(f"{name}_rows", rows, first)
+    if spec.ranked:
+        pointers["low_rank_out"] = members("low_rank_out", [rank > 0 for rank in spec.ranks])
+        lines += choose_number("rank", spec.ranks, first)
+        lines += choose_number("rank_first", rank_firsts(spec.ranks), first)
+    return indented(lines + choose_pointers(pointers, first))
+
+
+def rank_firsts(ranks: Sequence[int]) -> list[int]:
+    """Return where each member's components stand in a row of t."""
+    return [sum(ranks[:i]) for i in range(len(ranks))]
+
+
+def constants(spec: LinearKernel) -> dict[str, int | float | str | bool]:
+    """Return the compile-time numbers that the linear kernels share."""
+    found: dict[str, int | float | str | bool] = {
+        "GROUPS": spec.groups,
+        "STRIDE": padded(spec.columns),
+        "ROWS": spec.tile.rows,
+        "STAGES": spec.tile.stages,
+    }
+    if spec.ranked:
+        found |= {"RANK": power_of_two(max(spec.ranks)), "RANKS": sum(spec.ranks)}
+    return found
+
+
+def _product(spec: LinearKernel) -> str:
+    """Return the function of float products, where there are any; what stands on the left is signs or int8."""
+    needed = spec.ranked or not spec.rounds
+    return product_function(spec.precision, name="product", x="b") if needed else ""
+
+
+def describe(spec: LinearKernel) -> str:
+    """Return what the kernel computes, in a few words."""
+    parts = [f"1-bit linear {spec.columns} -> {' + '.join(map(str, spec.out_features))}", f"A{spec.activation_bits}"]
+    parts += [f"{spec.planes} planes"] if spec.planes > 1 else []
+    parts += ["group scales"] if spec.grouped else []
+    parts += [f"rank {max(spec.ranks)}"] if spec.ranked else []
+    parts += [name for name, present in (("bias", spec.biases), ("residual", spec.residuals)) if any(present)]
+    return ", ".join(parts)
+
+
+def emit_linear_dot(spec: LinearKernel) -> Emitted:
+    """Return the kernel `linear_dot`. Grid (tiles of all members, blocks of tokens).
+
+    codes [tokens, columns padded to groups] int8, or float32 from 16 bits on; token_scale [tokens] float32; mixed
+    [tokens, sum of ranks] float32 from `low_rank`; of each member words, scale [planes, out or (groups, out)]
+    float32, low_rank_out [out, rank] int8, bias [out] float32, residual and y [tokens, out]; tokens: how many.
+    """
+    parameters = [("codes", "*i8" if spec.rounds else "*fp32")]
+    parameters += [("token_scale", "*fp32")] if spec.rounds else []
+    parameters += [("mixed", "*fp32")] if spec.ranked else []
+    parameters += [*member_parameters(spec), ("tokens", "i32")]
+    title = f"{describe(spec)}: tiles of {spec.tile.rows} x {spec.tile.tokens} tokens"
+    body = _DOT.format(
+        names=", ".join(name for name, _ in parameters),
+        title=title,
+        choice=choice(spec),
+        zeros=_zeros(spec),
+        planes="".join(_plane(spec, p) for p in range(spec.planes)),
+        totals=_totals(spec),
+        low_rank=_second_half(spec),
+        finish=_finish(spec),
+    )
+    numbers = {**constants(spec), "TOKENS": spec.tile.tokens} | ({"SLAB": RANK_SLAB} if spec.ranked else {})
+    source = head(title, numbers) + "\n" + EXPAND + _product(spec) + body
+    return Emitted("linear_dot", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
+
+
+def _zeros(spec: LinearKernel) -> str:
+    if spec.grouped:
+        return indented(["total = tl.zeros((ROWS, TOKENS), tl.float32)"])
+    kind = "tl.int32" if spec.rounds else "tl.float32"
+    return indented([f"sums_{p} = tl.zeros((ROWS, TOKENS), {kind})" for p in range(spec.planes)])
+
+
+def group_of(spec: LinearKernel, plane: int) -> str:
+    """Return the text of the current group's number among the groups of all planes."""
+    return f"(group + {plane * spec.groups})" if plane else "group"
+
+
+def _plane(spec: LinearKernel, plane: int) -> str:
+    """Return the lines of the loop over groups that work on one plane."""
+    at = f"{group_of(spec, plane)} * outputs"
+    lines = [f"words_of = words + ({at} + row[:, None]) * 4 + word[None, :]"]
+    lines += ["signs = expand(tl.load(words_of, mask=live_row[:, None], other=0))"]
+    sums = "tl.zeros((ROWS, TOKENS), tl.float32)" if spec.grouped else f"sums_{plane}"
+    if not spec.rounds:
+        product = f"product(signs.to(tl.float32), tl.trans(q), {sums})"
+    elif spec.grouped:
+        product = "tl.dot(signs, tl.trans(q), out_dtype=tl.int32)"
+    else:
+        product = f"tl.dot(signs, tl.trans(q), acc={sums}, out_dtype=tl.int32)"
+    if spec.grouped:
+        lines += [f"group_scale = tl.load(scale + {at} + row, mask=live_row, other=0.0)"]
+        lines += [f"total += {product}.to(tl.float32) * group_scale[:, None]"]
+    else:
+        lines += [f"{sums} = {product}"]
+    return indented(lines, 2)
+
+
+def _totals(spec: LinearKernel) -> str:
+    """Return lines that apply row scales, and take back the 64 of the signs."""
+    lines = []
+    if not spec.grouped:
+        for p in range(spec.planes):
+            lines += [f"row_scale = tl.load(scale + outputs * {p} + row, mask=live_row, other=0.0)"]
+            lines += [f"total {'+=' if p else '='} sums_{p}.to(tl.float32) * row_scale[:, None]"]
+    return indented([*lines, "total = total * 0.015625"])
+
+
+def _second_half(spec: LinearKernel) -> str:
+    """Return lines that add the low-rank pair, a slab of components at a time: all of them at once spill."""
+    if not spec.ranked:
+        return ""
+    slab = [
+        "component = start + tl.arange(0, SLAB)",
+        "inside = (component[:, None] < rank) & live_token[None, :]",
+        "at = (block + token[None, :]) * RANKS + rank_first + component[:, None]",
+        "t = tl.load(mixed + at, mask=inside, other=0.0)",
+        "inside = live_row[:, None] & (component[None, :] < rank)",
+        "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
+        "total = product(factor.to(tl.float32), t, total)",
+    ]
+    return indented(["for start in range(0, RANK, SLAB):"]) + indented(slab, 2)
+
+
+def _finish(spec: LinearKernel) -> str:
+    lines = ["live = live_row[:, None] & live_token[None, :]"]
+    if spec.rounds:
+        lines += ["total = total * tl.load(token_scale + block + token, mask=live_token, other=0.0)[None, :]"]
+    if any(spec.biases):
+        lines += ["total += tl.load(bias + row, mask=row < bias_rows, other=0.0)[:, None]"]
+    if any(spec.residuals):
+        lines += ["at = (block + token[None, :]) * outputs + row[:, None]"]
+        lines += ["inside = (row < residual_rows)[:, None] & live_token[None, :]"]
+        lines += ["total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)"]
+    return indented(lines)
+
+
+def emit_low_rank(spec: LinearKernel) -> Emitted:
+    """Return the kernel `low_rank`: t = (codes low_rank_in^T) * low_rank_scale. Grid (tiles of 16 rows, blocks).
+
+    codes as for `linear_dot`; of each member with a rank low_rank_in [rank, columns] int8 and low_rank_scale [rank]
+    float32; mixed [tokens, sum of ranks] float32 is the result; tokens: how many.
+    """
+    ranks = [rank for rank in spec.ranks if rank]
+    tile = spec.rank_tile
+    first = spec.first_tiles(ranks, tile.rows)[:-1]
+    parameters = [("codes", "*i8" if spec.rounds else "*fp32")]
+    for i in range(len(ranks)):
+        parameters += [(f"low_rank_in_{i}", "*i8"), (f"low_rank_scale_{i}", "*fp32")]
+    parameters += [("mixed", "*fp32"), ("tokens", "i32")]
+    chosen = choose_number("first", first, first) + choose_number("rank", ranks, first)
+    chosen += choose_number("rank_first", rank_firsts(ranks), first)
+    names = ("low_rank_in", "low_rank_scale")
+    chosen += choose_pointers({name: members(name, [True] * len(ranks)) for name in names}, first)
+    title = f"Low-rank pairs' inner {spec.columns} -> {' + '.join(map(str, ranks))}: tiles of 16 x {tile.tokens} tokens"
+    body = _LOW_RANK.format(
+        names=", ".join(name for name, _ in parameters),
+        title=title,
+        choice=indented(chosen),
+        accumulator="tl.int32" if spec.rounds else "tl.float32",
+        dot="tl.dot(factor, tl.trans(q), acc=total, out_dtype=tl.int32)"
+        if spec.rounds
+        else "product(factor.to(tl.float32), tl.trans(q), total)",
+    )
+    numbers = {**constants(spec), "COLUMNS": spec.columns, "ROWS": tile.rows, "TOKENS": tile.tokens}
+    numbers.pop("RANK")  # of the second half alone
+    source = head(title, numbers) + ("" if spec.rounds else _product(spec)) + body
+    return Emitted("low_rank", title, source, tuple(parameters), tile.warps, tile.stages)

@@ -1,0 +1,199 @@
+"""The Triton kernel before a linear: prologue, change of basis and rounding to codes, one program a token.
+
+x' by kind of prologue (a norm's statistics, an activation, a gate), x'' = (x' * scale) (left (x) right) as
+Y = left^T X' right on X' [n1, n2], codes = round(x'' * column_scale / token_scale), half to even.
+"""
+
+from bwla_compiler.codegen.triton_spec import Emitted, PrologueKernel, power_of_two
+from bwla_compiler.codegen.triton_text import head, indented, product_function
+
+SLAB = 16
+"""Rows of the streamed factor, and of X', that are multiplied at a time: more of them spill at 96 x 128."""
+
+_SIGMOID_FORM = "v / (1.0 + tl.exp(-{}))"
+_ACTIVATIONS = {
+    "silu": _SIGMOID_FORM.format("v"),
+    "gelu": "0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))",
+    # v (1 + tanh(u)) / 2 = v sigmoid(2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
+    "gelu_tanh": _SIGMOID_FORM.format("1.5957691216057308 * (v + 0.044715 * v * v * v)"),
+    "relu": "tl.where(v < 0, 0.0, v)",  # a comparison, since maximum would drop NaN
+}
+
+_CENTRE = """    mean = tl.sum(v) / COLUMNS
+    v = tl.where(every < COLUMNS, v - mean, 0.0)
+"""
+
+_STATISTICS = '''
+
+@triton.jit
+def statistics(x, eps):
+    """Return the token's mean where it is taken off, else 0, and 1 / sqrt(mean square + eps)."""
+    every = tl.arange(0, BLOCK)
+    v = tl.load(x + every, mask=every < COLUMNS, other=0.0).to(tl.float32)
+{centre}    return mean, 1.0 / tl.sqrt_rn(tl.sum(v * v) / COLUMNS + eps)
+'''
+
+_ROUND = """\
+    # half to even by the addition of 1.5 * 2^23, whose unit is 1; a token that is not finite has scale NaN, codes 0
+    magnitude = tl.abs(y)
+    finite = tl.min((magnitude <= 3.4028234663852886e38).to(tl.int32))
+    step = tl.math.div_rn(tl.max(magnitude), LIMIT * 1.0)
+    step = tl.where(step > 0, step, 1.0)
+    rounded = (tl.math.div_rn(y, step) + 12582912.0) - 12582912.0
+    rounded = tl.minimum(tl.maximum(rounded, -LIMIT * 1.0), LIMIT * 1.0)
+    code = tl.where(finite > 0, rounded, 0.0).to(tl.int32)
+    tl.store(token_scale + token, tl.where(finite > 0, step, float("nan")))
+    tl.store(code_sum + token, tl.sum(tl.where(live, code, 0)))
+    tl.store(out + at, code.to(tl.int8), mask=live)
+"""
+
+
+def emit_prologue(spec: PrologueKernel) -> Emitted:
+    """Return the kernel `prologue`. Grid (tokens,).
+
+    x, gate [tokens, n] any float; gain, shift, scale, column_scale [n], left [n1, n1], right [n2, n2] float; out
+    [tokens, row_stride] int8 codes or floats; token_scale [tokens] float32, code_sum [tokens] int32: sum of codes.
+    """
+    parameters = _parameters(spec)
+    online = spec.transform.left or spec.transform.right
+    title = _title(spec)
+    names = ", ".join(name for name, _ in parameters)
+    body = [
+        f'    """{title}."""\n    token = tl.program_id(0).to(tl.int64)\n    x += token * COLUMNS\n',
+        "    gate += token * COLUMNS\n" if spec.gated else "",
+        "    out += token * STRIDE\n",
+        "    mean, inverse = statistics(x, eps)\n" if spec.normed else "",
+        _factored(spec) if online else _unfactored(spec),
+        "    y = y * tl.load(column_scale + at, mask=live, other=0.0).to(tl.float32)\n" if spec.column_scaled else "",
+        _ROUND if spec.rounds else "    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)\n",
+        _rest(spec),
+    ]
+    functions = (_statistics(spec) if spec.normed else "") + _channels(spec)
+    functions += product_function(spec.precision, name="from_left", x="b") if spec.transform.left else ""
+    functions += product_function(spec.precision, name="from_right", x="a") if spec.transform.right else ""
+    source = head(title, _constants(spec)) + functions + f"\n\n@triton.jit\ndef prologue({names}):\n"
+    return Emitted("prologue", title, source + "".join(body), parameters, spec.warps, 2)
+
+
+def _title(spec: PrologueKernel) -> str:
+    parts: list[str] = [spec.kind] if spec.kind != "none" else []
+    t = spec.transform
+    if t.left or t.right:
+        parts += [f"basis {t.n1 if t.left else f'I{t.n1}'} x {t.n2 if t.right else f'I{t.n2}'}"]
+    parts += [f"A{spec.activation_bits}" if spec.rounds else "floats"]
+    return f"{', '.join(parts)} of {spec.columns} channels"
+
+
+def _parameters(spec: PrologueKernel) -> tuple[tuple[str, str], ...]:
+    vectors = {
+        "gate": (spec.gated, "*x"),
+        "gain": (spec.gain, "*x"),
+        "shift": (spec.shift, "*x"),
+        "scale": (spec.transform.scaled, "*fp32"),
+        "left": (spec.transform.left, "*fp32"),
+        "right": (spec.transform.right, "*fp32"),
+        "column_scale": (spec.column_scaled, "*fp32"),
+        "eps": (spec.normed, "fp32"),
+        "out": (True, "*i8" if spec.rounds else "*fp32"),
+        "token_scale": (spec.rounds, "*fp32"),
+        "code_sum": (spec.rounds, "*i32"),
+    }
+    return (("x", "*x"), *((name, kind) for name, (there, kind) in vectors.items() if there))
+
+
+def _constants(spec: PrologueKernel) -> dict[str, int | float | str | bool]:
+    online = spec.transform.left or spec.transform.right
+    constants: dict[str, int | float | str | bool] = {"COLUMNS": spec.columns, "STRIDE": spec.row_stride}
+    if spec.normed or not online:
+        constants["BLOCK"] = power_of_two(spec.columns)
+    if online:
+        n1, n2 = spec.transform.n1, spec.transform.n2
+        streamed = n1 if _streams_left(spec) else n2
+        constants |= {"N1": n1, "N2": n2, "ROWS": power_of_two(n1), "COLS": power_of_two(n2)}
+        constants["SLAB"] = min(SLAB, power_of_two(streamed))
+    if spec.rounds:
+        constants["LIMIT"] = 2 ** (spec.activation_bits - 1) - 1
+    return constants
+
+
+def _statistics(spec: PrologueKernel) -> str:
+    return _STATISTICS.format(centre=_CENTRE if spec.kind == "layer_norm" else "    mean = 0.0\n")
+
+
+def _channels(spec: PrologueKernel) -> str:
+    """Return the function that reads channels of the token and does all that happens to each alone."""
+    names = [name for name, there in _vectors(spec) if there]
+    arguments = ", ".join(["x", *names, *(["mean", "inverse"] if spec.normed else []), "at", "live"])
+    read = "tl.load({} + at, mask=live, other=0.0).to(tl.float32)"
+    lines = ['"""Return these channels before the change of basis, float32; 0 where not live."""']
+    lines += [f"v = {read.format('x')}"]
+    if spec.kind == "layer_norm":
+        lines += ["v = v - mean"]
+    if spec.normed:
+        lines += ["v = v * inverse"]
+    activation = _ACTIVATIONS.get(spec.kind.removesuffix("_mul"))
+    lines += [f"v = {activation}"] if activation else []
+    lines += [f"v = v {'+' if name == 'shift' else '*'} {read.format(name)}" for name in names]
+    lines += ["return tl.where(live, v, 0.0)" if spec.normed else "return v"]
+    return f"\n\n@triton.jit\ndef channels({arguments}):\n{indented(lines)}"
+
+
+def _vectors(spec: PrologueKernel) -> tuple[tuple[str, bool], ...]:
+    return ("gate", spec.gated), ("gain", spec.gain), ("shift", spec.shift), ("scale", spec.transform.scaled)
+
+
+def _call(spec: PrologueKernel) -> str:
+    names = [name for name, there in _vectors(spec) if there] + (["mean", "inverse"] if spec.normed else [])
+    return f"channels({', '.join(['x', *names, 'at', 'live'])})"
+
+
+def _unfactored(spec: PrologueKernel) -> str:
+    return indented(["at = tl.arange(0, BLOCK)", "live = at < COLUMNS", f"y = {_call(spec)}"])
+
+
+def _streams_left(spec: PrologueKernel) -> bool:
+    """Whether the left factor is read in slabs: the larger one is, since the other one has to be held whole."""
+    t = spec.transform
+    return t.left and (not t.right or t.n1 >= t.n2)
+
+
+def _factored(spec: PrologueKernel) -> str:
+    """Return Y = left^T X' right: one product over slabs of X' as they are read, then one with the whole factor."""
+    t = spec.transform
+    left = _streams_left(spec)
+    lines = ["row = tl.arange(0, ROWS)", "column = tl.arange(0, COLS)", "y = tl.zeros((ROWS, COLS), tl.float32)"]
+    lines += [f"for start in range(0, {'N1' if left else 'N2'}, SLAB):", "    inner = start + tl.arange(0, SLAB)"]
+    if left:
+        slab = ["at = inner[:, None] * N2 + column[None, :]", "live = (inner[:, None] < N1) & (column[None, :] < N2)"]
+        slab += [f"v = {_call(spec)}", *_factor("left", "inner[None, :]", "row[:, None]", "N1")]
+        slab += ["y = from_left(factor, v, y)"]
+    else:
+        slab = ["at = row[:, None] * N2 + inner[None, :]", "live = (row[:, None] < N1) & (inner[None, :] < N2)"]
+        slab += [f"v = {_call(spec)}", *_factor("right", "inner[:, None]", "column[None, :]", "N2")]
+        slab += ["y = from_right(v, factor, y)"]
+    lines += ["    " + line for line in slab]
+    if left and t.right:
+        lines += ["inner = tl.arange(0, COLS)", *_factor("right", "inner[:, None]", "column[None, :]", "N2")]
+        lines += ["y = from_right(y, factor, tl.zeros((ROWS, COLS), tl.float32))"]
+    elif t.left and not left:
+        lines += ["inner = tl.arange(0, ROWS)", *_factor("left", "inner[None, :]", "row[:, None]", "N1")]
+        lines += ["y = from_left(factor, y, tl.zeros((ROWS, COLS), tl.float32))"]
+    lines += ["at = row[:, None] * N2 + column[None, :]", "live = (row[:, None] < N1) & (column[None, :] < N2)"]
+    return indented(lines)
+
+
+def _factor(name: str, first: str, second: str, side: str) -> list[str]:
+    """Return lines that read entries [first, second] of a factor, 0 outside."""
+    return [
+        f"inside = ({first} < {side}) & ({second} < {side})",
+        f"factor = tl.load({name} + {first} * {side} + {second}, mask=inside, other=0.0).to(tl.float32)",
+    ]
+
+
+def _rest(spec: PrologueKernel) -> str:
+    """Return the lines that fill the row's last, incomplete group with zeros."""
+    if spec.row_stride == spec.columns:
+        return ""
+    lines = ["rest = tl.arange(0, 128) + COLUMNS"]
+    lines += ["tl.store(out + rest, tl.zeros((128,), out.dtype.element_ty), mask=rest < STRIDE)"]
+    return indented(lines)

@@ -1,0 +1,306 @@
+"""Emit the kernels of a model for a target that need not be there: sources, compiled artefacts, and what they use."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bwla_compiler.codegen import triton_module
+from bwla_compiler.codegen.build import build
+from bwla_compiler.codegen.cpp_linear import emit as emit_cpp
+from bwla_compiler.codegen.isa import best_isa
+from bwla_compiler.codegen.triton_aot import GpuTarget, Resources, compile_kernel, parse_target
+from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
+from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
+from bwla_compiler.codegen.triton_prologue import emit_prologue
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, dot_tile, gemv_tile
+from bwla_compiler.errors import BuildError, PlanError
+from bwla_compiler.graph.plan import Group, Linear, Plan
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.passes.fold_norms import FoldNorms
+from bwla_compiler.passes.insert_online import factors_of, skip_reason
+from bwla_compiler.passes.pipeline import folding_passes
+from bwla_compiler.passes.quantize_ends import head_names
+from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.spec import LinearSpec, TransformSpec
+
+Progress = Callable[[str, int, int], None]
+
+DECODE_TOKENS, PREFILL_TOKENS = 16, 512
+"""Numbers of tokens that the matrix kernels are emitted for: a small batch that decodes, and a prompt."""
+
+
+@dataclass(frozen=True)
+class EmittedGroup:
+    """Linears of the model with one spec. linears: names, one tuple for each group that shares an input."""
+
+    spec: LinearSpec
+    linears: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class EmittedKernel:
+    """One kernel on disk. files: names in the folder, the source first. groups: numbers of the specs that use it.
+
+    resources: None where the target's compiler does not tell. holds: whether a program fits the target's shared
+    memory; a prologue that does not is run as two, with torch's products between.
+    """
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    groups: tuple[int, ...]
+    warps: int | None = None
+    resources: Resources | None = None
+    holds: bool = True
+
+
+@dataclass(frozen=True)
+class EmitReport:
+    """What was written. target: as it was asked for; folder: where; compiler: what compiled it."""
+
+    target: str
+    folder: str
+    compiler: str
+    groups: tuple[EmittedGroup, ...]
+    kernels: tuple[EmittedKernel, ...]
+
+    def to_json(self) -> str:
+        """Return the report as JSON: the content of resources.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def emit(
+    model: nn.Module,
+    target: str,
+    folder: Path,
+    *,
+    recipe: "str | Path | Recipe" = "bwla-w1a6",
+    progress: Progress | None = None,
+) -> EmitReport:
+    """Write the kernels of a model's linears for a target into a folder, with resources.json, and return the report.
+
+    model: packed, or float (on any device, meta too): then the specs are those that `recipe` would give. target:
+    "cuda:90", "hip:gfx942", or "cpu" for this machine's processor. folder: new or empty. Raises BuildError for
+    an unknown target, a folder in use, or without a compiler; CaptureError and PlanError for the model.
+    """
+    gpu = None if target == "cpu" else parse_target(target)
+    if gpu is not None:
+        triton_module.require_triton()
+    groups = model_groups(model, load_recipe(recipe))
+    _make_empty(folder)
+    if gpu is None:
+        report = _emit_cpu(groups, folder)
+    else:
+        report = _emit_gpu(groups, gpu, folder, progress or (lambda label, done, total: None))
+    _write(folder / "resources.json", report.to_json().encode())
+    return report
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BuildError(f"{folder}: exists and is not an empty folder; give another one or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise BuildError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------- specs
+
+
+def model_groups(model: nn.Module, recipe: Recipe) -> tuple[EmittedGroup, ...]:
+    """Return the distinct specs of a model's quantized linears, members that share an input together.
+
+    recipe: for a float model; a packed one has its own formats. Raises PlanError where there are none.
+    """
+    packed = {name: _whole(m.spec) for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    found = _packed_groups(model, packed) if packed else _float_groups(model, recipe)
+    if not found:
+        raise PlanError(f"{type(model).__name__}: no linear is quantized, so there are no kernels to emit")
+    distinct: dict[LinearSpec, list[tuple[str, ...]]] = {}
+    for names, spec in found:
+        distinct.setdefault(spec, []).append(names)
+    return tuple(EmittedGroup(spec, tuple(linears)) for spec, linears in distinct.items())
+
+
+def _whole(spec: LinearSpec) -> LinearSpec:
+    """Return a spec whose factors cover the input: a transform of one factor alone does not know the other's size."""
+    t = spec.transform
+    if not (t.left or t.right) or t.n1 * t.n2 == spec.in_features:
+        return spec
+    n1, n2 = (t.n1, spec.in_features // t.n1) if t.left else (spec.in_features // t.n2, t.n2)
+    return dataclasses.replace(spec, transform=dataclasses.replace(t, n1=n1, n2=n2))
+
+
+def _packed_groups(model: nn.Module, specs: dict[str, LinearSpec]) -> list[tuple[tuple[str, ...], LinearSpec]]:
+    """Return (names, spec) of packed linears by the groups of the plan in the model's config; alone without one."""
+    saved: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    plan = getattr(saved, "plan", None)
+    grouped = [g.linears for g in Plan.from_json(json.dumps(plan)).groups] if plan else []
+    named = {name for names in grouped for name in names}
+    rest = [(name,) for name in specs if name not in named]
+    together = [tuple(n for n in names if n in specs) for names in grouped]
+    return _joined([names for names in (*together, *rest) if names], specs)
+
+
+def _joined(
+    groups: Sequence[tuple[str, ...]], specs: dict[str, LinearSpec]
+) -> list[tuple[tuple[str, ...], LinearSpec]]:
+    """Return groups with the spec of all members, split where members differ in more than their outputs."""
+    found = []
+    for names in groups:
+        alike: dict[LinearSpec, list[str]] = {}
+        for name in names:
+            alike.setdefault(dataclasses.replace(specs[name], out_features=()), []).append(name)
+        for spec, members in alike.items():
+            outs = tuple(out for name in members for out in specs[name].out_features)
+            found.append((tuple(members), dataclasses.replace(spec, out_features=outs)))
+    return found
+
+
+def _float_groups(model: nn.Module, recipe: Recipe) -> list[tuple[tuple[str, ...], LinearSpec]]:
+    """Return (names, spec) of the linears that quantizing by a recipe would pack."""
+    plan = make_plan(model)
+    heads = set(head_names(model, plan))
+    shifted = _shifted(plan, recipe)
+    specs: dict[str, LinearSpec] = {}
+    groups = [g for g in plan.groups if not heads.intersection(g.linears)]
+    for group in groups:
+        transform = _transform(group, plan, recipe)
+        for name in group.linears:
+            own = recipe.override_for(name)
+            if own is not None:
+                specs[name] = _float_spec(plan.linear(name), own, transform, _hidden(model), name in shifted)
+    return _joined([names for g in groups if (names := tuple(n for n in g.linears if n in specs))], specs)
+
+
+def _shifted(plan: Plan, recipe: Recipe) -> set[str]:
+    """Return the linears that get a bias since a norm's shift is folded into them."""
+    if not any(isinstance(step, FoldNorms) for step in folding_passes(recipe)):
+        return set()
+    return {name for norm in plan.norms if norm.shift is not None for name in norm.absorbed_by}
+
+
+def _hidden(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+
+
+def _transform(group: Group, plan: Plan, recipe: Recipe) -> TransformSpec:
+    """Return the online change of basis that a recipe gives a group, as InsertOnline would fit it."""
+    first = plan.linear(group.name)
+    own = recipe.override_for(first.name)
+    if own is None or any(recipe.override_for(name) is None for name in group.linears) or skip_reason(first, own):
+        return TransformSpec()
+    sizes = factors_of(first)
+    scaled = own.smoothing.exponent != 0 and recipe.needs_calibration
+    kind = "hadamard" if own.transform.kind == "hadamard" else "kronecker"
+    return TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled)  # type: ignore[arg-type]
+
+
+def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden: int, shifted: bool) -> LinearSpec:
+    rank = 0
+    if recipe.psp.hidden_over and recipe.signs.method == "descent":
+        width = hidden or min(linear.in_features, linear.out_features)
+        rank = min(max(1, width // recipe.psp.hidden_over), linear.in_features, linear.out_features)
+    return LinearSpec(
+        in_features=linear.in_features,
+        out_features=(linear.out_features,),
+        planes=recipe.weights.planes,
+        rank=rank,
+        transform=transform,
+        activation_bits=recipe.activations.bits,
+        bias=linear.bias is not None or shifted,
+    )
+
+
+# ---------------------------------------------------------------- targets
+
+
+def _emit_cpu(groups: tuple[EmittedGroup, ...], folder: Path) -> EmitReport:
+    """Write the C++ kernels of this machine: one source for all specs, which they take as arguments."""
+    isa = best_isa()
+    source = emit_cpp(isa)
+    _write(folder / f"kernels-{isa}.cpp", source.encode())
+    library = build(source, isa)
+    if library is None:
+        raise BuildError("no C++ compiler was found: install g++, or name one in BWLA_CXX")
+    shutil.copyfile(library, folder / f"kernels-{isa}.so")
+    files = (f"kernels-{isa}.cpp", f"kernels-{isa}.so")
+    kernel = EmittedKernel("kernels", f"All operators for {isa}", files, tuple(range(len(groups))))
+    return EmitReport("cpu", str(folder), "C++", groups, (kernel,))
+
+
+def _emit_gpu(groups: tuple[EmittedGroup, ...], gpu: GpuTarget, folder: Path, progress: Progress) -> EmitReport:
+    users: dict[Emitted, list[int]] = {}
+    for number, group in enumerate(groups):
+        for emitted in group_kernels(group.spec, gpu):
+            users.setdefault(emitted, []).append(number)
+    kernels = []
+    for done, (emitted, numbers) in enumerate(users.items()):
+        progress(f"compiling for {gpu}", done, len(users))
+        kernels.append(_compile(emitted, gpu, folder, tuple(numbers)))
+    progress(f"compiling for {gpu}", len(users), len(users))
+    compiler = f"triton {triton_module.require_triton().__version__}"
+    return EmitReport(str(gpu), str(folder), compiler, groups, tuple(kernels))
+
+
+def _compile(emitted: Emitted, gpu: GpuTarget, folder: Path, groups: tuple[int, ...]) -> EmittedKernel:
+    compiled = compile_kernel(emitted, gpu)
+    stem = triton_module.write(emitted, folder).stem
+    for suffix, content in compiled.artefacts.items():
+        _write(folder / f"{stem}.{suffix}", content)
+    files = tuple(f"{stem}.{suffix}" for suffix in ("py", *compiled.artefacts))
+    holds = compiled.resources.shared_bytes <= gpu.shared_limit
+    return EmittedKernel(emitted.name, emitted.title, files, groups, emitted.warps, compiled.resources, holds)
+
+
+def group_kernels(spec: LinearSpec, gpu: GpuTarget) -> list[Emitted]:
+    """Return the kernels that linears of one spec run on a GPU: before them, a small batch, a prompt, one token."""
+    prologue = PrologueKernel(
+        columns=spec.in_features,
+        transform=spec.transform,
+        column_scaled=spec.scale_kind == "row+column",
+        activation_bits=spec.activation_bits,
+        precision=gpu.precision,
+    )
+    whole = prologue if prologue.fits else dataclasses.replace(prologue, transform=TransformSpec())
+    found = [emit_prologue(whole)]
+    for tokens in (DECODE_TOKENS, PREFILL_TOKENS):
+        kernel = _linear_kernel(spec, gpu, tokens)
+        found += [emit_linear_dot(kernel), *([emit_low_rank(kernel)] if kernel.ranked else [])]
+    if gpu.backend == "cuda" and prologue.rounds:
+        found.append(emit_linear_gemv(_linear_kernel(spec, gpu, 1)))
+    return found
+
+
+def _linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel:
+    members, grouped = len(spec.out_features), spec.scale_kind == "group"
+    rounds = spec.activation_bits < 16
+    tile = dot_tile(tokens, planes=spec.planes, grouped=grouped, rounds=rounds)
+    return LinearKernel(
+        columns=spec.in_features,
+        out_features=spec.out_features,
+        planes=spec.planes,
+        grouped=grouped,
+        ranks=(spec.rank,) * members,
+        biases=(spec.bias,) * members,
+        residuals=(False,) * members,
+        activation_bits=spec.activation_bits,
+        tile=gemv_tile(spec.in_features) if tokens == 1 else tile,
+        precision=gpu.precision,
+        assembly=gpu.backend == "cuda",
+    )

@@ -1,0 +1,71 @@
+"""What the Triton kernels read in place of stored tensors: layout P of signs, transposed scales, float32 copies."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from bwla_compiler.codegen.triton_spec import GROUP, padded
+from bwla_compiler.runtime.derived import Derived
+
+PACKED_SIGNS: Derived[Tensor] = Derived("Triton layout")
+PACKED_SCALES: Derived[Tensor] = Derived("Triton scales")
+FLOATS: Derived[Tensor] = Derived("float32 copy")
+EXACT: Derived[bool] = Derived("precision")
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop what was derived from this tensor."""
+    PACKED_SIGNS.forget(tensor)
+    PACKED_SCALES.forget(tensor)
+    FLOATS.forget(tensor)
+    EXACT.forget(tensor)
+
+
+def packed_signs(signs: Tensor, columns: int) -> Tensor:
+    """Return layout P, int32 [planes, groups, out, 4], of canonical signs uint8 [planes, out, ceil(columns / 8)].
+
+    Bit 8b + p of word c is channel 128 g + 16 p + 4 c + b; channels beyond the last are 0. Kept per tensor.
+    """
+    return PACKED_SIGNS.get(signs, lambda: _pack_signs(signs, columns))
+
+
+def _pack_signs(signs: Tensor, columns: int) -> Tensor:
+    planes, out, n_bytes = signs.shape
+    groups = padded(columns) // GROUP
+    whole = torch.nn.functional.pad(signs, (0, groups * GROUP // 8 - n_bytes))
+    # 16 bytes a group; byte 2p holds words 0 and 1 (c = 0, 1 in its low and high half), byte 2p + 1 words 2 and 3
+    source = whole.view(planes, out, groups, 8, 2).permute(0, 2, 1, 3, 4).to(torch.int32)
+    words = torch.zeros(planes, groups, out, 4, dtype=torch.int32, device=signs.device)
+    for p in range(8):
+        for c in range(4):
+            half = source[..., p, c // 2] >> (4 * (c % 2))
+            for b in range(4):
+                words[..., c] |= ((half >> b) & 1) << (8 * b + p)
+    return words
+
+
+def packed_scale(scale: Tensor) -> Tensor:
+    """Return scale [planes, out, groups] as float32 [planes, groups, out]: lanes of a program read rows."""
+    if scale.shape[2] == 1 and scale.dtype == torch.float32 and scale.is_contiguous():
+        return scale
+    return PACKED_SCALES.get(scale, lambda: scale.float().transpose(1, 2).contiguous())
+
+
+def float32(tensor: Tensor) -> Tensor:
+    """Return the tensor as contiguous float32, kept where that is a copy."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return FLOATS.get(tensor, lambda: tensor.to(torch.float32, copy=True).contiguous())
+
+
+def exact_in_tf32(factor: Tensor) -> bool:
+    """Return whether every entry has 11 significant bits or fewer, as float16 bits times a power of two have.
+
+    Kept per tensor: the first question waits for the device.
+    """
+    return EXACT.get(factor, functools.partial(_is_tf32, factor))
+
+
+def _is_tf32(factor: Tensor) -> bool:
+    return not bool((factor.float().contiguous().view(torch.int32) & 0x1FFF).any())

@@ -1,0 +1,148 @@
+"""Emitted Triton sources: valid Python, named by their hash, with only what their spec asks for."""
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bwla_compiler.codegen import triton_module
+from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
+from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
+from bwla_compiler.codegen.triton_prologue import emit_prologue
+from bwla_compiler.codegen.triton_spec import (
+    LARGEST_TILE,
+    Emitted,
+    Kind,
+    LinearKernel,
+    PrologueKernel,
+    dot_tile,
+    gemv_tile,
+    padded,
+    power_of_two,
+)
+from bwla_compiler.errors import BuildError
+from bwla_compiler.spec import TransformSpec
+
+
+def linear(**changes: Any) -> LinearKernel:
+    kernel = LinearKernel(
+        columns=200,
+        out_features=(64, 17),
+        planes=1,
+        grouped=False,
+        ranks=(0, 0),
+        biases=(False, False),
+        residuals=(False, False),
+        activation_bits=6,
+        tile=dot_tile(16, planes=1, grouped=False, rounds=True),
+    )
+    return dataclasses.replace(kernel, **changes)
+
+
+def check(emitted: Emitted) -> ast.FunctionDef:
+    """Return the kernel's definition: the module parses, and its parameters are the declared ones, all of them used."""
+    tree = ast.parse(emitted.source)
+    assert ast.get_docstring(tree)
+    (kernel,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == emitted.name]
+    names = [a.arg for a in kernel.args.args]
+    assert names == [name for name, _ in emitted.parameters]
+    read = {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name)}
+    assert set(names) <= read
+    defined = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    everything = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert defined <= everything, f"constants that nothing reads: {defined - everything}"
+    return kernel
+
+
+flags = st.tuples(st.booleans(), st.booleans())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    columns=st.integers(1, 700),
+    out=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    planes=st.integers(1, 3),
+    grouped=st.booleans(),
+    ranks=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    biases=flags,
+    residuals=flags,
+    bits=st.sampled_from([4, 8, 16]),
+    tokens=st.sampled_from([1, 16, 50, 500]),
+)
+def test_linear_kernels_declare_what_they_read(
+    columns: int, out: Any, planes: int, grouped: bool, ranks: Any, biases: Any, residuals: Any, bits: int, tokens: int
+) -> None:
+    tile = dot_tile(tokens, planes=planes, grouped=grouped, rounds=bits < 16)
+    spec = LinearKernel(columns, out, planes, grouped, ranks, biases, residuals, bits, tile)
+    check(emit_linear_dot(spec))
+    if spec.ranked:
+        check(emit_low_rank(spec))
+    if spec.rounds:
+        check(emit_linear_gemv(dataclasses.replace(spec, tile=gemv_tile(columns))))
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("left, right", [(False, False), (True, False), (False, True), (True, True)])
+def test_prologues_declare_what_they_read(kind: Kind, left: bool, right: bool) -> None:
+    for n1, n2, scaled, bits in ((6, 10, True, 8), (16, 8, False, 16), (3, 40, True, 4)):
+        transform = TransformSpec("kronecker", n1, n2, left, right, scaled)
+        norm = kind.endswith("_norm")
+        spec = PrologueKernel(n1 * n2, kind, transform, scaled, norm, kind == "layer_norm", bits)
+        check(emit_prologue(spec))
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    plain = emit_linear_dot(linear()).source
+    for word in ("residual", "bias", "low_rank", "product(", "group_scale"):
+        assert word not in plain
+        assert (
+            word
+            in emit_linear_dot(
+                linear(residuals=(True, False), biases=(True, True), ranks=(3, 0), grouped=word == "group_scale")
+            ).source
+        )
+    assert "inline_asm" not in emit_linear_gemv(linear(tile=gemv_tile(200))).source
+    assert "dp4a.u32.s32" in emit_linear_gemv(linear(tile=gemv_tile(200), assembly=True)).source
+
+
+def test_sizes() -> None:
+    assert [power_of_two(n) for n in (1, 16, 17, 200)] == [16, 16, 32, 256]
+    assert [padded(n) for n in (1, 128, 129)] == [128, 128, 256]
+    assert LinearKernel.first_tiles((64, 17, 130), 64) == [0, 1, 2, 5]
+    fits = {n: PrologueKernel(n[0] * n[1], transform=TransformSpec("kronecker", *n, True, True)).fits for n in SIZES}
+    assert fits == SIZES
+    assert PrologueKernel(LARGEST_TILE).fits
+    assert not PrologueKernel(LARGEST_TILE + 1).fits
+
+
+SIZES = {(64, 80): True, (200, 128): True, (160, 160): False, (256, 16): True, (300, 80): False}
+"""Factors, and whether one program holds them: at most 32768 channels when padded, the smaller side at most 128."""
+
+
+def test_a_source_is_written_once_and_mended(tmp_path: Path) -> None:
+    emitted = emit_linear_dot(linear())
+    path = triton_module.write(emitted, tmp_path / "deep" / "cache")
+    assert path.read_text() == emitted.source
+    assert path.name == f"linear_dot_{triton_module.digest(emitted.source)}.py"
+    before = path.stat().st_mtime_ns
+    assert triton_module.write(emitted, tmp_path / "deep" / "cache") == path
+    assert path.stat().st_mtime_ns == before, "a whole file is left as it is"
+    path.write_text(emitted.source[:50])
+    triton_module.write(emitted, tmp_path / "deep" / "cache")
+    assert path.read_text() == emitted.source
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "no drafts stay behind"
+
+
+def test_different_specs_have_different_files(tmp_path: Path) -> None:
+    kernels = [linear(), linear(columns=201), linear(ranks=(3, 0)), linear(grouped=True)]
+    assert len({triton_module.write(emit_linear_dot(k), tmp_path) for k in kernels}) == len(kernels)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match="set BWLA_CACHE to a writable folder"):
+        triton_module.write(emit_linear_dot(linear()), tmp_path / "file" / "cache")
