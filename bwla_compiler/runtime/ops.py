@@ -131,7 +131,7 @@ def _fused_group(
     activation_bits: int, scale_exponent: list[Tensor | None], column_scale_exponent: Tensor | None,
     low_rank_scale_exponent: list[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
-    """Implementation of bwla::fused_group by Triton or plain torch; between prologue and results everything is float32."""
+    """Implementation of bwla::fused_group, Triton or plain torch; prologue to results, everything is float32."""
     group = linears_of(
         signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
     )
