@@ -100,7 +100,12 @@ class Variant:
                 empty = torch.empty_like(parameter)
                 empty.untyped_storage().resize_(0)
                 parameter.data = empty
+            parameter.__deepcopy__ = _refuse_copy  # type: ignore[attr-defined]  # torch's own reads address 0
             self.freed.add(name)
+
+
+def _refuse_copy(memo: object) -> None:
+    raise WeightError("float weights were released by free_weights=True: the model cannot be copied")
 
 
 def make_variant(
