@@ -34,12 +34,13 @@ def find_owner(gm: GraphModule, example_inputs: Sequence[Any]) -> Owner | None:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=True))
     roots: list[nn.Module] = []
+    owned: set[int] = set()
     for node in placeholders:
-        value = inputs[node]
-        if isinstance(value, nn.Parameter) and not any(value is p for root in roots for p in root.parameters()):
+        if isinstance(inputs[node], nn.Parameter) and id(inputs[node]) not in owned:
             root = _outermost(node.meta["grapharg"].source)
             if root is not None:
                 roots.append(root)
+                owned.update(map(id, root.parameters()))
     if not roots:
         return None
     module = _single(roots)

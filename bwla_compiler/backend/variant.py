@@ -100,7 +100,7 @@ class Variant:
                 empty = torch.empty_like(parameter)
                 empty.untyped_storage().resize_(0)
                 parameter.data = empty
-            parameter.__deepcopy__ = _refuse_copy  # type: ignore[attr-defined]  # torch's own reads address 0
+            parameter.__deepcopy__ = _refuse_copy  # type: ignore[method-assign]  # torch's own reads address 0
             self.freed.add(name)
 
 

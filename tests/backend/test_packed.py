@@ -1,6 +1,10 @@
 """torch.compile(model, backend="bwla") of packed models."""
 
 import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.recipe import load_recipe
 from tests import tiny
+from tests.backend import small
 
 
 def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
@@ -84,9 +89,83 @@ def test_the_entry_point_names_the_backend() -> None:
     assert points["bwla"] == "bwla_compiler.backend:compile_backend"
 
 
-def test_an_option_and_a_mode_are_refused_with_the_remedy() -> None:
-    gm = torch.fx.GraphModule({}, torch.fx.Graph())
-    with pytest.raises(ValueError, match="option 'recipes' is not known; did you mean 'recipe'"):
-        compile_backend(gm, [], options={"recipes": "bwla-w1a6"})
-    with pytest.raises(ValueError, match="mode 'fast' is not known"):
-        compile_backend(gm, [], mode="fast")
+@pytest.mark.parametrize("name", tiny.SEVEN)
+def test_four_lengths_are_two_graphs(name: str, graphs: list[torch.fx.GraphModule]) -> None:
+    model = small.architecture(name)
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    fast = small.compiled(model)
+    with torch.no_grad():
+        for length, most in ((11, 1), (5, 2), (17, 2), (24, 2)):
+            found = fast(tiny.ids(length=length)).logits
+            # the same kernels; room for masks built by other operations
+            assert small.error(found, model(tiny.ids(length=length)).logits) < 1e-5
+            assert len(graphs) <= most
+    assert calls(graphs[0], "linear") > 0
+
+
+class Adapted(nn.Module):
+    """A linear with a low-rank adapter in float beside it."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        generator = torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(2, linear.in_features, generator=generator))
+        self.up = nn.Parameter(torch.randn(linear.out_features, 2, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x) + x @ self.down.T @ self.up.T
+        return y
+
+
+def test_adapters_over_packed_linears(graphs: list[torch.fx.GraphModule]) -> None:
+    model = small.llama()
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        bare = model(tiny.ids()).logits
+        attention.q_proj, attention.v_proj = Adapted(attention.q_proj), Adapted(attention.v_proj)
+        found = small.compiled(model)(tiny.ids()).logits
+        assert small.error(found, bare) > 0.01
+        assert small.error(found, model(tiny.ids()).logits) < 1e-5
+
+
+def test_peft_adapters_over_packed_linears(graphs: list[torch.fx.GraphModule]) -> None:
+    peft = pytest.importorskip("peft")
+    model = small.llama()
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        found = small.compiled(adapted)(tiny.ids()).logits
+        assert small.error(found, adapted(tiny.ids()).logits) < 1e-5
+
+
+EXPORT = """
+import sys, torch
+import bwla_compiler.runtime.ops  # the operators that the package calls
+ids, expected = torch.load(sys.argv[2])
+found = torch._inductor.aoti_load_package(sys.argv[1])(ids)
+assert float((found - expected).norm() / expected.norm()) < 0.02
+"""
+
+
+@pytest.mark.slow
+def test_a_package_made_ahead_of_time_runs_in_a_new_process(tmp_path: Path) -> None:
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
+
+    model = small.llama().requires_grad_(False)
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    ids, package, example = tiny.ids(), str(tmp_path / "model.pt2"), str(tmp_path / "example.pt")
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), example)
+        program = torch.export.export(Logits(model), (ids,), strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=package)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", EXPORT, package, example], env=environment, check=True, timeout=300)

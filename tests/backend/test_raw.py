@@ -19,7 +19,7 @@ SAME = 1e-5
 
 
 UNFOLDED = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3"), {"o_proj", "down_proj"}),
+    **{name: {"o_proj", "down_proj"} for name in ("llama", "qwen2", "qwen3", "mistral", "phi3")},
     "gpt2": {"c_proj"},
     "opt": {"out_proj", "fc2"},
 }
@@ -111,7 +111,7 @@ def test_a_function_over_a_model(graphs: list[GraphModule]) -> None:
 
 def test_a_function_over_two_modules_is_refused(graphs: list[GraphModule]) -> None:
     body, head = small.mlp(), nn.Linear(10, 4)
-    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="2 modules .Sequential, Linear.*one nn.Module"):
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=r"2 modules .Sequential, Linear.*one nn.Module"):
         small.compiled(lambda x: head(body(x)))(torch.randn(3, 32))
 
 
