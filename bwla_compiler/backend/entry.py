@@ -49,8 +49,9 @@ def refresh(model: nn.Module) -> None:
     under torch.inference_mode(); all other edits are seen without it. Raw and packed models.
     """
     model = getattr(model, "_orig_mod", model)
-    for variant in variants_of(model):
-        variant.forget()
+    for module in model.modules():  # where a graph broke, its parts belong to modules inside
+        for variant in variants_of(module):
+            variant.forget()
     for tensor in (*model.parameters(), *model.buffers()):
         forget(tensor)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bwla_compiler.errors import RecipeError
@@ -64,12 +65,20 @@ def _check(key: str, value: Any) -> None:
             'recipe\'s fields by their dotted names, such as "psp.hidden_over"'
         )
     if key == "calibration":
-        if not isinstance(value, Tensor) and value not in ("self", "random", "none"):
-            raise RecipeError(
-                f'option calibration is {value!r}: give "self", "random", "none" or token ids [sequences, length]'
-            )
+        _check_calibration(value)
     elif key == "seed":
         if type(value) is not int:
             raise RecipeError(f"option seed is {value!r}: give an integer")
     elif type(value) is not bool:
         raise RecipeError(f"option {key} is {value!r}: give True or False")
+
+
+def _check_calibration(value: Any) -> None:
+    known = '"self", "random", "none" or token ids [sequences, length] int64'
+    if isinstance(value, Tensor):
+        if value.ndim != 2 or value.numel() == 0 or value.dtype != torch.int64:
+            raise RecipeError(
+                f"option calibration is a tensor of shape {list(value.shape)}, {value.dtype}: give {known}"
+            )
+    elif value not in ("self", "random", "none"):
+        raise RecipeError(f"option calibration is {value!r}: give {known}")

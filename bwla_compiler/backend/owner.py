@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from bwla_compiler.errors import PlanError
+from bwla_compiler.graph.planner import is_linear
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -26,23 +29,38 @@ def find_owner(gm: GraphModule, example_inputs: Sequence[Any]) -> Owner | None:
 
     gm, example_inputs: as Dynamo passes them to a backend, while it traces. The compiled code is from now on bound
     to this very module: another instance of its class is compiled anew, and never meets this one's weights.
+    Raises PlanError where the graph reads the weights of several modules that no module holds together.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=True))
-    module = None
+    roots: list[nn.Module] = []
+    owned: set[int] = set()
     for node in placeholders:
-        if isinstance(inputs[node], nn.Parameter):
-            module = _outermost(node.meta["grapharg"].source)
-            if module is not None:
-                break
-    if module is None:
+        if isinstance(inputs[node], nn.Parameter) and id(inputs[node]) not in owned:
+            root = _outermost(node.meta["grapharg"].source)
+            if root is not None:
+                roots.append(root)
+                owned.update(map(id, root.parameters()))
+    if not roots:
         return None
+    module = _single(roots)
     by_tensor: dict[int, list[str]] = {}
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     for name, tensor in named:
         by_tensor.setdefault(id(tensor), []).append(name)
     names = {node: tuple(by_tensor[id(value)]) for node, value in inputs.items() if id(value) in by_tensor}
     return Owner(module, names)
+
+
+def _single(roots: list[nn.Module]) -> nn.Module:
+    """Return the one module that has linears, the first where none has. Raises PlanError where several have."""
+    having = [root for root in roots if any(map(is_linear, root.modules()))]
+    if len(having) > 1:
+        raise PlanError(
+            f"the compiled function calls {len(having)} modules ({', '.join(type(r).__name__ for r in having)}), and "
+            "weights are quantized for one; put them into one nn.Module, or compile each of them"
+        )
+    return (having or roots)[0]
 
 
 def _outermost(source: Any) -> nn.Module | None:

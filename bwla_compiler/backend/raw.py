@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -29,8 +30,12 @@ from bwla_compiler.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+Structure = tuple[tuple[object, ...], ...]
+
 _VARIANTS: "weakref.WeakKeyDictionary[nn.Module, dict[str, Variant]]" = weakref.WeakKeyDictionary()
 _PLANS: "weakref.WeakKeyDictionary[nn.Module, Plan]" = weakref.WeakKeyDictionary()
+_STRUCTURES: "weakref.WeakKeyDictionary[nn.Module, Structure]" = weakref.WeakKeyDictionary()
+_GRAPHS: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[CompiledGraph]]" = weakref.WeakKeyDictionary()
 
 
 def variants_of(model: nn.Module) -> tuple[Variant, ...]:
@@ -45,7 +50,8 @@ class RawGraph:
         self.gm, self.inputs, self.owner, self.options, self.progress = gm, inputs, owner, options, progress
 
     def compiled(self) -> Callable[..., Any]:
-        """Return the callable that computes the graph with packed weights; see the package for the steps."""
+        """Return the callable that computes the graph with packed weights; see the module for the steps."""
+        _forget_other_structure(self.owner.module)
         try:
             own = make_plan(self.owner.module, graph=capture_graph(*self._bound()))
         except PlanError:
@@ -112,7 +118,41 @@ class RawGraph:
         compiled = CompiledGraph(run, variant, self.owner.module, parameters, eager=eager)
         if self.options.free_weights:
             compiled.release(self.inputs)
+        self._count(compiled)
         return compiled
+
+    def _count(self, compiled: CompiledGraph) -> None:
+        """Warn where the next graph would be one too many for Dynamo, which then runs the float model."""
+        graphs = _GRAPHS.setdefault(self.owner.module, weakref.WeakSet())
+        graphs.add(compiled)  # weakly: those that Dynamo dropped do not count
+        if len(graphs) >= torch._dynamo.config.recompile_limit:
+            log.warning(
+                "%s was compiled for %d ways of calling it, as many as torch._dynamo.config.recompile_limit allows: "
+                "another one would run the float weights, uncompiled. Raise that limit, or pass fullgraph=True to "
+                "have an error instead",
+                type(self.owner.module).__name__,
+                len(graphs),
+            )
+
+
+def _forget_other_structure(model: nn.Module) -> None:
+    """Drop what was made of a model that had other modules, or parameters of other shapes, dtypes or ties."""
+    structure = _structure(model)
+    if _STRUCTURES.get(model, structure) != structure:
+        log.info("the structure of %s changed: planned anew", type(model).__name__)
+        _PLANS.pop(model, None)
+        _VARIANTS.pop(model, None)
+    _STRUCTURES[model] = structure
+
+
+def _structure(model: nn.Module) -> Structure:
+    first: dict[int, str] = {}
+    modules = ((name, type(module)) for name, module in model.named_modules())
+    parameters = (
+        (name, p.shape, p.dtype, p.device, first.setdefault(id(p), name))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
+    return (*modules, *parameters)
 
 
 def _rotated(plan: Plan) -> set[str]:

@@ -35,7 +35,7 @@ def bound_to(owner: Owner, gm: GraphModule, example_inputs: Sequence[Any]) -> tu
 def _concrete(value: Any) -> Any:
     """Return an example input for another trace: sizes as numbers, tensors of this size with values of their own."""
     if isinstance(value, torch.SymInt):
-        return value.node.hint  # int(value) would bind the compiled code to this size
+        return value.node.hint  # int(value) would have Dynamo guard on this very size, and compile anew for each
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 

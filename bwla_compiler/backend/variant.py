@@ -80,7 +80,8 @@ class Variant:
     def look(self, model: nn.Module) -> None:
         """Take note of the model's parameters as they are now."""
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.seen[name].look(parameter)
+            if name in self.seen:  # other names: the structure changed, and this copy serves what was there before
+                self.seen[name].look(parameter)
 
     def forget(self) -> None:
         """Make the next call quantize anew."""
@@ -99,13 +100,22 @@ class Variant:
                 empty = torch.empty_like(parameter)
                 empty.untyped_storage().resize_(0)
                 parameter.data = empty
+            parameter.__deepcopy__ = _refuse_copy  # type: ignore[method-assign]  # torch's own reads address 0
             self.freed.add(name)
+
+
+def _refuse_copy(memo: object) -> None:
+    raise WeightError("float weights were released by free_weights=True: the model cannot be copied")
 
 
 def make_variant(
     model: nn.Module, plan: Plan, recipe: Recipe, options: Options, *, progress: Progress | None = None
 ) -> Variant:
-    """Return the quantized copy of a model, from the disk where it was made before from these very weights."""
+    """Return the quantized copy of a model, from the disk where it was made before from these very weights.
+
+    Raises WeightError where float weights were freed, which only the copy made before can stand for.
+    """
+    _check_present(model)
     seen = {name: Seen(p) for name, p in model.named_parameters(remove_duplicate=False)}
     key = disk.pack_key(model, plan, recipe, options) if options.cache else ""
     quantized = disk.load_pack(key, model) if options.cache else None
@@ -114,6 +124,15 @@ def make_variant(
         if options.cache:
             disk.save_pack(key, quantized)
     return Variant(plan, recipe, options, quantized, seen)
+
+
+def _check_present(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.device.type != "meta" and not parameter.untyped_storage().nbytes():
+            raise WeightError(
+                f"{name} was released by free_weights=True, and this way of calling the model (or these options) needs "
+                "weights quantized in another way; load the model anew, and compile it without free_weights"
+            )
 
 
 def quantized_copy(

@@ -7,6 +7,7 @@ parameters as `get_attr` nodes (the same tensors: an edit of a parameter is seen
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,8 +69,10 @@ def capture_graph(gm: GraphModule, model: nn.Module, inputs: Sequence[Any]) -> G
     Raises CaptureError with the exporter's own words.
     """
     graph = copy.deepcopy(gm.graph)
-    for node in graph.nodes:
-        if node.op == "get_attr":
+    for node in list(graph.nodes):
+        if node.target is torch._C._set_grad_enabled:  # computes nothing, and the exporter makes a subgraph of it
+            graph.erase_node(node)
+        elif node.op == "get_attr":
             node.target = PREFIX + str(node.target)
     bound = GraphModule(_Function(model), graph)
     with torch._guards.tracing(None), torch.no_grad():
@@ -78,8 +81,11 @@ def capture_graph(gm: GraphModule, model: nn.Module, inputs: Sequence[Any]) -> G
 
 def _normal_form(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> GraphModule:
     try:
-        exported = torch.export.export(module, args, kwargs, strict=False)
-        graph_module = exported.run_decompositions({}).module(check_guards=False)
+        with warnings.catch_warnings():
+            # torch's own copies of its specs warn about their class
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            exported = torch.export.export(module, args, kwargs, strict=False)
+            graph_module = exported.run_decompositions({}).module(check_guards=False)
     except Exception as error:
         raise CaptureError(
             f"{name}: torch.export could not trace it: {type(error).__name__}: "

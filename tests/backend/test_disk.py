@@ -1,0 +1,117 @@
+"""Packed weights on disk: found by the next process, made anew where damaged, optional where nothing can be written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from bwla_compiler.backend import disk, variant
+from bwla_compiler.backend.options import read_options
+from bwla_compiler.graph.plan import Plan
+from tests.backend import small
+
+X = torch.linspace(-1, 1, 96).reshape(3, 32)
+
+SECOND_PROCESS = """
+import sys, torch
+from bwla_compiler.backend import raw, variant
+from tests.backend import small
+def refuse(*args, **kwargs): raise AssertionError("quantized again")
+variant.quantize_model = refuse
+raw.lower = lambda gm, inputs, mode: gm.forward
+with torch.no_grad():
+    y = small.compiled(small.mlp(), cache=True)(torch.linspace(-1, 1, 96).reshape(3, 32))
+torch.save(y, sys.argv[1])
+"""
+
+
+@pytest.fixture
+def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a cache folder of its own; return where the packs will be in it."""
+    monkeypatch.setenv("BWLA_CACHE", str(tmp_path))
+    return tmp_path / "packs"
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found: torch.Tensor = small.compiled(model, cache=True)(X)
+    return found
+
+
+def test_a_second_process_starts_from_the_disk(graphs: list[GraphModule], packs: Path, tmp_path: Path) -> None:
+    expected = run(small.mlp())
+    assert len(list(packs.iterdir())) == 1
+    result = tmp_path / "y.pt"
+    environment = {**os.environ, "BWLA_CXX": "", "PYTHONPATH": os.pathsep.join(sys.path)}  # no kernels: torch serves
+    subprocess.run([sys.executable, "-c", SECOND_PROCESS, str(result)], env=environment, check=True, timeout=300)
+    # plain torch sums in another order than the kernels
+    assert small.error(torch.load(result), expected) < 1e-5
+
+
+def test_the_same_weights_are_not_quantized_twice(
+    graphs: list[GraphModule], packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(small.mlp())
+    monkeypatch.setattr(variant, "quantize_model", lambda *args, **kwargs: pytest.fail("quantized again"))
+    assert torch.equal(run(small.mlp()), expected)
+
+
+def test_damaged_files_are_made_anew(graphs: list[GraphModule], packs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = run(small.mlp())
+    (pack,) = packs.iterdir()
+    whole = pack.read_bytes()
+    for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
+        pack.write_bytes(damaged)
+        caplog.clear()
+        assert torch.equal(run(small.mlp()), expected)
+        assert f"{pack} is damaged and is made anew" in caplog.text
+        assert pack.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_only_warns(
+    graphs: list[GraphModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("BWLA_CACHE", str(blocked))  # permissions would not stop a root user
+    model = small.mlp()
+    found = run(model)
+    assert torch.equal(found, small.only_variant(model).quantized(X))
+    assert "packed weights are not kept for the next process" in caplog.text
+
+
+def test_everything_that_matters_is_in_the_key() -> None:
+    plan = Plan("Sequential", (), (), (), (), ())
+    options = read_options({"recipe": "rtn"}, None)
+
+    def key(model: nn.Module, plan: Plan = plan, **changes: object) -> str:
+        chosen = read_options({"recipe": "rtn", **changes}, None)
+        return disk.pack_key(model, plan, chosen.recipe, chosen)
+
+    edited, buffered = small.mlp(), small.mlp()
+    with torch.no_grad():
+        edited[4].bias[3] += 1e-6
+    buffered.register_buffer("table", torch.zeros(2))
+    other = nn.Sequential(*list(small.mlp())[:1], nn.GELU(), *list(small.mlp())[2:])
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    keys = [
+        disk.pack_key(small.mlp(), plan, options.recipe, options),
+        *(key(model) for model in (edited, buffered, other, small.mlp().bfloat16())),
+        key(small.mlp(), Plan("Sequential", (), (), (), (), (("a", "b"),))),
+        key(small.mlp(), seed=1),
+        key(small.mlp(), calibration="random"),
+        key(small.mlp(), calibration=tokens),
+        key(small.mlp(), calibration=tokens + 1),
+        key(small.mlp(), calibration=tokens.reshape(5, 2)),
+        key(small.mlp(), activation_bits=4),
+        key(small.mlp(), recipe="hadamard-rtn"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(small.mlp()) == keys[0]
+    assert key(small.mlp(), verify=True, cache=False, free_weights=True) == keys[0]
