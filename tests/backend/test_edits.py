@@ -180,9 +180,8 @@ def test_more_graphs_than_dynamo_recompiles_are_announced(
             fast(x[None])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_freed_weights(tied: bool, graphs: list[GraphModule]) -> None:
-    model, ids = small.llama(tied=tied), tiny.ids()
+def test_freed_weights(graphs: list[GraphModule]) -> None:
+    model, ids = small.llama(tied=True), tiny.ids()
     other = copy.deepcopy(model)
     fast = small.compiled(model, free_weights=True)
     with torch.no_grad():
@@ -194,7 +193,7 @@ def test_freed_weights(tied: bool, graphs: list[GraphModule]) -> None:
         assert torch.equal(fast(ids[:, :8]).logits, quantized(ids[:, :8]).logits)
         step = fast(ids[:, 8:9], past_key_values=quantized(ids[:, :8], use_cache=True).past_key_values).logits
         assert small.error(step[:, 0], quantized(ids).logits[:, 8]) < 1e-5
-        with pytest.raises(BackendCompilerFailed, match="released by free_weights=True.*load the model anew"):
+        with pytest.raises(BackendCompilerFailed, match=r"released by free_weights=True.*load the model anew"):
             fast(inputs_embeds=torch.randn(2, 7, 32))
         with pytest.raises(WeightError, match="released by free_weights=True"):
             copy.deepcopy(model)
