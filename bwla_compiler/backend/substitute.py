@@ -76,14 +76,23 @@ def substitute(owner: Owner, gm: GraphModule, quantized: nn.Module) -> GraphModu
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.get_attr(name))
     new = GraphModule(quantized, graph)
-    inside = set(new.modules())
-    for name, table in tables.items():
-        if table not in inside:  # AOTAutograd does not restore a module that it meets under two names
-            new.add_submodule(name, table)
+    _add_tables(new, tables)
     new.meta = dict(gm.meta)
     _name_sources(new, gm)
     graph.lint()
     return new
+
+
+def _add_tables(new: GraphModule, tables: dict[str, nn.Module]) -> None:
+    """Add the embeddings that heads refer to, each once.
+
+    AOTAutograd swaps the tensors of every name while it traces, and under two names it would not put them back.
+    """
+    held = {id(module) for module in new.modules()}
+    for name, table in tables.items():
+        if id(table) not in held:
+            new.add_submodule(name, table)
+            held.add(id(table))
 
 
 def _call_module(
