@@ -145,7 +145,7 @@ class Analysis:
         return result
 
     def linear_operands(self, node: Any) -> tuple[Node, Node, Any, bool] | None:
-        """Return (input, weight, bias, transposed) where a node is a linear; transposed: the weight is [in, out]."""
+        """Return (input, weight, bias, transposed) where a node is a linear, transposed: weight [.., in, out]."""
         args = node.args
         if node.target in ops.LINEAR and self.is_constant(args[1]):
             return args[0], args[1], args[2] if len(args) > 2 else None, False
@@ -154,6 +154,9 @@ class Analysis:
         reads_constant = node.target in ops.MATMUL and self.is_constant(args[1]) and not self.is_constant(args[0])
         if reads_constant and len(self.shape(args[1])) == 2:
             return args[0], args[1], None, True
+        if str(node.target) in ops.GROUPED and self.is_constant(args[1]) and not self.is_constant(args[0]):
+            rows, weights = len(self.shape(args[0])), len(self.shape(args[1]))
+            return (args[0], args[1], None, True) if (rows, weights) == (2, 3) else None
         return None
 
     # ---- walking it
@@ -170,7 +173,7 @@ class Analysis:
                 self.pin_all(source, "graph output")
         else:
             self._guard_squares(node)
-            rule = self.rules.get(node.target)
+            rule = self.rules.get(node.target) or self.rules.get(str(node.target))
             if rule is None or not rule(self, node):
                 self.unsupported(node)
 

@@ -52,6 +52,10 @@ POWER = _overloads(("pow.Tensor_Scalar",))
 LINEAR = _overloads(("linear.default",))
 ADDMM = _overloads(("addmm.default",))
 MATMUL = _overloads(("matmul.default", "mm.default", "bmm.default"))
+GROUPED = frozenset({"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"})
+"""x [tokens, in] sorted by expert, weights [experts, in, out], the experts' last rows [experts]. By name: transformers
+registers its operator only when a model with experts is imported."""
+
 EMBEDDING = _overloads(("embedding.default",))
 LAYER_NORM = _overloads(("layer_norm.default",))
 RMS_NORM = _overloads(("rms_norm.default",))

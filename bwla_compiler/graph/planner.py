@@ -91,7 +91,9 @@ class _Planner:
     # ---- names
 
     def _module(self, parameter: str) -> str:
-        return self.names[parameter].rpartition(".")[0]
+        """Name of the module that a parameter makes a linear; of the parameter, where a module holds several."""
+        module, _, leaf = self.names[parameter].rpartition(".")
+        return module if leaf == "weight" else self.names[parameter]
 
     def _name_bases(self, sites: list[Site]) -> None:
         """Name each rotatable leaf after the first parameter that writes it; the embedding's is the residual."""
@@ -235,5 +237,5 @@ def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, Site]:
     planner = _Planner(model, analysis)
     found: dict[str, Site] = {}
     for site in analysis.sites.values():
-        found.setdefault(planner.names[site.weight].rpartition(".")[0], site)
+        found.setdefault(planner._module(site.weight), site)
     return found
