@@ -18,7 +18,7 @@ from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
 from bwla_compiler.recipe import Recipe
 
-COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "recipes", "doctor")
+COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "zoo", "recipes", "doctor")
 
 LEAF = Expression("leaf", 4, "residual")
 PLAN = Plan(

@@ -27,6 +27,12 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def _biasable(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the weights of linears, subclasses too: a router or experts would not look at a bias."""
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear) or is_linear(m))
+    return frozenset(id(m.weight) for m in linears)
+
+
 def block_of(name: str) -> str:
     """Return the repeated block of a module name, "model.layers.3" of "model.layers.3.mlp.up_proj"; else ""."""
     found = re.match(r"^(.*?\.\d+)\.", name)
@@ -38,7 +44,7 @@ def make_plan(model: nn.Module, *, graph: GraphModule | None = None) -> Plan:
 
     Raises CaptureError where it cannot be traced, PlanError where it has no linears.
     """
-    analysis = analyse(graph if graph is not None else capture(model))
+    analysis = analyse(graph if graph is not None else capture(model), biasable=_biasable(model))
     return _Planner(model, analysis).plan()
 
 

@@ -38,7 +38,7 @@ GENERIC: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 16,
     "pad_token_id": 1,
     "bos_token_id": 0,
@@ -82,8 +82,6 @@ _MULTIMODAL: dict[str, Any] = {"text_config": GENERIC, "vision_config": _VISION}
 _MAMBA: dict[str, Any] = {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 2}
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "axk1": {"head_dim": 8},
-    "axk2": {"head_dim": 8},
     "codegen": {"rotary_dim": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
