@@ -78,18 +78,36 @@ _GEMMA_TEXT: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "activation_sparsity_pattern": [0.0, 0.0],
 }
+_LATENT: dict[str, Any] = {"num_key_value_heads": 4}
+"""Latent attention gives every head keys and values of its own."""
+
 _MULTIMODAL: dict[str, Any] = {"text_config": GENERIC, "vision_config": _VISION}
 _MAMBA: dict[str, Any] = {"layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 2}
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots3_note",
+            "dots3_note_text",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
+        ),
+        _LATENT,
+    ),
     "codegen": {"rotary_dim": 8},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": _MULTIMODAL,
     "gemma3": _MULTIMODAL,
     "gemma3n_text": _GEMMA_TEXT,
@@ -118,6 +136,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "feed_forward_size": 96,
     },
     "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32},
+    "xmod": {"default_language": "en_XX"},
     "zamba": _MAMBA | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": _MAMBA | {"mamba_ngroups": 1, "mamba_headdim": 64, "n_mamba_heads": 2, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
