@@ -1,5 +1,6 @@
 """The planner: analysis of a captured graph -> Plan, in the model's own names."""
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -102,9 +103,10 @@ class _Planner:
         return module if leaf == "weight" else self.names[parameter]
 
     def _name_bases(self, sites: list[Site]) -> None:
-        """Name each rotatable leaf after the first parameter that writes it; the embedding's is the residual."""
-        for parameter in self.analysis.embeddings.values():
-            self._name_leaves(self.analysis.parameters[parameter].axes[1], "residual")
+        """Name each rotatable leaf after the first parameter that writes it; the first embedding's is the residual."""
+        for i, parameter in enumerate(dict.fromkeys(self.analysis.embeddings.values())):
+            name = self._module(parameter) if i else "residual"
+            self._name_leaves(self.analysis.parameters[parameter].axes[1], name)
         for site in sites:
             value = self.analysis.parameters[site.weight]
             self._name_leaves(value.axes[site.out_axis], self._module(site.weight))
@@ -116,8 +118,11 @@ class _Planner:
     def _name_leaves(self, space: Space, name: str) -> None:
         fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
         fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
+        taken = set(self.basis_names.values())
         for i, leaf in enumerate(fresh):
-            self.basis_names[leaf] = name if len(fresh) == 1 else f"{name}[{i}]"
+            wanted = name if len(fresh) == 1 else f"{name}[{i}]"
+            spellings = itertools.chain((wanted,), (f"{wanted}:{n}" for n in itertools.count(2)))
+            self.basis_names[leaf] = next(x for x in spellings if x not in taken)
 
     def expression(self, space: Space) -> Expression:
         root = space.find()

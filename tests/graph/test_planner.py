@@ -192,6 +192,26 @@ def test_sizes_that_depend_on_data_are_refused_by_name() -> None:
         make_plan(Toy(Lambda(lambda x: x + x[x[..., 0] > 0].sum())))
 
 
+class TwoTables(Toy):
+    """Two embeddings of different widths, joined: neither space may take the other's matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Embedding(32, 4)
+        self.joined = nn.Linear(16, 12)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        return self.last(self.joined(torch.cat((self.embed(input_ids), self.other(input_ids)), -1)))
+
+
+def test_every_basis_has_a_name_of_its_own() -> None:
+    plan = make_plan(TwoTables())
+    names = [basis.name for basis in plan.bases]
+    assert len(names) == len(set(names))
+    assert (plan.basis("residual").size, plan.basis("other").size) == (12, 4)
+    assert str(plan.linear("joined").input) == "(residual + other)"
+
+
 SUMMARY = {
     "gemma": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
     "gpt_neox": ("query_key_value dense_h_to_4h lm_head", "attention.dense", "dense_4h_to_h", ""),
