@@ -269,7 +269,7 @@ class Analysis:
         for reader in readers:
             operands = self.linear_operands(reader)
             assert operands is not None
-            weight = operands[1]
+            weight: Any = operands[1]
             while weight.op != "get_attr":
                 weight = weight.args[0]
             if self.biasable is not None and id(attribute(self.gm, weight)) not in self.biasable:
