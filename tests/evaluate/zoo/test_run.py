@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -80,12 +78,6 @@ def test_a_wrong_fold_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_whose_logits_are_not_finite_is_no_evidence() -> None:
-    model = tiny_model("llama")
-    model.get_parameter("model.norm.weight").fill_(1e308)
-    model.get_parameter("lm_head.weight").fill_(1e30)
-    assert math.isinf(float(model.get_parameter("model.norm.weight")[0]))  # float32 overflows at once
-    with pytest.raises(Exception, match=r"model\.norm\.weight"):
-        verify_rotations(model)
     double = tiny_model("llama", dtype=torch.float64)
     double.get_parameter("model.norm.weight").fill_(1e300)
     double.get_parameter("lm_head.weight").fill_(1e300)
