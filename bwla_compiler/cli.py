@@ -1,4 +1,4 @@
-"""The command line: bwla-compile demo | quantize | inspect | eval | generate | verify | recipes | doctor | emit."""
+"""The command line, bwla-compile: demo, quantize, inspect, eval, generate, verify, zoo, recipes, doctor, emit."""
 
 import json
 import logging
@@ -302,6 +302,63 @@ def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
     if not result.passed:
         raise PlanError(f"{model}: the rotated model differs; please report this with the model's name")
     out.print("verified", style="green")
+
+
+@app.command(
+    epilog=_examples("bwla-compile zoo llama gpt2 mixtral", "bwla-compile zoo --markdown docs/architectures.md")
+)
+def zoo(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAMES]...", help="Types of model; all if none.")
+    ] = None,
+    json_file: JsonFile = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as Markdown.")
+    ] = None,
+    limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 120.0,
+    workers: Annotated[int, typer.Option(min=1, max=2, help="Processes side by side.")] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Verify a tiny model of every architecture that transformers knows as a causal LM."""
+    from bwla_compiler.evaluate.zoo.models import known
+    from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
+    from bwla_compiler.evaluate.zoo.workers import run_zoo
+
+    chosen = known(names or [])
+    with _progress() as progress:
+        rows = run_zoo(
+            chosen,
+            seed=seed,
+            limit_seconds=limit_seconds,
+            workers=workers,
+            progress=lambda name, done, total: progress("architectures", done, total),
+        )
+    command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed}"])
+    if json_file:
+        _write(json_file, to_json(rows, command=command, versions=versions()))
+    if markdown:
+        _write(markdown, to_markdown(rows, command=command, versions=versions()))
+    _print_zoo(rows, summary(rows))
+
+
+def _print_zoo(rows: Sequence[Any], line: str) -> None:
+    """Print a row an architecture; raise PlanError where folding changed what one computes."""
+    cells = tuple(
+        row(
+            found.name,
+            found.status,
+            *(found.decisions.get(d, 0) for d in ("folded", "partial", "online", "alone")),
+            f"{found.share:.0%}",
+            "" if found.error is None else f"{found.error:.0e}",
+            found.reason,
+        )
+        for found in rows
+    )
+    columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "reason")
+    out = _out()
+    out.print(render_table(Table("", columns, cells, line)))
+    if wrong := [found.name for found in rows if found.status == "wrong"]:
+        raise PlanError(f"{', '.join(wrong)}: folding changes what the model computes; please report this")
 
 
 @app.command(epilog=_examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))

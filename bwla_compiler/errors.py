@@ -17,6 +17,10 @@ class CaptureError(BwlaError, RuntimeError):
     """The model cannot be turned into the normal form."""
 
 
+class ModelError(BwlaError, ValueError):
+    """A model of an architecture cannot be made, or does not work before anything is done to it."""
+
+
 class PlanError(BwlaError, ValueError):
     """The model has nothing to plan: no linears, or none that may be quantized."""
 

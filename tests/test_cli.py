@@ -18,7 +18,7 @@ from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
 from bwla_compiler.recipe import Recipe
 
-COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "recipes", "doctor", "emit")
+COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
 
 LEAF = Expression("leaf", 4, "residual")
 PLAN = Plan(
@@ -340,3 +340,39 @@ def test_the_fake_answers_as_the_api_does() -> None:
         parameters = inspect.signature(getattr(real, name)).parameters
         wanted = [p for p in inspect.signature(fake).parameters if p not in ("self", "options")]
         assert set(wanted) <= set(parameters), name
+
+
+def zoo_of(monkeypatch: pytest.MonkeyPatch, *, status: str) -> None:
+    """Put fixed rows in the place of the zoo's workers."""
+    from bwla_compiler.evaluate.zoo import workers
+    from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
+
+    def run_zoo(names: Any, *, progress: Any, **options: Any) -> tuple[ZooRow, ...]:
+        progress(names[0], 1, 1)
+        kinds = (Kind("lm_head", "folded", "", 3),)
+        return tuple(ZooRow(n, status, "X", "said", 3, 2e-15, kinds, 0.5, {}, 1.0, True) for n in names)
+
+    monkeypatch.setattr(workers, "run_zoo", run_zoo)
+
+
+def test_zoo_prints_counts_and_writes_files(
+    run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    zoo_of(monkeypatch, status="exact")
+    page, data = tmp_path / "page.md", tmp_path / "rows.json"
+    code, out, _ = run("zoo", "llama", "gpt2", "--markdown", str(page), "--json", str(data))
+    assert code == 0
+    assert "2 architectures: 2 built, 2 captured; 2 exact, 0 wrong, 0 refused" in out
+    assert "50%" in out
+    assert "`bwla-compile zoo llama gpt2 --seed 0`" in page.read_text("utf-8")
+    assert [r["name"] for r in json.loads(data.read_text("utf-8"))["rows"]] == ["llama", "gpt2"]
+
+
+def test_zoo_fails_where_one_is_wrong_or_unknown(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo_of(monkeypatch, status="wrong")
+    code, _, err = run("zoo", "llama")
+    assert code == 1
+    assert "llama: folding changes" in err
+    code, _, err = run("zoo", "lama")
+    assert code == 1
+    assert "did you mean llama" in err

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from bwla_compiler.graph.capture import capture, lift_casts
+from bwla_compiler.errors import ModelError
+from bwla_compiler.graph.capture import capture, lift_casts, rebind
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.graph.weights import product_weights
 from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import PassContext
 from bwla_compiler.passes.fold_norms import FoldNorms
@@ -28,12 +31,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Verification:
-    """n_free: bases that were rotated. error: max |logits - reference| / max |reference|, in float64."""
+    """n_free: bases that were rotated. error: max |logits - reference| / max |reference|, in float64.
+
+    weights: names of the weights that matrix products read, quantizable or not.
+    """
 
     n_free: int
     error: float
     plan: Plan
     tolerance: float = TOLERANCE
+    weights: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -44,7 +51,8 @@ class Verification:
 def verify_rotations(model: nn.Module, *, seed: int = 0, progress: Progress | None = None) -> Verification:
     """Rotate every free basis of a copy of the model by a Haar matrix and compare the logits on random tokens.
 
-    The model itself is not changed; the copy is float64. Raises WeightError, CaptureError, PlanError.
+    The model itself is not changed; the copy is float64. Raises WeightError, CaptureError, PlanError, and
+    ModelError where the model's own logits are not finite.
     """
     report = progress or (lambda label, done, total: None)
     check_weights(model)
@@ -53,22 +61,33 @@ def verify_rotations(model: nn.Module, *, seed: int = 0, progress: Progress | No
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary(model), IDS_SHAPE, generator=generator).to(device_of(model))
     report("reference logits", 1, 4)
-    reference = _logits(double, ids)
+    graph = _captured(double)
+    reference = _logits(graph, ids)
+    if not bool(torch.isfinite(reference).all()):
+        raise ModelError(f"{type(model).__name__}: its logits on random tokens are not finite before any rotation")
     report("planning and rotating", 2, 4)
-    plan = make_plan(double)
+    plan, weights = make_plan(double, graph=graph), product_weights(graph)
     context = PassContext(double, plan, load_recipe("bwla-w1a16"), seed)
     for step in (Untie(), FoldNorms(), FoldRotations(kind="haar", every=True)):
         run_pass(double, step, context)
     report("rotated logits", 3, 4)
-    error = (_logits(double, ids) - reference).abs().max() / reference.abs().max()
+    # the graph reads the very tensors that were edited; an added bias or an untied head takes a new capture
+    if plan.tied or not rebind(graph, double):
+        graph = _captured(double)
+    error = (_logits(graph, ids) - reference).abs().max() / reference.abs().max()
     report("verified", 4, 4)
-    return Verification(len(plan.free), float(error), plan)
+    return Verification(len(plan.free), float(error), plan, weights=weights)
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits through the captured graph, with the float32 casts that norms hard-code lifted to float64."""
-    graph = capture(model, batch=ids.shape[0], length=ids.shape[1])
+def _captured(model: nn.Module) -> GraphModule:
+    """Return the model's graph, with the float32 casts that norms hard-code lifted to float64."""
+    batch, length = IDS_SHAPE
+    graph = capture(model, batch=batch, length=length)
     lift_casts(graph)
+    return graph
+
+
+def _logits(graph: GraphModule, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits = graph(input_ids=ids)
     assert isinstance(logits, Tensor)

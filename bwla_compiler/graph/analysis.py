@@ -6,14 +6,16 @@ Each operation has one rule that unifies or constrains the spaces of its operand
 pins all it touches: never wrong, only left alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from bwla_compiler.errors import PlanError
 from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.capture import attribute, parameter_name
 from bwla_compiler.graph.spaces import Space, pin, pinned
@@ -58,15 +60,21 @@ class Absorption:
 class Analysis:
     """The analysis of one captured graph by a table of rules; run at construction.
 
+    Raises PlanError where sizes depend on data.
+
     values: per node. parameters: per parameter name, a space per axis. sites: linears in graph order.
     absorptions: norms whose affine part moves into the readers. kept: norms where it does not, and why.
     tied: parameters that serve both as embedding and as linear (the linear's use has a value of its own).
-    unknown: operations without a rule.
+    unknown: operations without a rule. biasable: ids of the weights whose module adds a bias once it has one; None
+    where that is not known, and then taken for granted.
     """
 
-    def __init__(self, gm: GraphModule, rules: "Mapping[Any, Rule]") -> None:
+    def __init__(
+        self, gm: GraphModule, rules: "Mapping[Any, Rule]", *, biasable: Collection[int] | None = None
+    ) -> None:
         self.gm = gm
         self.rules = rules
+        self.biasable = biasable
         self.values: dict[Node, Value] = {}
         self.parameters: dict[str, Value] = {}
         self.sites: dict[Node, Site] = {}
@@ -76,6 +84,7 @@ class Analysis:
         self.tied: dict[str, str] = {}
         self.unknown: dict[str, int] = {}
         self._names: dict[int, str] = {}
+        self._refuse_data_dependent_sizes()
         self.constant = self._constants()
         self._n_uses = self._count_uses()
         self.embedded = {self.parameter_of(node.args[0]) for node in gm.graph.nodes if node.target in ops.EMBEDDING}
@@ -83,6 +92,11 @@ class Analysis:
             self._step(node)
 
     # ---- reading the graph
+
+    def _refuse_data_dependent_sizes(self) -> None:
+        for node in self.gm.graph.nodes:
+            if free_unbacked_symbols(node.meta.get("val")):
+                raise PlanError(f"{node.name}: the sizes of what {node.target} gives depend on data, not on shapes")
 
     def _constants(self) -> set[Node]:
         """Nodes that do not depend on the graph's inputs."""
@@ -145,7 +159,7 @@ class Analysis:
         return result
 
     def linear_operands(self, node: Any) -> tuple[Node, Node, Any, bool] | None:
-        """Return (input, weight, bias, transposed) where a node is a linear; transposed: the weight is [in, out]."""
+        """Return (input, weight, bias, transposed) where a node is a linear, transposed: weight [.., in, out]."""
         args = node.args
         if node.target in ops.LINEAR and self.is_constant(args[1]):
             return args[0], args[1], args[2] if len(args) > 2 else None, False
@@ -154,6 +168,9 @@ class Analysis:
         reads_constant = node.target in ops.MATMUL and self.is_constant(args[1]) and not self.is_constant(args[0])
         if reads_constant and len(self.shape(args[1])) == 2:
             return args[0], args[1], None, True
+        if str(node.target) in ops.GROUPED and self.is_constant(args[1]) and not self.is_constant(args[0]):
+            rows, weights = len(self.shape(args[0])), len(self.shape(args[1]))
+            return (args[0], args[1], None, True) if (rows, weights) == (2, 3) else None
         return None
 
     # ---- walking it
@@ -170,7 +187,7 @@ class Analysis:
                 self.pin_all(source, "graph output")
         else:
             self._guard_squares(node)
-            rule = self.rules.get(node.target)
+            rule = self.rules.get(node.target) or self.rules.get(str(node.target))
             if rule is None or not rule(self, node):
                 self.unsupported(node)
 
@@ -246,6 +263,18 @@ class Analysis:
             return False
         name = self.parameter_of(operands[1])
         return name is not None and self._n_uses[name] == 1
+
+    def without_bias(self, readers: Collection[Node]) -> str:
+        """Return why a shift cannot move into linears: the name of one that would not add a bias; "" if all would."""
+        for reader in readers:
+            operands = self.linear_operands(reader)
+            assert operands is not None
+            weight: Any = operands[1]
+            while weight.op != "get_attr":
+                weight = weight.args[0]
+            if self.biasable is not None and id(attribute(self.gm, weight)) not in self.biasable:
+                return f"also read by {reader.name}, which takes no bias"
+        return ""
 
     def gain_parameter(self, node: Node) -> tuple[str, float] | None:
         """Return (parameter, offset) where a constant is offset + parameter, and nothing else reads the parameter."""

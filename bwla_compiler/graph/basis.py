@@ -1,5 +1,6 @@
 """The basis analysis as a whole: one table of rules, applied to a captured graph."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch.fx import GraphModule
@@ -15,6 +16,9 @@ RULES: dict[Any, Rule] = {
 """One rule per operation of the normal form."""
 
 
-def analyse(gm: GraphModule) -> Analysis:
-    """Return which axes of a captured graph live in which space, and what each space may be rotated by."""
-    return Analysis(gm, RULES)
+def analyse(gm: GraphModule, *, biasable: Collection[int] | None = None) -> Analysis:
+    """Return which axes of a captured graph live in which space, and what each space may be rotated by.
+
+    biasable: ids of the weights whose module adds a bias once it has one; all, where not given.
+    """
+    return Analysis(gm, RULES, biasable=biasable)

@@ -114,6 +114,8 @@ def lift_casts(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         node.args = tuple(_lift(a) for a in node.args)
         node.kwargs = {k: _lift(a) for k, a in node.kwargs.items()}
+        if node.target is aten.full.default and node.meta["val"].dtype is torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}  # by default; float64's lowest would not fit
     gm.recompile()
 
 

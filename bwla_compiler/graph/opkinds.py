@@ -48,10 +48,14 @@ SUM = _overloads(("add.Tensor", "sub.Tensor", "add.Scalar", "sub.Scalar"))
 PRODUCT = _overloads(("mul.Tensor", "div.Tensor", "mul.Scalar", "div.Scalar"))
 DIVISION = _overloads(("div.Tensor", "div.Scalar"))
 REDUCTION = _overloads(("mean.dim", "sum.dim_IntList"))
-POWER = _overloads(("pow.Tensor_Scalar",))
+POWER = _overloads(("pow.Tensor_Scalar", "square.default"))
 LINEAR = _overloads(("linear.default",))
 ADDMM = _overloads(("addmm.default",))
 MATMUL = _overloads(("matmul.default", "mm.default", "bmm.default"))
+GROUPED = frozenset({"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"})
+"""x [tokens, in] sorted by expert, weights [experts, in, out], the experts' last rows [experts]. By name: transformers
+registers its operator only when a model with experts is imported."""
+
 EMBEDDING = _overloads(("embedding.default",))
 LAYER_NORM = _overloads(("layer_norm.default",))
 RMS_NORM = _overloads(("rms_norm.default",))

@@ -1,5 +1,6 @@
 """The planner: analysis of a captured graph -> Plan, in the model's own names."""
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -27,6 +28,12 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def _biasable(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the weights of linears, subclasses too: a router or experts would not look at a bias."""
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear) or is_linear(m))
+    return frozenset(id(m.weight) for m in linears)
+
+
 def block_of(name: str) -> str:
     """Return the repeated block of a module name, "model.layers.3" of "model.layers.3.mlp.up_proj"; else ""."""
     found = re.match(r"^(.*?\.\d+)\.", name)
@@ -38,7 +45,7 @@ def make_plan(model: nn.Module, *, graph: GraphModule | None = None) -> Plan:
 
     Raises CaptureError where it cannot be traced, PlanError where it has no linears.
     """
-    analysis = analyse(graph if graph is not None else capture(model))
+    analysis = analyse(graph if graph is not None else capture(model), biasable=_biasable(model))
     return _Planner(model, analysis).plan()
 
 
@@ -91,12 +98,15 @@ class _Planner:
     # ---- names
 
     def _module(self, parameter: str) -> str:
-        return self.names[parameter].rpartition(".")[0]
+        """Name of the module that a parameter makes a linear; of the parameter, where a module holds several."""
+        module, _, leaf = self.names[parameter].rpartition(".")
+        return module if leaf == "weight" else self.names[parameter]
 
     def _name_bases(self, sites: list[Site]) -> None:
-        """Name each rotatable leaf after the first parameter that writes it; the embedding's is the residual."""
-        for parameter in self.analysis.embeddings.values():
-            self._name_leaves(self.analysis.parameters[parameter].axes[1], "residual")
+        """Name each rotatable leaf after the first parameter that writes it; the first embedding's is the residual."""
+        for i, parameter in enumerate(dict.fromkeys(self.analysis.embeddings.values())):
+            name = self._module(parameter) if i else "residual"
+            self._name_leaves(self.analysis.parameters[parameter].axes[1], name)
         for site in sites:
             value = self.analysis.parameters[site.weight]
             self._name_leaves(value.axes[site.out_axis], self._module(site.weight))
@@ -108,8 +118,11 @@ class _Planner:
     def _name_leaves(self, space: Space, name: str) -> None:
         fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
         fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
+        taken = set(self.basis_names.values())
         for i, leaf in enumerate(fresh):
-            self.basis_names[leaf] = name if len(fresh) == 1 else f"{name}[{i}]"
+            wanted = name if len(fresh) == 1 else f"{name}[{i}]"
+            spellings = itertools.chain((wanted,), (f"{wanted}:{n}" for n in itertools.count(2)))
+            self.basis_names[leaf] = next(x for x in spellings if x not in taken)
 
     def expression(self, space: Space) -> Expression:
         root = space.find()
@@ -235,5 +248,5 @@ def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, Site]:
     planner = _Planner(model, analysis)
     found: dict[str, Site] = {}
     for site in analysis.sites.values():
-        found.setdefault(planner.names[site.weight].rpartition(".")[0], site)
+        found.setdefault(planner._module(site.weight), site)
     return found

@@ -90,7 +90,8 @@ def _absorb_gain(a: Analysis, node: Any) -> bool:
 
 def power_rule(a: Analysis, node: Any) -> bool:
     value = a.value(node.args[0])
-    if value is None or node.args[1] != 2:
+    exponent = node.args[1] if len(node.args) > 1 else 2
+    if value is None or exponent != 2:
         return nonlinear_rule(a, node)
     a.values[node] = Value(list(value.axes), squared=True)
     return True
@@ -151,6 +152,8 @@ def _absorb_affine(a: Analysis, node: Any, x: Any, gain: Any, shift: Any) -> str
     readers = a.linear_readers(node)
     if isinstance(readers, str):
         return readers
+    if isinstance(shift, Node) and (refusal := a.without_bias(readers)):
+        return refusal
     gain_of = a.gain_parameter(gain) if isinstance(gain, Node) else (None, 0.0)
     shift_of = a.gain_parameter(shift) if isinstance(shift, Node) else (None, 0.0)
     if gain_of is None or shift_of is None:

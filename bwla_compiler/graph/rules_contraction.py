@@ -23,7 +23,7 @@ def linear_rule(a: Analysis, node: Any) -> bool:
     if isinstance(bias, Node):
         unify(a.values[bias].axes[-1], out_space, node.name)
     a.values[node] = Value([*axes[:-1], out_space])
-    _record_site(a, node, source, weight, bias, transposed)
+    _record_site(a, node, source, weight, bias, [in_space, out_space])
     return True
 
 
@@ -34,34 +34,44 @@ def _weight_axes(a: Analysis, node: Any, weight: Any) -> list[Space]:
         return a.values[weight].axes
     own = f"{name}@{node.name}"
     a.tied[own] = name
-    a.parameters[own] = Value([Space(s) for s in a.shape(weight)])
-    return a.parameters[own].axes
+    stored = a.parameters[name].axes
+    a.parameters[own] = Value([Space(axis.size) for axis in stored])
+    order = [_position(stored, axis) for axis in a.values[weight].axes]
+    return [a.parameters[own].axes[i] for i in order if i is not None]
 
 
-def _record_site(a: Analysis, node: Any, source: Any, weight: Any, bias: Any, transposed: bool) -> None:
+def _record_site(a: Analysis, node: Any, source: Any, weight: Any, bias: Any, spaces: list[Space]) -> None:
+    """Note a linear whose weight is a parameter; spaces: of its input and output, axes of the weight as used."""
     name = a.parameter_of(weight)
     if name is None:
         return
-    flipped = transposed != _is_transposed(weight)
     own = f"{name}@{node.name}"
-    a.sites[node] = Site(
-        node=node,
-        source=source,
-        weight=own if own in a.tied else name,
-        bias=a.parameter_of(bias) if isinstance(bias, Node) else None,
-        in_axis=0 if flipped else 1,
-        out_axis=1 if flipped else 0,
-    )
+    own = own if own in a.tied else name
+    in_axis, out_axis = (_position(a.parameters[own].axes, space) for space in spaces)
+    if in_axis is None or out_axis is None:
+        return
+    bias_name = a.parameter_of(bias) if isinstance(bias, Node) else None
+    a.sites[node] = Site(node, source, own, bias_name, in_axis, out_axis)
 
 
-def _is_transposed(weight: Any) -> bool:
-    """Whether an odd number of transpositions stands between a parameter and its use."""
-    flips = 0
-    node: Any = weight
-    while node.op != "get_attr":
-        flips += node.target in ops.PERMUTE
-        node = node.args[0]
-    return flips % 2 == 1
+def _position(axes: list[Space], space: Space) -> int | None:
+    """Return where a space stands among a parameter's axes; the very object, since others may be unified with it."""
+    return next((i for i, axis in enumerate(axes) if axis is space), None)
+
+
+def grouped_rule(a: Analysis, node: Any) -> bool:
+    """Rows sorted by expert, each times its expert's matrix: a linear with an axis of experts."""
+    operands = a.linear_operands(node)
+    if operands is None or operands[0] not in a.values:
+        return False
+    source, weight = operands[:2]
+    value, axes = a.values[source], a.values[weight].axes
+    pin(axes[0], f"{node.name}: experts are chosen by number")
+    pin(value.axes[0], f"{node.name}: rows go to experts")
+    unify(value.axes[1], axes[1], node.name)
+    a.values[node] = Value([value.axes[0], axes[2]])
+    _record_site(a, node, source, weight, None, axes[1:])
+    return True
 
 
 def matmul_rule(a: Analysis, node: Any) -> bool:
@@ -108,6 +118,7 @@ def attention_rule(a: Analysis, node: Any) -> bool:
 CONTRACTION_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
     (ops.LINEAR | ops.ADDMM, linear_rule),
     (ops.MATMUL, matmul_rule),
+    (ops.GROUPED, grouped_rule),
     (ops.EMBEDDING, embedding_rule),
     (ops.ATTENTION, attention_rule),
 )

@@ -1,12 +1,13 @@
 """FoldRotations: one orthogonal matrix per free basis, multiplied into every parameter axis that lives in it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from bwla_compiler.graph.plan import Basis
+from bwla_compiler.graph.plan import Axis, Basis
 from bwla_compiler.numerics.kronecker import apply_kronecker, factor_pair, haar, hadamard
 from bwla_compiler.passes.base import PassContext, PassReport, RotateParameter
 
@@ -65,6 +66,20 @@ def residual_rotation(ctx: PassContext, basis: Basis) -> KroneckerRotation:
     return KroneckerRotation(signs.to(torch.float64), left, right)
 
 
+def _added_biases(ctx: PassContext) -> Iterator[Axis]:
+    """Yield the biases that a folded shift has given to linears without one: the plan cannot know of them.
+
+    They live where the linear's output does.
+    """
+    planned = {axis.parameter for axis in ctx.plan.axes}
+    shifted = {name for norm in ctx.plan.norms if norm.shift is not None for name in norm.absorbed_by}
+    for linear in ctx.plan.linears:
+        name = f"{linear.name}.bias"
+        if linear.bias is None and linear.name in shifted and name not in planned:
+            if getattr(ctx.model.get_submodule(linear.name), "bias", None) is not None:
+                yield Axis(name, 0, linear.output)
+
+
 @dataclass(frozen=True)
 class FoldRotations:
     """Rotate free bases at no run-time cost: writers W -> R W, readers W -> W R^T. Exact.
@@ -88,7 +103,7 @@ class FoldRotations:
                 report.skip(basis.name, reason)
             else:
                 rotations[basis.name] = self._matrix(ctx, basis)
-        for axis in ctx.plan.axes:
+        for axis in (*ctx.plan.axes, *_added_biases(ctx)):
             names = [leaf.basis for leaf in axis.expression.leaves() if leaf.basis in rotations]
             if names:
                 used = {n: rotations[n] for n in names}

@@ -78,9 +78,7 @@ def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Modul
             raise ValueError(f"kind {kind!r} is not known")
 
 
-def _tied_head(
-    entry: Mapping[str, Any], built: Mapping[str, nn.Module], transform: OnlineTransform | None
-) -> TiedHead:
+def _tied_head(entry: Mapping[str, Any], built: Mapping[str, nn.Module], transform: OnlineTransform | None) -> TiedHead:
     embedding = built[entry["embedding"]]
     assert isinstance(embedding, Int8Embedding)
     head = TiedHead(embedding, transform=transform)

@@ -72,9 +72,7 @@ def test_transformers_auto_classes_read_the_folder(shared_cache: Path, toy: Demo
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_second_load_trains_nothing(
-    shared_cache: Path, toy: DemoConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_load_trains_nothing(shared_cache: Path, toy: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_demo("demo:", config=toy).fingerprint
     monkeypatch.setattr(demo_model.train, "train", None)
     assert load_demo("demo:", config=toy).fingerprint == before

@@ -74,7 +74,11 @@ def test_head_is_untied_and_stays_so_when_saved(tmp_path: Path) -> None:
 
 def test_other_architectures_are_refused() -> None:
     config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
         num_key_value_heads=1,
     )
     with pytest.raises(DemoError, match="LlamaForCausalLM"):

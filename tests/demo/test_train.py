@@ -11,8 +11,17 @@ from bwla_compiler.demo.train import new_model, train
 from bwla_compiler.errors import DemoError
 
 CONFIG = DemoConfig(
-    hidden_size=16, intermediate_size=32, layers=1, heads=2, kv_heads=1, head_dim=8, steps=60, batch=4, length=16,
-    learning_rate=2e-2, warmup_steps=5,
+    hidden_size=16,
+    intermediate_size=32,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    steps=60,
+    batch=4,
+    length=16,
+    learning_rate=2e-2,
+    warmup_steps=5,
 )
 STREAM = torch.arange(4000) % 7  # a text whose next token is certain after one
 
@@ -48,7 +57,9 @@ def test_a_slow_machine_gets_a_shorter_schedule_and_says_so(caplog: pytest.LogCa
     seen: list[tuple[str, int, int]] = []
     with caplog.at_level(logging.WARNING):
         training = train(
-            new_model(CONFIG, 32), STREAM, config=replace(CONFIG, second_limit=1e-9),
+            new_model(CONFIG, 32),
+            STREAM,
+            config=replace(CONFIG, second_limit=1e-9),
             progress=lambda *step: seen.append(step),
         )
     assert training.steps == 31  # the measured 30 and one

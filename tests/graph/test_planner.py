@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bwla_compiler.errors import PlanError
+from bwla_compiler.evaluate.zoo.models import tiny_model
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of, make_plan
 from tests import tiny
@@ -184,6 +185,57 @@ def test_a_weight_with_two_inputs_is_left_alone() -> None:
     linear = make_plan(Twice()).linears[0]
     assert linear.decision == "alone"
     assert "called 2 times" in linear.reason
+
+
+def test_sizes_that_depend_on_data_are_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="depend on data"):
+        make_plan(Toy(Lambda(lambda x: x + x[x[..., 0] > 0].sum())))
+
+
+class TwoTables(Toy):
+    """Two embeddings of different widths, joined: neither space may take the other's matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Embedding(32, 4)
+        self.joined = nn.Linear(16, 12)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        return self.last(self.joined(torch.cat((self.embed(input_ids), self.other(input_ids)), -1)))
+
+
+def test_every_basis_has_a_name_of_its_own() -> None:
+    plan = make_plan(TwoTables())
+    names = [basis.name for basis in plan.bases]
+    assert len(names) == len(set(names))
+    assert (plan.basis("residual").size, plan.basis("other").size) == (12, 4)
+    assert str(plan.linear("joined").input) == "(residual + other)"
+
+
+SUMMARY = {
+    "gemma": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
+    "gpt_neox": ("query_key_value dense_h_to_4h lm_head", "attention.dense", "dense_4h_to_h", ""),
+    "stablelm": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
+    "gptj": ("q_proj k_proj v_proj fc_in lm_head", "out_proj", "fc_out", ""),
+    "mpt": ("Wqkv up_proj lm_head", "out_proj", "down_proj", ""),
+    "granite": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
+    "olmo": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
+    "mixtral": ("q_proj k_proj v_proj lm_head", "o_proj", "", "mlp.gate gate_up_proj experts.down_proj"),
+    "qwen3_moe": ("q_proj k_proj v_proj lm_head", "o_proj", "", "mlp.gate gate_up_proj experts.down_proj"),
+}
+"""Of more architectures: what folds, is partial, online, left alone."""
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_readers_of_the_residual_fold_in_more_architectures(name: str) -> None:
+    plan = make_plan(tiny_model(name))
+    for decision, suffixes in zip(("folded", "partial", "online", "alone"), SUMMARY[name], strict=True):
+        found = [x for x in plan.linears if x.decision == decision]
+        for suffix in suffixes.split():
+            assert any(x.name.endswith(suffix) for x in found), f"{suffix} is not {decision}"
+        for x in found:
+            assert x.name.endswith(tuple(suffixes.split())), f"{x.name}: {decision}, {x.reason}"
+    assert plan.basis("residual").freedom != "pinned"
 
 
 def test_a_model_without_linears_is_refused() -> None:

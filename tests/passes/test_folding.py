@@ -7,6 +7,7 @@ from torch import nn
 from bwla_compiler.graph.capture import capture, lift_casts
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.passes.apply import apply_module
 from bwla_compiler.passes.base import PassContext, RotateParameter
 from bwla_compiler.passes.fold_norms import FoldNorms
 from bwla_compiler.passes.fold_rotations import FoldRotations, residual_rotation
@@ -167,3 +168,70 @@ def test_seeds_differ_and_repeat() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+class Normed(nn.Module):
+    """ids -> embedding -> a LayerNorm with a shift -> a linear without a bias -> a linear, and a residual around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(128, 12)
+        self.norm = nn.LayerNorm(12)
+        self.first = nn.Linear(12, 10, bias=False)
+        self.second = nn.Linear(10, 12)
+        self.head = nn.Linear(12, 128)
+        nn.init.normal_(self.norm.bias)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embed(input_ids)
+        return self.head(x + self.second(self.first(self.norm(x))))
+
+
+class Routed(Normed):
+    """The same, with another reader of the norm that holds a weight and would never look at a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Module()
+        self.router.weight = nn.Parameter(torch.randn(12, 12))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embed(input_ids)
+        normed = self.norm(x)
+        return self.head(x + self.second(self.first(normed)) + nn.functional.linear(normed, self.router.weight))
+
+
+def test_a_bias_that_a_shift_has_made_turns_with_its_linear() -> None:
+    model = Normed().to(torch.float64)
+    ctx = context(model)
+    before = logits(model)
+    assert "first" in {basis.name for basis in ctx.plan.free}
+    run_pass(model, FoldNorms(), ctx)
+    assert model.first.bias is not None
+    report = run_pass(model, FoldRotations(kind="haar", every=True), ctx)
+    assert "first.bias" in {e.parameter for e in report.edits if isinstance(e, RotateParameter)}
+    assert error(logits(model), before) < EXACT
+
+
+def test_left_unturned_it_would_change_the_logits() -> None:
+    model = Normed().to(torch.float64)
+    ctx = context(model)
+    before = logits(model)
+    run_pass(model, FoldNorms(), ctx)
+    edits = FoldRotations(kind="haar", every=True).run(ctx).edits
+    apply_module(model, [e for e in edits if getattr(e, "parameter", "") != "first.bias"])
+    assert error(logits(model), before) > 1e-2
+
+
+def test_a_shift_stays_where_a_reader_takes_no_bias() -> None:
+    model = Routed().to(torch.float64)
+    ctx = context(model)
+    before = logits(model)
+    (norm,) = ctx.plan.norms
+    assert norm.absorbed_by == ()
+    assert "takes no bias" in norm.reason
+    for step in (FoldNorms(), FoldRotations(kind="haar", every=True)):
+        run_pass(model, step, ctx)
+    assert error(logits(model), before) < EXACT

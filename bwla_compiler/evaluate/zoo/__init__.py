@@ -1,0 +1,1 @@
+"""The zoo: every causal LM class of the installed transformers through capture, plan, folding and comparison."""

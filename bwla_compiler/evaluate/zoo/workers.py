@@ -1,0 +1,127 @@
+"""Rows by worker processes: an architecture that hangs or crashes costs its own row and a new process, no more."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import torch
+
+from bwla_compiler.evaluate.zoo.run import ZooRow, zoo_row
+
+Progress = Callable[[str, int, int], None]
+
+MAX_WORKERS = 2
+ROWS_A_PROCESS = 40
+"""After so many rows a process is replaced: models and traces leave memory behind."""
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    name: str = ""
+    started: float = 0.0
+    n_rows: int = 0
+
+
+def run_zoo(
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    limit_seconds: float = 120.0,
+    workers: int = 1,
+    progress: Progress | None = None,
+    job: Callable[[str, int], ZooRow] | None = None,
+) -> tuple[ZooRow, ...]:
+    """Return the rows of architectures, in the order of their names.
+
+    limit_seconds: wall time that one may take; beyond it its process is ended and the row says so. workers:
+    processes side by side, 1 or 2. job: what makes a row of (name, seed), `zoo_row` by default; a function of a
+    module. progress: sees each name as it ends.
+    """
+    assert 1 <= workers <= MAX_WORKERS
+    job = job or _row
+    rows: dict[str, ZooRow] = {}
+    waiting = list(dict.fromkeys(names))
+    total = len(waiting)
+    crew = [_start(job, seed) for _ in range(min(workers, total))]
+    try:
+        while waiting or any(w.name for w in crew):
+            _give(crew, waiting)
+            for i, worker in enumerate(crew):
+                if (row := _collect(worker, limit_seconds)) is None:
+                    continue
+                rows[row.name] = row
+                if progress is not None:
+                    progress(row.name, len(rows), total)
+                worker.name, worker.n_rows = "", worker.n_rows + 1
+                if waiting and (not worker.process.is_alive() or worker.n_rows >= ROWS_A_PROCESS):
+                    _end(worker)
+                    crew[i] = _start(job, seed)
+            wait([w.pipe for w in crew if w.name], timeout=0.5)
+    finally:
+        for worker in crew:
+            _end(worker)
+    return tuple(rows[name] for name in dict.fromkeys(names))
+
+
+def _row(name: str, seed: int) -> ZooRow:
+    return zoo_row(name, seed=seed)
+
+
+def _start(job: Callable[[str, int], ZooRow], seed: int) -> _Worker:
+    context = get_context("spawn")  # a forked child would inherit torch's thread pool without its threads
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(job, seed, there), daemon=True)
+    process.start()
+    there.close()  # the worker's copy is then the last: its end is seen here as the end of the file
+    return _Worker(process, here)
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()
+
+
+def _work(job: Callable[[str, int], ZooRow], seed: int, pipe: Connection) -> None:
+    """In a worker: say that it is ready, then answer each name with a row."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(job(name, seed))
+
+
+def _give(crew: list[_Worker], waiting: list[str]) -> None:
+    for worker in crew:
+        if waiting and not worker.name:
+            worker.name, worker.started = waiting.pop(0), time.perf_counter()
+            worker.pipe.send(worker.name)
+
+
+def _collect(worker: _Worker, limit_seconds: float) -> ZooRow | None:
+    """Return the row of a worker that is done, dead or late; None where it is none of these."""
+    if not worker.name:
+        return None
+    seconds = time.perf_counter() - worker.started
+    try:
+        if worker.pipe.poll():
+            row = worker.pipe.recv()
+            assert isinstance(row, ZooRow)
+            return row
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        code = worker.process.exitcode
+        return ZooRow(worker.name, "refused", reason=f"its process died with exit code {code}", seconds=seconds)
+    if seconds <= limit_seconds:
+        return None
+    _end(worker)
+    return ZooRow(worker.name, "refused", reason=f"no result within {limit_seconds:g} s", seconds=seconds)
