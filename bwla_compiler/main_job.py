@@ -35,8 +35,8 @@ SPEED_ROW, SPEED_BITS = "bwla", 6
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 128
-    test_sequences: int = 48
+    calibration_sequences: int = 96
+    test_sequences: int = 32
     length: int = 256
     decode_steps: int = 24
     rounds: int = 4
