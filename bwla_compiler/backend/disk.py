@@ -34,13 +34,17 @@ def pack_key(model: nn.Module, plan: Plan, recipe: Recipe, options: Options) -> 
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
-    calibration = options.calibration
-    if isinstance(calibration, Tensor):
-        digest.update(_bytes(calibration))
-        calibration = f"tokens {list(calibration.shape)}"
+    calibration = calibration_key(options.calibration)
     rest = [bwla_compiler.__version__, str(model), plan.to_json(), recipe.to_dict(), calibration, options.seed]
     digest.update(json.dumps(rest, default=str, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def calibration_key(calibration: str | Tensor) -> str:
+    """Return what tells one calibration from another: its name, or the hash of its tokens."""
+    if not isinstance(calibration, Tensor):
+        return calibration
+    return f"tokens {list(calibration.shape)} {hashlib.blake2b(_bytes(calibration), digest_size=20).hexdigest()}"
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from bwla_compiler.backend.compiled import CompiledGraph
+from bwla_compiler.backend.disk import calibration_key
 from bwla_compiler.backend.lower import lower
 from bwla_compiler.backend.options import Options
 from bwla_compiler.backend.owner import Owner
@@ -24,7 +25,7 @@ from bwla_compiler.errors import CaptureError, PlanError
 from bwla_compiler.graph.agreement import disagreement, without_folds
 from bwla_compiler.graph.capture import capture, capture_graph
 from bwla_compiler.graph.plan import Plan
-from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.graph.planner import is_linear, make_plan
 from bwla_compiler.passes.fold_rotations import FoldRotations
 from bwla_compiler.recipe import Recipe
 
@@ -54,9 +55,8 @@ class RawGraph:
         _forget_other_structure(self.owner.module)
         try:
             own = make_plan(self.owner.module, graph=capture_graph(*self._bound()))
-        except PlanError:
-            log.info("no linear of %s is in this graph: left to Inductor", type(self.owner.module).__name__)
-            return lower(self.gm, self.inputs, mode=self.options.mode)
+        except PlanError as error:
+            return self._in_floats(error)
         folded = self._model_plan(own)
         reason = "the recipe does not rotate"
         if self.options.recipe.transform.kind != "none":
@@ -69,6 +69,14 @@ class RawGraph:
             reason = graph
         log.info("nothing is folded in this graph: %s", reason)
         return self._local(folded, reason)
+
+    def _in_floats(self, error: PlanError) -> Callable[..., Any]:
+        """Leave the graph to Inductor; aloud where that leaves linears as they were."""
+        present = self.owner.present()
+        linears = (name for name, module in self.owner.module.named_modules() if is_linear(module))
+        level = logging.WARNING if any(f"{name}.weight" in present for name in linears) else logging.INFO
+        log.log(level, "a graph of %s stays in floats: %s", type(self.owner.module).__name__, error)
+        return lower(self.gm, self.inputs, mode=self.options.mode)
 
     def _bound(self) -> tuple[GraphModule, nn.Module, list[Any]]:
         bound, left = bound_to(self.owner, self.gm, self.inputs)
@@ -98,7 +106,7 @@ class RawGraph:
     def _variant(self, plan: Plan, recipe: Recipe) -> Variant:
         """Return the quantized copy under a plan, up to date with the model's weights."""
         model = self.owner.module
-        key = repr((plan.to_json(), recipe, self.options.calibration, self.options.seed))
+        key = repr((plan.to_json(), recipe, calibration_key(self.options.calibration), self.options.seed))
         known = _VARIANTS.setdefault(model, {})
         if key not in known:
             known[key] = make_variant(model, plan, recipe, self.options, progress=self.progress)

@@ -115,3 +115,11 @@ def test_everything_that_matters_is_in_the_key() -> None:
     assert len(set(keys)) == len(keys)
     assert key(small.mlp()) == keys[0]
     assert key(small.mlp(), verify=True, cache=False, free_weights=True) == keys[0]
+
+
+def test_long_calibrations_differ_by_their_tokens() -> None:
+    tokens = torch.zeros(64, 64, dtype=torch.int64)  # a text of it would leave out the middle
+    other = tokens.clone()
+    other[32, 32] = 1
+    assert disk.calibration_key(tokens) == disk.calibration_key(tokens.clone())
+    assert disk.calibration_key(tokens) != disk.calibration_key(other)

@@ -8,8 +8,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 from transformers import StaticCache
 
-from bwla_compiler.backend import compile_backend
+from bwla_compiler.backend import compile_backend, raw
 from bwla_compiler.backend.raw import variants_of
+from bwla_compiler.errors import PlanError
+from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.kronecker import haar
 from tests import tiny
 from tests.backend import small
@@ -183,3 +185,16 @@ def test_compiled_by_inductor() -> None:
             expected = small.only_variant(model).quantized(tiny.ids()).logits
             # activations at the edge of two codes may round the other way after float32 sums in another order
             assert small.error(found, expected) < 0.02
+
+
+def test_linears_that_cannot_be_planned_stay_in_floats_aloud(
+    graphs: list[GraphModule], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(model: nn.Module, *, graph: GraphModule) -> Plan:
+        raise PlanError("its sizes depend on data")
+
+    monkeypatch.setattr(raw, "make_plan", refuse)
+    model, x = small.mlp(), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(small.compiled(model)(x), model(x))
+    assert "a graph of Sequential stays in floats: its sizes depend on data" in caplog.text
