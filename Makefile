@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gate bench clean
+.PHONY: help setup demo test test-all lint gate bench clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,7 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the main job on the embedded models: table, report.html (minutes the first time)
 	$(BIN)/bwla-compile demo --html report.html
 
-test: setup lint  ## lint, types and the whole test suite
+test: setup lint  ## lint, types and the test suite
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not exhaustive" --durations=30
+
+test-all: setup lint  ## the same with the wider samples: every architecture, every combination
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: setup  ## ruff and mypy --strict

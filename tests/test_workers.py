@@ -98,7 +98,12 @@ def test_an_interrupt_ends_all_without_a_word_of_the_workers(tmp_path: Path) -> 
     script.write_text(SCRIPT)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     running = subprocess.Popen(
-        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, str(script)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in background jobs
     )
     assert running.stdout is not None
     assert [running.stdout.readline() for _ in "ab"] == [b"told\n"] * 2  # both workers are at work

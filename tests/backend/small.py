@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from bwla_compiler.backend.variant import Variant
 from tests import tiny
 
 OPTIONS = {"recipe": "hadamard-rtn", "calibration": "none", "cache": False}
+DIFFERENT = ("llama", "phi3", "gpt2", "opt")
+ARCHITECTURES = [
+    *DIFFERENT,
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in tiny.SEVEN if name not in DIFFERENT),
+]
+"""The seven first architectures; those whose graphs are much like Llama's are left to the exhaustive run."""
+
 PRECISE = {**OPTIONS, "weights.planes": 4, "activation_bits": 16}
 """Four planes and float activations: near enough to the float model for a wrong basis to stand out."""
 

@@ -63,7 +63,7 @@ def test_the_entry_point_names_the_backend() -> None:
     assert points["bwla"] == "bwla_compiler.backend:compile_backend"
 
 
-@pytest.mark.parametrize("name", tiny.SEVEN)
+@pytest.mark.parametrize("name", small.ARCHITECTURES)
 def test_four_lengths_are_two_graphs(name: str, graphs: list[torch.fx.GraphModule]) -> None:
     model = small.architecture(name)
     quantize_model(model, load_recipe("hadamard-rtn"), None)

@@ -27,7 +27,7 @@ UNFOLDED = {
 }
 
 
-@pytest.mark.parametrize("name", tiny.SEVEN)
+@pytest.mark.parametrize("name", small.ARCHITECTURES)
 def test_four_lengths_are_two_graphs_of_one_folded_copy(name: str, graphs: list[GraphModule]) -> None:
     model = small.architecture(name)
     fast = small.compiled(model)

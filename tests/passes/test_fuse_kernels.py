@@ -73,11 +73,18 @@ BLOCK = {
 }
 
 
-CASES = [
-    *((name, "hadamard-rtn", torch.float32) for name in tiny.SEVEN),
-    *((name, "hadamard-rtn", torch.bfloat16) for name in ("llama", "phi3", "gpt2", "opt")),
+QUICK = [
+    ("llama", "hadamard-rtn", torch.float32),
+    ("gpt2", "hadamard-rtn", torch.bfloat16),
+    ("phi3", "hadamard-rtn", torch.float32),
+    ("opt", "hadamard-rtn", torch.float32),
+]
+WIDE = [
+    *((name, "hadamard-rtn", torch.float32) for name in ("qwen2", "qwen3", "mistral", "gpt2")),
+    *((name, "hadamard-rtn", torch.bfloat16) for name in ("llama", "phi3", "opt")),
     ("llama", "rtn", torch.bfloat16),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in WIDE)]
 
 
 @pytest.mark.parametrize("name, recipe, dtype", CASES, ids=str)

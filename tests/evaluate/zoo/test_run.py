@@ -112,6 +112,7 @@ def test_every_architecture_with_values_of_its_own_has_a_name() -> None:
     assert len(spelled & set(architectures())) >= 0.8 * len(spelled)  # older transformers know fewer
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_no_architecture_is_wrong_in_a_sample_of_the_zoo() -> None:
     sample = architectures()[::12]  # the whole of it: bwla-compile zoo
