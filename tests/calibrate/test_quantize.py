@@ -125,7 +125,7 @@ class _Bare(nn.Module):
         return self.embed(input_ids)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.exhaustive), "llama-tied"])
 def test_a_graph_that_fits_spares_a_capture_and_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, spared = tiny.make(name), tiny.make(name)
     graph = capture(tiny.make(name), batch=BATCH, length=tokens().shape[1])

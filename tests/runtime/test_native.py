@@ -217,6 +217,7 @@ def test_library_of_another_torch_warns_and_is_right(
     torch.testing.assert_close(y.double(), exact(x, weight), rtol=1e-5, atol=1e-4)  # 40 float32 additions
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     code = (

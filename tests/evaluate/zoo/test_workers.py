@@ -1,6 +1,8 @@
 import os
 import time
 
+import pytest
+
 from bwla_compiler.evaluate.zoo.run import ZooRow
 from bwla_compiler.evaluate.zoo.workers import run_zoo
 
@@ -14,6 +16,8 @@ def job(name: str, seed: int) -> ZooRow:
     return ZooRow(name, "exact", reason=f"seed {seed}", captured=True)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_hang_and_a_crash_cost_a_row_each() -> None:
     seen: list[tuple[str, int, int]] = []
     names = ("one", "crashes", "two", "hangs", "three")
