@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from bwla_compiler.backend import disk
 from bwla_compiler.backend.compiled import CompiledGraph
-from bwla_compiler.backend.disk import calibration_key
+from bwla_compiler.backend.disk import Verdict, calibration_key
+from bwla_compiler.backend.graph_key import graph_key
 from bwla_compiler.backend.lower import lower
 from bwla_compiler.backend.options import Options
 from bwla_compiler.backend.owner import Owner
@@ -54,21 +56,38 @@ class RawGraph:
         """Return the callable that computes the graph with packed weights; see the module for the steps."""
         _forget_other_structure(self.owner.module)
         try:
-            own = make_plan(self.owner.module, graph=capture_graph(*self._bound()))
+            verdict = self._verdict()
         except PlanError as error:
             return self._in_floats(error)
-        folded = self._model_plan(own)
-        reason = "the recipe does not rotate"
-        if self.options.recipe.transform.kind != "none":
-            reason = disagreement(folded, own, bases=_rotated(folded), present=self.owner.present())
+        plan, reason = verdict.plan, verdict.reason
         if not reason:
-            variant = self._variant(folded, self.options.recipe)
+            variant = self._variant(plan, self.options.recipe)
             graph = substitute(self.owner, self.gm, variant.quantized)
             if isinstance(graph, GraphModule):
                 return self._lowered(graph, variant)
             reason = graph
         log.info("nothing is folded in this graph: %s", reason)
-        return self._local(folded, reason)
+        return self._local(plan, reason)
+
+    def _verdict(self) -> Verdict:
+        """Return the model's plan and what this graph says of it, from the disk where this very graph was met before.
+
+        Raises PlanError where the graph cannot be planned.
+        """
+        model, recipe = self.owner.module, self.options.recipe
+        key = graph_key(self.gm, self.inputs, self.owner, recipe) if self.options.cache else ""
+        known = disk.load_verdict(key) if self.options.cache else None
+        if known and _PLANS.setdefault(model, known.plan) == known.plan:  # else planned in another order of graphs
+            return known
+        own = make_plan(model, graph=capture_graph(*self._bound()))
+        plan = self._model_plan(own)
+        reason = "the recipe does not rotate"
+        if recipe.transform.kind != "none":
+            reason = disagreement(plan, own, bases=_rotated(plan), present=self.owner.present())
+        verdict = Verdict(plan, reason)
+        if self.options.cache:
+            disk.save_verdict(key, verdict)
+        return verdict
 
     def _in_floats(self, error: PlanError) -> Callable[..., Any]:
         """Leave the graph to Inductor; aloud where that leaves linears as they were."""

@@ -89,6 +89,7 @@ def _absorb_gain(a: Analysis, node: Any) -> bool:
 
 
 def power_rule(a: Analysis, node: Any) -> bool:
+    """x^2 keeps its bases until a mean over the whole axis shows that only the length of x counts; x^k pins."""
     value = a.value(node.args[0])
     exponent = node.args[1] if len(node.args) > 1 else 2
     if value is None or exponent != 2:
@@ -163,6 +164,7 @@ def _absorb_affine(a: Analysis, node: Any, x: Any, gain: Any, shift: Any) -> str
 
 
 def nonlinear_rule(a: Analysis, node: Any) -> bool:
+    """f(x) entry by entry: no rotation but a permutation commutes with it, so all that it reads is pinned."""
     for source in node.all_input_nodes:
         a.pin_all(source, f"{node.name}: acts on each channel by itself")
     a.fresh(node, f"{node.name}: acts on each channel by itself")

@@ -10,6 +10,7 @@ from bwla_compiler.graph.spaces import Space, pin, pinned, unify
 
 
 def linear_rule(a: Analysis, node: Any) -> bool:
+    """x W^T + b: reads the last axis of x, writes one of its own."""
     operands = a.linear_operands(node)
     if operands is None:
         return False
@@ -75,6 +76,7 @@ def grouped_rule(a: Analysis, node: Any) -> bool:
 
 
 def matmul_rule(a: Analysis, node: Any) -> bool:
+    """x W is a linear; of two activations the axis summed over is one basis, and the batch is pinned."""
     if a.linear_operands(node) is not None:
         return linear_rule(a, node)
     left, right = (a.value(x) for x in node.args[:2])
@@ -88,6 +90,7 @@ def matmul_rule(a: Analysis, node: Any) -> bool:
 
 
 def embedding_rule(a: Analysis, node: Any) -> bool:
+    """Rows of a table: the last axis is the table's own."""
     weight, ids = node.args[:2]
     value = a.value(weight)
     if value is None or len(value.axes) != 2:

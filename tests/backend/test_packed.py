@@ -13,6 +13,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from bwla_compiler.backend import compile_backend, lower
+from bwla_compiler.backend.compiled import TOLERANCE
 from bwla_compiler.backend.lower import inductor_passes
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.passes import inductor_pass
@@ -38,7 +39,7 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
         expected = model(tiny.ids(), use_cache=False).logits
         found = torch.compile(model, backend=compile_backend, fullgraph=True)(tiny.ids(), use_cache=False).logits
     # activations at the edge of two codes may round the other way after float32 sums in another order
-    assert float((found - expected).norm() / expected.norm()) < 0.02
+    assert float((found - expected).norm() / expected.norm()) < TOLERANCE
     (report,) = passes["post_grad_custom_pre_pass"].reports
     assert len(report.changed) == 8  # two blocks of four calls
     assert report.skipped == []
@@ -117,7 +118,7 @@ import sys, torch
 import bwla_compiler.runtime.ops  # the operators that the package calls
 ids, expected = torch.load(sys.argv[2])
 found = torch._inductor.aoti_load_package(sys.argv[1])(ids)
-assert float((found - expected).norm() / expected.norm()) < 0.02
+print(float((found - expected).norm() / expected.norm()))
 """
 
 
@@ -140,4 +141,8 @@ def test_a_package_made_ahead_of_time_runs_in_a_new_process(tmp_path: Path) -> N
         program = torch.export.export(Logits(model), (ids,), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=package)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", EXPORT, package, example], env=environment, check=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORT, package, example], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < TOLERANCE
