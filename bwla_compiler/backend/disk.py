@@ -1,6 +1,5 @@
 """What is kept of raw models on disk, by the hash of all that it depends on: packed weights, and plans of graphs."""
 
-import copy
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.backend.graph_key import code_version, tensor_bytes
 from bwla_compiler.backend.options import Options
+from bwla_compiler.backend.twin import twin
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.apply import replace_module
@@ -151,9 +151,7 @@ def load_pack(key: str, model: nn.Module) -> nn.Module | None:
 
 def _assembled(model: nn.Module, modules: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     """Return a copy of the model's structure with these modules and tensors in it."""
-    # the copy shares the model's tensors until they are replaced: no second set of float weights
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    quantized = copy.deepcopy(model, shared)
+    quantized = twin(model)
     for name, module in build_skeleton(modules).items():
         replace_module(quantized, name, module)
     wanted = {n for n, _ in (*quantized.named_parameters(), *quantized.named_buffers())}

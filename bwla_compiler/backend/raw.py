@@ -22,6 +22,7 @@ from bwla_compiler.backend.lower import lower
 from bwla_compiler.backend.options import Options
 from bwla_compiler.backend.owner import Owner
 from bwla_compiler.backend.substitute import bound_to, substitute
+from bwla_compiler.backend.twin import twin
 from bwla_compiler.backend.variant import Variant, is_causal_lm, make_variant
 from bwla_compiler.errors import CaptureError, PlanError
 from bwla_compiler.graph.agreement import disagreement, without_folds
@@ -108,7 +109,8 @@ class RawGraph:
             _PLANS[model] = own
             if is_causal_lm(model):
                 try:
-                    _PLANS[model] = make_plan(model, graph=capture(model, cache=True))
+                    # torch.export puts copies in place of a module's lists, whose identity Dynamo may guard on
+                    _PLANS[model] = make_plan(model, graph=capture(twin(model), cache=True))
                 except (CaptureError, PlanError) as error:
                     log.info("planned from the graph at hand: %s", error)
         return _PLANS[model]

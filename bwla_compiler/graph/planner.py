@@ -28,6 +28,13 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def _is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a linear belongs to an adapter that stands beside a `base_layer`, as PEFT arranges them."""
+    parts = name.split(".")
+    outer = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    return any(hasattr(m, "base_layer") and parts[i] != "base_layer" for i, m in enumerate(outer))
+
+
 def _biasable(model: nn.Module) -> frozenset[int]:
     """Return the ids of the weights of linears, subclasses too: a router or experts would not look at a bias."""
     linears = (m for m in model.modules() if isinstance(m, nn.Linear) or is_linear(m))
@@ -177,6 +184,8 @@ class _Planner:
         calls = sum(s.weight == site.weight for s in self.analysis.sites.values())
         if not is_linear(module):
             return "alone", f"its weight belongs to a {type(module).__name__}, not to a plain linear"
+        if _is_adapter(self.model, self.names[site.weight]):
+            return "alone", "an adapter beside a quantized linear keeps its precision"
         if calls > 1:
             return "alone", f"called {calls} times: one weight, several inputs"
         atoms = [x for x in dict.fromkeys(leaves(source)) if x.size > 1]
