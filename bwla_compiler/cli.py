@@ -320,9 +320,9 @@ def zoo(
     seed: Seed = 0,
 ) -> None:
     """Verify a tiny model of every architecture that transformers knows as a causal LM."""
-    from bwla_compiler.evaluate.zoo.models import known
-    from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
-    from bwla_compiler.evaluate.zoo.workers import run_zoo
+    from bwla_compiler.zoo.models import known
+    from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
+    from bwla_compiler.zoo.workers import run_zoo
 
     chosen = known(names or [])
     with _progress() as progress:

@@ -344,8 +344,8 @@ def test_the_fake_answers_as_the_api_does() -> None:
 
 def zoo_of(monkeypatch: pytest.MonkeyPatch, *, status: str) -> None:
     """Put fixed rows in the place of the zoo's workers."""
-    from bwla_compiler.evaluate.zoo import workers
-    from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
+    from bwla_compiler.zoo import workers
+    from bwla_compiler.zoo.run import Kind, ZooRow
 
     def run_zoo(names: Any, *, progress: Any, **options: Any) -> tuple[ZooRow, ...]:
         progress(names[0], 1, 1)

@@ -1,7 +1,7 @@
 import json
 
-from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
-from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
+from bwla_compiler.zoo.run import Kind, ZooRow
+from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
 
 KINDS = (
     Kind("model.layers.N.q_proj", "folded", "writers take the rotation", 2),

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from bwla_compiler.evaluate.zoo.run import ZooRow
-from bwla_compiler.evaluate.zoo.workers import run_zoo
+from bwla_compiler.zoo.run import ZooRow
+from bwla_compiler.zoo.workers import run_zoo
 
 
 def job(name: str, seed: int) -> ZooRow:

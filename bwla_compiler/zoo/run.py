@@ -10,8 +10,8 @@ from torch import nn
 
 from bwla_compiler.errors import BwlaError, CaptureError, ModelError
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from bwla_compiler.graph.plan import Decision, Linear, Plan
+from bwla_compiler.zoo.models import tiny_model
 
 Status = Literal["exact", "wrong", "refused", "not built"]
 

@@ -10,7 +10,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from bwla_compiler.evaluate.zoo.run import ZooRow, zoo_row
+from bwla_compiler.zoo.run import ZooRow, zoo_row
 
 Progress = Callable[[str, int, int], None]
 

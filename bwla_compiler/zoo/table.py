@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import transformers
 
-from bwla_compiler.evaluate.zoo.run import Kind, Status, ZooRow
 from bwla_compiler.graph.plan import Decision
+from bwla_compiler.zoo.run import Kind, Status, ZooRow
 
 _STATUSES: tuple[Status, ...] = ("exact", "wrong", "refused", "not built")
 
