@@ -1,8 +1,11 @@
-"""One architecture through capture, plan, folding and comparison: a row, whatever happens."""
+"""One architecture through capture, plan, folding, comparison, quantization, compilation: a row, whatever happens."""
 
+import copy
+import dataclasses
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +14,44 @@ from torch import nn
 from bwla_compiler.errors import BwlaError, CaptureError, ModelError
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.graph.plan import Decision, Linear, Plan
+from bwla_compiler.zoo.compiled import Compiled, Depth, Packed, compile_packed, compile_raw, pack, said
+from bwla_compiler.zoo.extent import Extent
 from bwla_compiler.zoo.models import tiny_model
 
 Status = Literal["exact", "wrong", "refused", "not built"]
+
+SAMPLE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "falcon",
+    "bloom",
+    "olmo2",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "granite",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "mamba",
+    "bert",
+)
+"""Families of every kind, which go the whole way through Inductor where the extent is SAMPLE."""
+
+UNFINISHED = "not done"
+
+RAW = ("llama", "gpt2", "opt", "gemma2", "gpt_neox", "falcon", "bloom", "mixtral", "deepseek_v3", "mamba")
+"""Families that are compiled as float models too."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +72,8 @@ class ZooRow:
     "wrong" where they did, "refused" where it cannot be traced or planned, "not built" where no tiny model could be
     made. reason: why, naming the operation. n_free: spaces rotated. error: relative logit error in float64.
     kinds: its linears. share: of the weights that matrix products read, what is quantized, 0 to 1. unknown:
-    operations without a rule. seconds: wall time. captured: whether a graph was had.
+    operations without a rule. seconds: wall time. captured: whether a graph was had. packed: what quantizing gave.
+    compiled, raw: what torch.compile made of the packed model, and of the float model; None where that was not tried.
     """
 
     name: str
@@ -48,6 +87,9 @@ class ZooRow:
     unknown: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     captured: bool = False
+    packed: Packed | None = None
+    compiled: Compiled | None = None
+    raw: Compiled | None = None
 
     @property
     def decisions(self) -> dict[str, int]:
@@ -58,13 +100,27 @@ class ZooRow:
         return dict(found)
 
 
-def zoo_row(name: str, *, seed: int = 0) -> ZooRow:
-    """Return the row of one architecture. Raises nothing: what goes wrong is in the row."""
+def zoo_rows(name: str, seed: int = 0, *, extent: Extent = Extent.NONE) -> Iterator[ZooRow]:
+    """Give the row of one architecture after each step that says more. What goes wrong is in the row.
+
+    extent: how far what was captured is compiled.
+    """
     start = time.perf_counter()
+    for row in _steps(name, seed, extent):
+        yield dataclasses.replace(row, seconds=time.perf_counter() - start)
+
+
+def zoo_row(name: str, seed: int = 0, *, extent: Extent = Extent.NONE) -> ZooRow:
+    """Return the row of one architecture after the last step, see `zoo_rows`."""
+    return list(zoo_rows(name, seed, extent=extent))[-1]
+
+
+def _steps(name: str, seed: int, extent: Extent) -> Iterator[ZooRow]:
     try:
         model = tiny_model(name, seed=seed)
     except Exception as error:  # configs and models of transformers raise whatever they like
-        return ZooRow(name, "not built", reason=_said(error), seconds=time.perf_counter() - start)
+        yield ZooRow(name, "not built", reason=said(error))
+        return
     architecture = type(model).__name__
     try:
         found = verify_rotations(model, seed=seed)
@@ -73,12 +129,49 @@ def zoo_row(name: str, *, seed: int = 0) -> ZooRow:
         if isinstance(error, ModelError):
             status = "not built"
         captured = not isinstance(error, (CaptureError, ModelError))
-        reason, seconds = _said(error), time.perf_counter() - start
-        return ZooRow(name, status, architecture, reason, captured=captured, seconds=seconds)
-    return _judged(name, model, found, seconds=time.perf_counter() - start)
+        yield ZooRow(name, status, architecture, reason=said(error), captured=captured)
+        return
+    row = _judged(name, model, found)
+    yield row
+    if extent != Extent.NONE:
+        yield from _compiling(row, model, found.weights, depth=_depth(name, extent), seed=seed)
 
 
-def _judged(name: str, model: nn.Module, found: Verification, *, seconds: float) -> ZooRow:
+def _depth(name: str, extent: Extent) -> Depth:
+    return "whole" if extent == Extent.WHOLE or (extent == Extent.SAMPLE and name in SAMPLE) else "door"
+
+
+def _compiling(row: ZooRow, model: nn.Module, weights: tuple[str, ...], *, depth: Depth, seed: int) -> Iterator[ZooRow]:
+    """Give a row with what quantizing and compiling the model makes of it, step by step."""
+    raw = Compiled("refused", depth, UNFINISHED) if row.name in RAW else None
+    row = dataclasses.replace(row, compiled=Compiled("refused", depth, UNFINISHED), raw=raw)
+    yield row
+    small = copy.deepcopy(model)
+    try:
+        row = dataclasses.replace(row, packed=pack(small, weights, seed=seed))
+    except Exception as error:
+        row = dataclasses.replace(row, compiled=Compiled("refused", depth, f"quantizing: {said(error)}"))
+    else:
+        yield row
+        row = dataclasses.replace(row, compiled=compile_packed(small, depth=depth, seed=seed))
+    yield row
+    if raw is not None:
+        yield dataclasses.replace(row, raw=compile_raw(model, depth=depth, seed=seed))
+
+
+def interrupted(row: ZooRow | None, name: str, reason: str, *, seconds: float) -> ZooRow:
+    """Return the row of an architecture whose steps ended with `row`, None before the first, for some reason."""
+    if row is None:
+        return ZooRow(name, "refused", reason=reason, seconds=seconds)
+    rest = {
+        field: dataclasses.replace(found, reason=reason)
+        for field, found in (("compiled", row.compiled), ("raw", row.raw))
+        if found is not None and found.reason == UNFINISHED
+    }
+    return dataclasses.replace(row, seconds=seconds, **rest)  # type: ignore[arg-type]
+
+
+def _judged(name: str, model: nn.Module, found: Verification) -> ZooRow:
     exact = found.error <= found.tolerance  # NaN is not
     plan = found.plan
     return ZooRow(
@@ -91,7 +184,6 @@ def _judged(name: str, model: nn.Module, found: Verification, *, seconds: float)
         kinds=kinds(plan),
         share=quantized_share(model, plan, found.weights),
         unknown=plan.unknown,
-        seconds=seconds,
         captured=True,
     )
 
@@ -116,10 +208,3 @@ def plain_reason(linear: Linear) -> str:
     """Return a linear's reason without the numbers that distinguish one node of an operation from the next."""
     text = re.sub(r"\b([a-z][a-z_]*?)(_\d+)+\b", r"\1", linear.reason)
     return text.replace("every writer of its input can take the rotation", "writers take the rotation")
-
-
-def _said(error: Exception) -> str:
-    """Return an error in one line."""
-    text = " ".join(str(error).split()) or "no message"
-    kind = "" if isinstance(error, BwlaError) else f"{type(error).__name__}: "
-    return (kind + text)[:400]
