@@ -12,10 +12,9 @@ def register_typed(
 
 
 def stand_in(module: nn.Module) -> Tensor:
-    """Return an empty-handed weight [out, in] of a packed module: shape and dtype, on the meta device.
+    """Return a weight without values [out, in] of a packed module: shape and dtype, on the meta device.
 
-    Models ask `linear.weight.dtype` before they call a linear. Whoever computes with the values gets torch's error
-    about devices, since there are none.
+    Models ask `linear.weight.dtype` before they call a linear. Who computes with it gets what has no values either.
     """
     embedding = hasattr(module, "num_embeddings")
     names = ("num_embeddings", "embedding_dim") if embedding else ("out_features", "in_features")
