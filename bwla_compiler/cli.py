@@ -21,6 +21,7 @@ from bwla_compiler.inspector.table import Cell, Table, duration, fixed, row, siz
 from bwla_compiler.inspector.terminal import print_report, render_table
 from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe, parse_setting
 from bwla_compiler.settings import settings
+from bwla_compiler.zoo.extent import Extent
 
 
 def _examples(*lines: str) -> str:
@@ -305,7 +306,10 @@ def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
 
 
 @app.command(
-    epilog=_examples("bwla-compile zoo llama gpt2 mixtral", "bwla-compile zoo --markdown docs/architectures.md")
+    epilog=_examples(
+        "bwla-compile zoo llama gpt2 mixtral --compile whole",
+        "bwla-compile zoo --markdown docs/architectures.md --json rows.json",
+    )
 )
 def zoo(
     names: Annotated[
@@ -315,25 +319,34 @@ def zoo(
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as Markdown.")
     ] = None,
-    limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 120.0,
+    extent: Annotated[
+        Extent,
+        typer.Option(
+            "--compile",
+            help="How far each is quantized and compiled: none, up to Inductor's door, the whole way (most of a minute "
+            "each), or a sample the whole way and the others up to the door.",
+        ),
+    ] = Extent.SAMPLE,
+    limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 600.0,
     workers: Annotated[int, typer.Option(min=1, max=2, help="Processes side by side.")] = 1,
     seed: Seed = 0,
 ) -> None:
-    """Verify a tiny model of every architecture that transformers knows as a causal LM."""
-    from bwla_compiler.evaluate.zoo.models import known
-    from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
-    from bwla_compiler.evaluate.zoo.workers import run_zoo
+    """Verify, quantize and compile a tiny model of every architecture that transformers knows as a causal LM."""
+    from bwla_compiler.zoo.models import known
+    from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
+    from bwla_compiler.zoo.workers import run_zoo
 
     chosen = known(names or [])
     with _progress() as progress:
         rows = run_zoo(
             chosen,
             seed=seed,
+            extent=extent,
             limit_seconds=limit_seconds,
             workers=workers,
             progress=lambda name, done, total: progress("architectures", done, total),
         )
-    command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed}"])
+    command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed} --compile {extent}"])
     if json_file:
         _write(json_file, to_json(rows, command=command, versions=versions()))
     if markdown:
@@ -350,15 +363,18 @@ def _print_zoo(rows: Sequence[Any], line: str) -> None:
             *(found.decisions.get(d, 0) for d in ("folded", "partial", "online", "alone")),
             f"{found.share:.0%}",
             "" if found.error is None else f"{found.error:.0e}",
-            found.reason,
+            "" if found.compiled is None else found.compiled.status,
+            found.reason or (found.compiled.reason if found.compiled else ""),
         )
         for found in rows
     )
-    columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "reason")
+    columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "compiled")
     out = _out()
-    out.print(render_table(Table("", columns, cells, line)))
-    if wrong := [found.name for found in rows if found.status == "wrong"]:
-        raise PlanError(f"{', '.join(wrong)}: folding changes what the model computes; please report this")
+    mean = sum(found.seconds for found in rows) / max(1, len(rows))
+    out.print(render_table(Table("", (*columns, "reason"), cells, f"{line}; {mean:.1f} s a row")))
+    for status, what in (("status", "folding"), ("compiled", "compiling"), ("raw", "compiling")):
+        if wrong := [x.name for x in rows if "wrong" in (found := getattr(x, status), getattr(found, "status", ""))]:
+            raise PlanError(f"{', '.join(wrong)}: {what} changes what the model computes; please report this")
 
 
 @app.command(epilog=_examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))

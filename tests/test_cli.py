@@ -344,8 +344,8 @@ def test_the_fake_answers_as_the_api_does() -> None:
 
 def zoo_of(monkeypatch: pytest.MonkeyPatch, *, status: str) -> None:
     """Put fixed rows in the place of the zoo's workers."""
-    from bwla_compiler.evaluate.zoo import workers
-    from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
+    from bwla_compiler.zoo import workers
+    from bwla_compiler.zoo.run import Kind, ZooRow
 
     def run_zoo(names: Any, *, progress: Any, **options: Any) -> tuple[ZooRow, ...]:
         progress(names[0], 1, 1)
@@ -364,7 +364,7 @@ def test_zoo_prints_counts_and_writes_files(
     assert code == 0
     assert "2 architectures: 2 built, 2 captured; 2 exact, 0 wrong, 0 refused" in out
     assert "50%" in out
-    assert "`bwla-compile zoo llama gpt2 --seed 0`" in page.read_text("utf-8")
+    assert "`bwla-compile zoo llama gpt2 --seed 0 --compile sample`" in page.read_text("utf-8")
     assert [r["name"] for r in json.loads(data.read_text("utf-8"))["rows"]] == ["llama", "gpt2"]
 
 

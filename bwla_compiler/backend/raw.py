@@ -18,7 +18,7 @@ from bwla_compiler.backend import disk
 from bwla_compiler.backend.compiled import CompiledGraph
 from bwla_compiler.backend.disk import Verdict, calibration_key
 from bwla_compiler.backend.graph_key import graph_key
-from bwla_compiler.backend.lower import lower
+from bwla_compiler.backend.lower import HandOver
 from bwla_compiler.backend.options import Options
 from bwla_compiler.backend.owner import Owner
 from bwla_compiler.backend.substitute import bound_to, substitute
@@ -50,8 +50,17 @@ def variants_of(model: nn.Module) -> tuple[Variant, ...]:
 class RawGraph:
     """One graph of a raw model, and the steps that compile it."""
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], owner: Owner, options: Options, progress: Any) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        owner: Owner,
+        options: Options,
+        progress: Any,
+        hand_over: HandOver,
+    ) -> None:
         self.gm, self.inputs, self.owner, self.options, self.progress = gm, inputs, owner, options, progress
+        self.hand_over = hand_over
 
     def compiled(self) -> Callable[..., Any]:
         """Return the callable that computes the graph with packed weights; see the module for the steps."""
@@ -96,7 +105,7 @@ class RawGraph:
         linears = (name for name, module in self.owner.module.named_modules() if is_linear(module))
         level = logging.WARNING if any(f"{name}.weight" in present for name in linears) else logging.INFO
         log.log(level, "a graph of %s stays in floats: %s", type(self.owner.module).__name__, error)
-        return lower(self.gm, self.inputs, mode=self.options.mode)
+        return self.hand_over(self.gm, self.inputs, mode=self.options.mode)
 
     def _bound(self) -> tuple[GraphModule, nn.Module, list[Any]]:
         bound, left = bound_to(self.owner, self.gm, self.inputs)
@@ -136,7 +145,7 @@ class RawGraph:
         return known[key]
 
     def _lowered(self, graph: GraphModule, variant: Variant) -> CompiledGraph:
-        run = lower(graph, self.inputs, mode=self.options.mode)
+        run = self.hand_over(graph, self.inputs, mode=self.options.mode)
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         parameters = [
             (i, self.owner.names[node][0])

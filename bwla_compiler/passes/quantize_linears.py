@@ -36,6 +36,7 @@ class QuantizeLinears:
                 activation_bits=self.activation_bits[linear.name],
                 transform=module.transform if isinstance(module, TransformedLinear) else None,
                 bias=getattr(module, "bias", None),
+                dtype=module.get_parameter("weight").dtype,
             )
             report.change(linear.name, ReplaceModule(linear.name, packed))
         return report

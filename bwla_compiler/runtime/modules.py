@@ -14,6 +14,7 @@ from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.runtime.typed import register_typed, stand_in
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
 __all__ = [
@@ -43,6 +44,7 @@ class PackedLinear(nn.Module):
     low_rank_in: Tensor | None
     low_rank_out: Tensor | None
     bias: Tensor | None
+    typed: Tensor
 
     def __init__(self, spec: LinearSpec, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("low_rank_out", _zeros(torch.int8, out, rank, device=device) if rank else None)
         register_empty_half(self, "low_rank_scale", (rank,) if rank else None, device=device)
         self.register_buffer("bias", _zeros(torch.float32, out, device=device) if spec.bias else None)
+        register_typed(self, device=device)
 
     @classmethod
     def from_binary(
@@ -72,10 +75,12 @@ class PackedLinear(nn.Module):
         activation_bits: int,
         transform: OnlineTransform | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Return the linear of this weight: scales rounded to float16, the low-rank pair to int8 by component.
 
         The weight is in the basis that `transform` (itself, not a copy, becomes the submodule) puts its input in.
+        dtype: that of the model, for those who ask the linear for it.
         Raises ShapeError for groups other than of 128 columns, or for group and column scales together.
         """
         groups = weight.scale.shape[2]
@@ -104,7 +109,13 @@ class PackedLinear(nn.Module):
         register_half(linear, "column_scale", weight.column_scale)
         linear._take_low_rank(weight)
         linear.bias = None if bias is None else bias.detach().clone()
+        register_typed(linear, device=weight.signs.device, dtype=dtype)
         return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without values for code that asks for dtype or shape: [out, in] on meta, of the model's dtype."""
+        return stand_in(self)
 
     @property
     def planes(self) -> int:

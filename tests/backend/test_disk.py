@@ -19,11 +19,11 @@ X = torch.linspace(-1, 1, 96).reshape(3, 32)
 
 SECOND_PROCESS = """
 import sys, torch
-from bwla_compiler.backend import raw, variant
+from bwla_compiler.backend import entry, raw, variant
 from tests.backend import small
 def refuse(*args, **kwargs): raise AssertionError("quantized again")
 variant.quantize_model = raw.make_plan = refuse
-raw.lower = lambda gm, inputs, mode: gm.forward
+entry.lower = lambda gm, inputs, mode: gm.forward
 with torch.no_grad():
     y = small.compiled(small.mlp(), cache=True)(torch.linspace(-1, 1, 96).reshape(3, 32))
 torch.save(y, sys.argv[1])

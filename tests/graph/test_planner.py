@@ -4,9 +4,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bwla_compiler.errors import PlanError
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of, make_plan
+from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
 GATED = {"q_proj": "folded", "k_proj": "folded", "v_proj": "folded", "o_proj": "partial"} | {
