@@ -81,10 +81,15 @@ class Signs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The tokens of a calibrated run."""
+    """The tokens of a calibrated run.
+
+    expert_tokens: an expert that fewer tokens are routed to gets its statistics blended with those of all experts'
+    tokens, in proportion to what it lacks.
+    """
 
     sequences: int = 128
     length: int = 256
+    expert_tokens: int = 256
 
 
 @dataclass(frozen=True)

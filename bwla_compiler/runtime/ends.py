@@ -111,6 +111,11 @@ class Int8Embedding(nn.Module):
         embedding.typed = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return embedding
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, on the device and in the dtype of the results: families ask their embedding's weight for these."""
+        return self.typed
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] integer -> [..., embedding_dim]."""
         transform = self._modules.get("transform")
