@@ -138,7 +138,7 @@ def experts_of(rows: Tensor, offsets: Tensor | None, n_experts: int) -> Tensor:
     """Return the expert [N] of each row [N, in]: sorted by expert up to offsets [E], or in equal parts without."""
     if offsets is None:
         return experts_of_batches(n_experts, rows)
-    return experts_of_rows(offsets, rows.shape[0])
+    return experts_of_rows(offsets, rows)
 
 
 def residual_operand(node: Node) -> Node | None:

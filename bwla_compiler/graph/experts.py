@@ -77,13 +77,13 @@ def _choices(flat: object) -> int:
     return int(shape[-1]) if len(shape) == 2 else 1
 
 
-def experts_of_rows(offsets: Tensor, n_rows: int) -> Tensor:
-    """Return the expert [n_rows] int64 of each sorted row, given where each expert's rows end: offsets [E].
+def experts_of_rows(offsets: Tensor, rows: Tensor) -> Tensor:
+    """Return the expert [N] int64 of each of rows [N, in], sorted by expert; offsets [E]: where each expert's end.
 
     Rows beyond the last offset belong to none: E.
     """
-    rows = torch.arange(n_rows, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets, rows, right=True)
+    places = torch.arange(rows.shape[0], device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, places, right=True)
 
 
 def experts_of_batches(n_experts: int, rows: Tensor) -> Tensor:
