@@ -168,6 +168,7 @@ def _check_ranges(recipe: Recipe) -> None:
         )
         >= 1,
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
+        "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }
     for message, holds in checks.items():
         if not holds:
