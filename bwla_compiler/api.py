@@ -30,7 +30,7 @@ from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import PackedLinear, set_activation_bits
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, set_activation_bits
 
 Progress = Callable[[str, int, int], None]
 
@@ -154,7 +154,7 @@ def quantize(
 
 
 def _refuse_packed(model: nn.Module, verb: str) -> None:
-    if any(isinstance(m, PackedLinear) for m in model.modules()):
+    if any(isinstance(m, (PackedLinear, PackedExperts)) for m in model.modules()):
         raise PlanError(f"{type(model).__name__} is already packed: it cannot be {verb}; load the float model")
 
 

@@ -215,6 +215,8 @@ def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden
     rank = 0
     if recipe.psp.hidden_over and recipe.signs.method == "descent":
         width = hidden or min(linear.in_features, linear.out_features)
+        if linear.experts:
+            width = min(width, linear.in_features, linear.out_features)
         rank = min(max(1, width // recipe.psp.hidden_over), linear.in_features, linear.out_features)
     return LinearSpec(
         in_features=linear.in_features,

@@ -81,10 +81,15 @@ class Signs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The tokens of a calibrated run."""
+    """The tokens of a calibrated run.
+
+    expert_tokens: an expert that fewer tokens are routed to gets its statistics blended with those of all experts'
+    tokens, in proportion to what it lacks.
+    """
 
     sequences: int = 128
     length: int = 256
+    expert_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ def _check_ranges(recipe: Recipe) -> None:
         )
         >= 1,
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
+        "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }
     for message, holds in checks.items():
         if not holds:

@@ -21,12 +21,13 @@ from bwla_compiler.errors import BwlaError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 from bwla_compiler.runtime.skeleton import build_skeleton, describe
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
-_PACKED = (PackedLinear, Int8Linear, Int8Embedding, TiedHead)
+_PACKED = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
 
 
 def pack_key(model: nn.Module, plan: Plan, recipe: Recipe, options: Options) -> str:

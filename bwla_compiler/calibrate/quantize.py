@@ -2,14 +2,16 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
+from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
@@ -22,10 +24,10 @@ from bwla_compiler.passes.base import Pass, PassContext, PassReport
 from bwla_compiler.passes.insert_online import InsertOnline, skip_reason
 from bwla_compiler.passes.pipeline import folding_passes, run_pass
 from bwla_compiler.passes.quantize_ends import QuantizeEnds, head_names
-from bwla_compiler.passes.quantize_linears import QuantizeLinears
+from bwla_compiler.passes.quantize_linears import QuantizeLinears, module_or_none
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 from bwla_compiler.tokens import evaluating
 
@@ -105,8 +107,10 @@ class _Quantizer:
         graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
         self.nodes = site_modules(self.model, analysis)
-        calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
-        return TwinStream(graph, self.model, usable.split(batch), calls)
+        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in self.nodes.items()]
+        stream = TwinStream(graph, self.model, usable.split(batch), calls)
+        keep_routing(stream, self.nodes.values())
+        return stream
 
     def _graph(self, batch: int, length: int) -> GraphModule:
         """Return the graph of the folded model: the given one where it fits, a new one elsewhere."""
@@ -140,8 +144,12 @@ class _Quantizer:
         x_max = self._input_maxima(group) if skip_reason(members[0], self.recipe) == "" else {}
         if not kept:
             self._pass(InsertOnline((group.name,), x_max=x_max))
-        gram, cross = self._statistics(group, members)
-        fits = self._fit(members, gram, cross)
+        fits: Mapping[str, LinearFit | ExpertsFit]
+        if members[0].experts:
+            fits = self._fit_experts(group, [x for x in members if x.name not in kept])
+        else:
+            gram, cross = self._statistics(group, members)
+            fits = self._fit(members, gram, cross)
         bits = {name: recipe.activations.bits for name, recipe in recipes.items() if recipe is not None}
         self._pass(QuantizeLinears({n: f.weight for n, f in fits.items()}, bits))
         if self.stream is not None:
@@ -214,28 +222,56 @@ class _Quantizer:
             fits.update(zip((x.name for x in linears), found, strict=True))
         return fits
 
+    def _fit_experts(self, group: Group, members: Sequence[Linear]) -> dict[str, ExpertsFit]:
+        """Fit the members, parameters of experts, each with its own recipe."""
+        rows = None
+        if self.stream is not None:
+            transform = getattr(module_or_none(self.model, members[0]), "transform", None)
+            recipe = self.recipe
+            rows = routed_rows(
+                self.stream,
+                self.nodes[group.name],
+                transform=transform,
+                bits=recipe.activations.bits,
+                drift=recipe.target.drift,
+            )
+        fits: dict[str, ExpertsFit] = {}
+        for linear in members:
+            own = self.recipe.override_for(linear.name)
+            assert own is not None
+            module = module_or_none(self.model, linear)
+            weight = self.model.get_parameter(linear.parameter) if module is None else module.get_parameter("weight")
+            stacked = weight.detach() if module is not None else weight.detach().movedim(linear.in_axis, -1)
+            fits[linear.name] = fit_experts([stacked], rows, recipe=own, rank=self._rank(own, linear))[0]
+        return fits
+
     def _rank(self, recipe: Recipe, linear: Linear) -> int:
         """Rank of the low-rank pair: tied to the model's width, since one tied to in_features costs down_proj most."""
         if recipe.psp.hidden_over == 0:
             return 0
         config = getattr(self.model, "config", None)
         hidden = int(getattr(config, "hidden_size", 0)) or min(linear.in_features, linear.out_features)
+        if (
+            linear.experts
+        ):  # narrow matrices, of which there are many: a pair as wide as the model's would outweigh them
+            hidden = min(hidden, linear.in_features, linear.out_features)
         rank = max(1, hidden // recipe.psp.hidden_over)
         return min(rank, linear.in_features, linear.out_features)
 
-    def _linear_report(self, linear: Linear, fit: LinearFit, seconds: float) -> LinearReport:
+    def _linear_report(self, linear: Linear, fit: LinearFit | ExpertsFit, seconds: float) -> LinearReport:
         module = self.model.get_submodule(linear.name)
-        assert isinstance(module, PackedLinear)
+        assert isinstance(module, (PackedLinear, PackedExperts))
         kind = module.transform.spec.kind if module.transform is not None else "none"
         return LinearReport(
             name=linear.name,
             decision=linear.decision,
             transform="folded" if kind == "none" and linear.decision == "folded" else kind,
-            rank=fit.weight.rank,
+            rank=module.spec.rank,
             true_bits=measure_bits(module).linears,
             weight_error=fit.weight_error,
             output_error=fit.output_error,
             seconds=seconds,
+            tokens=fit.tokens if isinstance(fit, ExpertsFit) else None,
         )
 
 

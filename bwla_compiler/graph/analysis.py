@@ -32,7 +32,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Site:
-    """One use of a linear: node, its input, and the weight's parameter with its two axes."""
+    """One use of a linear: node, its input, and the weight's parameter with its two axes.
+
+    n_experts: matrices of a weight of three axes, 0 for a plain linear. offsets: the node that says where each expert's
+    rows of the input end; None where every expert has as many rows.
+    """
 
     node: Node
     source: Node
@@ -40,6 +44,8 @@ class Site:
     bias: str | None
     in_axis: int
     out_axis: int
+    n_experts: int = 0
+    offsets: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Linear:
     name: of the module. parameter: of the weight. in_axis, out_axis: axes of the weight (GPT-2 stores
     [in, out]). decision: the input's rotation is folded into its writers; partial (one Kronecker factor
     folds, the other is online); online; or the linear is left alone. block: the repeated block that holds it,
-    "" outside all. writes_residual: its output is added to the residual stream.
+    "" outside all. writes_residual: its output is added to the residual stream. experts: how many matrices of these
+    sizes the weight holds, one per expert; 0 for a plain linear. Then the name is the parameter's.
     """
 
     name: str
@@ -74,6 +75,12 @@ class Linear:
     input: Expression
     output: Expression
     writes_residual: bool = False
+    experts: int = 0
+
+    @property
+    def n_weights(self) -> int:
+        """How many numbers the weight holds."""
+        return max(1, self.experts) * self.in_features * self.out_features
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -12,6 +13,7 @@ from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.analysis import Analysis, Site
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.experts import experts_form, projections, routers
 from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Freedom, Group, Linear, Norm, Plan
 from bwla_compiler.graph.spaces import Freedom as SpaceFreedom
 from bwla_compiler.graph.spaces import Space, leaves
@@ -63,6 +65,11 @@ class _Planner:
         self.model, self.analysis = model, analysis
         self.names = self._weight_names()
         self.basis_names: dict[Space, str] = {}
+        self.calls = Counter(site.weight for site in analysis.sites.values())
+        self.routers = routers(analysis)
+        experts = [(self.names[s.weight], s.n_experts) for s in analysis.sites.values() if s.n_experts]
+        self.expert_calls = Counter(name for name, _ in experts)
+        self.expert_counts = {(block_of(name), n) for name, n in experts}
 
     def _weight_names(self) -> dict[str, str]:
         """Map the analysis' parameter names to the model's; a tied linear's copy gets its module's name."""
@@ -161,7 +168,9 @@ class _Planner:
         source, target = value.axes[site.in_axis], value.axes[site.out_axis]
         name = self._module(site.weight)
         decision, reason = self._decision(site, source)
-        first = groups[self._root_of(site.source)][0]
+        alike = groups[self._root_of(site.source)]
+        # a router may come first, and no transform is put before it
+        first = next((s for s in alike if self._refusal(s) == ""), alike[0])
         return Linear(
             name=name,
             parameter=self.names[site.weight],
@@ -177,17 +186,12 @@ class _Planner:
             input=self.expression(source),
             output=self.expression(target),
             writes_residual=any(self.basis_names.get(leaf) == "residual" for leaf in leaves(target)),
+            experts=site.n_experts,
         )
 
     def _decision(self, site: Site, source: Space) -> tuple[Decision, str]:
-        module = self._owner(self.names[site.weight])
-        calls = sum(s.weight == site.weight for s in self.analysis.sites.values())
-        if not is_linear(module):
-            return "alone", f"its weight belongs to a {type(module).__name__}, not to a plain linear"
-        if _is_adapter(self.model, self.names[site.weight]):
-            return "alone", "an adapter beside a quantized linear keeps its precision"
-        if calls > 1:
-            return "alone", f"called {calls} times: one weight, several inputs"
+        if refusal := self._refusal(site):
+            return "alone", refusal
         atoms = [x for x in dict.fromkeys(leaves(source)) if x.size > 1]
         held = [x for x in atoms if x.freedom == SpaceFreedom.PINNED]
         kept = [x for x in atoms if x.freedom == SpaceFreedom.FIXES_ONES]
@@ -198,6 +202,39 @@ class _Planner:
             sizes = " and ".join(str(x.size) for x in held)
             return "partial", f"the factor of {sizes} is pinned by {held[0].reason}; the rest folds"
         return "online", f"pinned by {held[0].reason}"
+
+    def _refusal(self, site: Site) -> str:
+        """Return why a linear is left alone, or ""."""
+        module = self._owner(self.names[site.weight])
+        calls = self.calls[site.weight]
+        if site.n_experts and (refusal := self._experts_refusal(site, module)):
+            return refusal
+        if self._is_router(site, module):
+            return "a router: kept in float on purpose, since a rounded one sends tokens to other experts"
+        if not site.n_experts and not is_linear(module):
+            return f"its weight belongs to a {type(module).__name__}, not to a plain linear"
+        if _is_adapter(self.model, self.names[site.weight]):
+            return "an adapter beside a quantized linear keeps its precision"
+        return f"called {calls} times: one weight, several inputs" if calls > 1 else ""
+
+    def _experts_refusal(self, site: Site, module: nn.Module) -> str:
+        """Return why the experts of a module cannot be packed, or ""; they are packed together or not at all."""
+        if not experts_form(module):
+            return f"its weight belongs to a {type(module).__name__}, whose way of calling its experts is not known"
+        owner = self.names[site.weight].rpartition(".")[0]
+        for leaf in projections(module):
+            calls = self.expert_calls[f"{owner}.{leaf}"]
+            if calls != 1:
+                return f"{leaf} of its experts is called {calls} times as a product of {type(module).__name__}"
+        return ""
+
+    def _is_router(self, site: Site, module: nn.Module) -> bool:
+        """Whether a linear decides where rows go: by the graph, or a module of its own with a row per expert."""
+        if site.node in self.routers:
+            return True
+        rows = self.analysis.parameters[site.weight].axes[site.out_axis].size
+        own = not site.n_experts and not is_linear(module)
+        return own and (block_of(self.names[site.weight]), rows) in self.expert_counts
 
     def _group_entries(self, linears: tuple[Linear, ...]) -> tuple[Group, ...]:
         members: dict[str, list[Linear]] = {}

@@ -41,7 +41,9 @@ def _weight_axes(a: Analysis, node: Any, weight: Any) -> list[Space]:
     return [a.parameters[own].axes[i] for i in order if i is not None]
 
 
-def _record_site(a: Analysis, node: Any, source: Any, weight: Any, bias: Any, spaces: list[Space]) -> None:
+def _record_site(
+    a: Analysis, node: Any, source: Any, weight: Any, bias: Any, spaces: list[Space], *, offsets: Any = None
+) -> None:
     """Note a linear whose weight is a parameter; spaces: of its input and output, axes of the weight as used."""
     name = a.parameter_of(weight)
     if name is None:
@@ -52,7 +54,17 @@ def _record_site(a: Analysis, node: Any, source: Any, weight: Any, bias: Any, sp
     if in_axis is None or out_axis is None:
         return
     bias_name = a.parameter_of(bias) if isinstance(bias, Node) else None
-    a.sites[node] = Site(node, source, own, bias_name, in_axis, out_axis)
+    shape = a.shape(weight)
+    a.sites[node] = Site(
+        node,
+        source,
+        own,
+        bias_name,
+        in_axis,
+        out_axis,
+        n_experts=shape[0] if len(shape) == 3 else 0,
+        offsets=offsets,
+    )
 
 
 def _position(axes: list[Space], space: Space) -> int | None:
@@ -71,7 +83,8 @@ def grouped_rule(a: Analysis, node: Any) -> bool:
     pin(value.axes[0], f"{node.name}: rows go to experts")
     unify(value.axes[1], axes[1], node.name)
     a.values[node] = Value([value.axes[0], axes[2]])
-    _record_site(a, node, source, weight, None, axes[1:])
+    offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    _record_site(a, node, source, weight, None, axes[1:], offsets=offsets)
     return True
 
 
@@ -86,6 +99,8 @@ def matmul_rule(a: Analysis, node: Any) -> bool:
         pin(axis, f"{node.name}: batch of a matrix product")
     unify(left.axes[-1], right.axes[-2], node.name)
     a.values[node] = Value([*left.axes[:-1], right.axes[-1]])
+    if len(right.axes) == 3 and a.is_constant(node.args[1]):
+        _record_site(a, node, node.args[0], node.args[1], None, right.axes[1:])
     return True
 
 

@@ -48,6 +48,8 @@ class LinearOutcome(Protocol):
     def output_error(self) -> float | None: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def tokens(self) -> object | None: ...
 
 
 class PassOutcome(Protocol):
@@ -96,6 +98,12 @@ class LinearRow:
     weight_error: float | None = None
     output_error: float | None = None
     seconds: float | None = None
+    experts: int = 0
+
+    @property
+    def sizes(self) -> str:
+        """Channels read and written, after the number of experts where there are several matrices."""
+        return f"{f'{self.experts} x ' if self.experts else ''}{self.in_features} → {self.out_features}"
 
 
 @dataclass(frozen=True)
@@ -208,11 +216,13 @@ def _linear_row(linear: Linear, outcome: LinearOutcome | None) -> LinearRow:
         input=str(linear.input),
         output=str(linear.output),
         writes_residual=linear.writes_residual,
+        experts=linear.experts,
     )
     if outcome is None:
         return row
     return dataclasses.replace(
         row,
+        reason=f"{row.reason}; {outcome.tokens}" if outcome.tokens else row.reason,
         true_bits=outcome.true_bits,
         weight_error=outcome.weight_error,
         output_error=outcome.output_error,
@@ -240,6 +250,7 @@ def collapse_blocks(rows: Iterable[LinearRow]) -> tuple[BlockRow, ...]:
         structure = tuple(
             (
                 x.short,
+                x.experts,
                 x.in_features,
                 x.out_features,
                 x.decision,

@@ -142,10 +142,11 @@ def linear_table(report: InspectorReport) -> tuple[Table, tuple[str, ...]]:
     rows = []
     for x in report.linears:
         measured = (number(x.true_bits), number(x.weight_error), number(x.output_error)) if report.measured else ()
-        shape = f"{x.in_features} → {x.out_features}"
         name = x.name.removeprefix(report.prefix)
         rows.append(
-            row(name, shape, *measured, Cell(x.decision, x.decision), _near(x.input, x.block), Cell(x.reason, "quiet"))
+            row(
+                name, x.sizes, *measured, Cell(x.decision, x.decision), _near(x.input, x.block), Cell(x.reason, "quiet")
+            )
         )
     return Table("", tuple(columns), tuple(rows)), tuple(f"linear-{x.name}" for x in report.linears)
 

@@ -70,7 +70,7 @@ def _linear_line(linear: LinearRow, width: int) -> Text:
     parts = [
         (f"{LETTERS[linear.decision]} ", f"bold {style}"),
         (linear.short.ljust(width), ""),
-        (f"  {linear.in_features} -> {linear.out_features}", ""),
+        (f"  {linear.sizes.replace('→', '->')}", ""),
         (f"  {linear.input}", style),
     ]
     if linear.true_bits is not None:

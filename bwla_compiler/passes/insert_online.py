@@ -55,7 +55,7 @@ class InsertOnline:
 
     def _fit(self, ctx: PassContext, group: Group, recipe: Recipe) -> InsertTransform:
         linears = [ctx.plan.linear(name) for name in group.linears]
-        weights = torch.cat([ctx.parameter(x.parameter).float().movedim(x.in_axis, -1) for x in linears])
+        weights = torch.cat([_rows(ctx, x) for x in linears])
         scale = self._smoothing(group, weights, recipe)
         if scale is not None:
             weights = weights * scale
@@ -85,6 +85,19 @@ class InsertOnline:
             return None
         x_max = self.x_max[group.name]
         return smoothing_scale(x_max, weights.abs().amax(0), exponent=recipe.smoothing.exponent)
+
+
+EXPERT_ROWS = 16384
+"""Rows of experts' weights that a transform is fitted to, at most: evenly many of each expert."""
+
+
+def _rows(ctx: PassContext, linear: Linear) -> Tensor:
+    """Return a linear's weight [out, in] float32, or of experts as many rows as a fit needs."""
+    weight = ctx.parameter(linear.parameter).movedim(linear.in_axis, -1)
+    if not linear.experts:
+        return weight.float()
+    stride = -(-linear.experts * linear.out_features // EXPERT_ROWS)
+    return weight.flatten(0, 1)[::stride].float()
 
 
 def skip_reason(linear: Linear, recipe: Recipe) -> str:

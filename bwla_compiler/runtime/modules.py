@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
 from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8_step
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
@@ -21,6 +22,7 @@ __all__ = [
     "Int8Embedding",
     "Int8Linear",
     "OnlineTransform",
+    "PackedExperts",
     "PackedLinear",
     "TiedHead",
     "set_activation_bits",
@@ -114,7 +116,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without values for code that asks for dtype or shape: [out, in] on meta, of the model's dtype."""
+        """What code that asks for shape, dtype or device gets: [out, in] without values."""
         return stand_in(self)
 
     @property
@@ -195,11 +197,11 @@ class PackedLinear(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Set the activation bits of every PackedLinear: 2 to 8, or 16 for floats. Raises ShapeError for others."""
+    """Set the activation bits of all packed linears and experts: 2 to 8, or 16 for floats. Raises ShapeError for others."""
     if not (2 <= bits <= 8 or bits == FLOAT_BITS):
         raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, PackedExperts)):
             module.activation_bits = bits
 
 

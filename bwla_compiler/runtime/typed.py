@@ -12,11 +12,13 @@ def register_typed(
 
 
 def stand_in(module: nn.Module) -> Tensor:
-    """Return a weight without values [out, in] of a packed module: shape and dtype, on the meta device.
+    """Return what a packed module gives as its weight [out, in]: shape, dtype and device are right, every entry is NaN.
 
-    Models ask `linear.weight.dtype` before they call a linear. Who computes with it gets what has no values either.
+    Models ask a weight for its dtype or device before they call the module; who computes with it is to see it. One
+    entry of memory.
     """
     embedding = hasattr(module, "num_embeddings")
     names = ("num_embeddings", "embedding_dim") if embedding else ("out_features", "in_features")
     typed = module.get_buffer("typed")
-    return torch.empty([int(getattr(module, name)) for name in names], dtype=typed.dtype, device="meta")
+    nothing = torch.full((1, 1), torch.nan, dtype=typed.dtype, device=typed.device)
+    return nothing.expand([int(getattr(module, name)) for name in names])
