@@ -315,25 +315,28 @@ class Analysis:
         """Return (parameter, offset) where a constant is offset + parameter, and nothing else reads the parameter."""
         offset, source = 0.0, node
         while source.op != "get_attr":
-            inputs = source.all_input_nodes
-            adds = source.target in ops.SUM - ops.REVERSED and not isinstance(source.args[1], Node)
-            if (
-                len(inputs) != 1
-                or inputs[0] is not source.args[0]
-                or len(source.users) != 1
-                or source.kwargs.get("alpha")
-            ):
+            added = _number_added(source)
+            if added is None or len(source.users) != 1:
                 return None
-            if adds:
-                offset += float(source.args[1]) * (-1 if "sub" in str(source.target) else 1)
-            elif source.target not in ops.LAYOUT:
-                return None
-            source = inputs[0]
+            offset += added
+            source = source.all_input_nodes[0]
         name = self.parameter_of(source)
         if name is None or len(source.users) != 1 or self._n_uses[name] != 1 or name in self.embedded:
             return None
         in_order = sum(s > 1 for s in self.shape(source)) <= 1
         return (name, offset) if in_order else None
+
+
+def _number_added(node: Node) -> float | None:
+    """Return the number that a node adds to the one tensor it reads, 0 for layout; None where it does more."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.target in ops.LAYOUT:
+        return 0.0
+    number = node.args[1] if node.target in ops.SUM - ops.REVERSED else None
+    if not isinstance(number, int | float) or len(node.args) > 2 or node.kwargs:  # alpha
+        return None
+    return -float(number) if "sub" in str(node.target) else float(number)
 
 
 _KEEP_LAST = ops.VIEW | ops.UNSQUEEZE | ops.SQUEEZE | ops.EXPAND | ops.INDEX | ops.SLICE

@@ -133,7 +133,7 @@ def einsum_rule(a: Analysis, node: Any) -> bool:
             for axis in shared:
                 pin(axis, f"{node.name}: batch of a product")
         elif len(shared) == 2:
-            unify(*shared, node.name)
+            unify(shared[0], shared[1], node.name)
         elif letter not in output:
             constrain(shared[0], Freedom.FIXES_ONES, f"{node.name}: a sum over channels")
     a.values[node] = Value([(left | right)[letter] for letter in output])

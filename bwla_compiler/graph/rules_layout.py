@@ -7,7 +7,7 @@ import torch
 from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.analysis import Analysis, Rule, Value, aligned, argument
 from bwla_compiler.graph.rules_lanes import lanes_of, take_lanes
-from bwla_compiler.graph.spaces import Space, compound, parts_of, piece, pin, pinned, unify
+from bwla_compiler.graph.spaces import Freedom, Space, compound, constrain, parts_of, piece, pin, pinned, unify
 
 
 def same_rule(a: Analysis, node: Any) -> bool:
@@ -233,23 +233,21 @@ def _unified(values: list[Value], reason: str, *, skip: int = -1) -> list[Space]
 
 
 def pad_rule(a: Analysis, node: Any) -> bool:
-    """Zeros before and after an axis stand in pinned spaces of their own; another number pins every axis."""
+    """Zeros before and after an axis stand in pinned spaces of their own; another number is in every other channel."""
     value = a.value(node.args[0])
     padding: Any = argument(node, 1, "pad")
-    mode = argument(node, 2, "mode", "constant") if node.target is torch.ops.aten.pad.default else "constant"
-    at_number = 3 if node.target is torch.ops.aten.pad.default else 2
-    number = argument(node, at_number, "value") or 0
+    has_mode = node.target is torch.ops.aten.pad.default
+    mode = argument(node, 2, "mode", "constant") if has_mode else "constant"
+    number = argument(node, 2 + has_mode, "value") or 0
     if value is None or mode != "constant" or any(p < 0 for p in padding):
         return False
     axes = list(value.axes)
     for i, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
-        axis = axes[-1 - i]
-        added = [pinned(n, f"{node.name}: padded") for n in (before, after)]
-        if before or after:
-            axes[-1 - i] = compound("sum", [s for s in (added[0], axis, added[1]) if s.size])
-    if number != 0:
-        for axis in axes:
-            pin(axis, f"{node.name}: padded with {number}")
+        sizes = [s for s in (before, after) if s]
+        for other in (x for x in value.axes if number != 0 and sizes and x is not value.axes[-1 - i]):
+            constrain(other, Freedom.FIXES_ONES, f"{node.name}: padded with one number in every channel")
+        first, last = ([pinned(s, f"{node.name}: padded")] if s else [] for s in (before, after))
+        axes[-1 - i] = compound("sum", [*first, value.axes[-1 - i], *last])
     a.values[node] = Value(axes)
     return True
 

@@ -439,7 +439,7 @@ class Grower:
             )
 
     def attention(self) -> None:
-        """Queries, keys and values of one input, keys and values with fewer heads, each from a linear of its own or fused."""
+        """Queries, keys and values of one input, keys and values with fewer heads, fused in one linear or not."""
         x = self.pick(lambda n: shape(n)[:-1] == [2, 3])
         if x is None:
             return
