@@ -37,10 +37,15 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
     return any(hasattr(m, "base_layer") and parts[i] != "base_layer" for i, m in enumerate(outer))
 
 
-def _biasable(model: nn.Module) -> frozenset[int]:
-    """Return the ids of the weights of linears, subclasses too: a router or experts would not look at a bias."""
+def _weights_of_one(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the weights that one linear has, subclasses too, and no other linear shares.
+
+    A bias that such a module gets is added, as a router or experts would not, and by it alone; a head among them may
+    get a copy of the embedding's tensor. An id that two modules share is in neither case theirs to change.
+    """
     linears = (m for m in model.modules() if isinstance(m, nn.Linear) or is_linear(m))
-    return frozenset(id(m.weight) for m in linears)
+    count = Counter(id(m.weight) for m in linears)
+    return frozenset(key for key, n in count.items() if n == 1)
 
 
 def block_of(name: str) -> str:
@@ -54,7 +59,8 @@ def make_plan(model: nn.Module, *, graph: GraphModule | None = None) -> Plan:
 
     Raises CaptureError where it cannot be traced, PlanError where it has no linears.
     """
-    analysis = analyse(graph if graph is not None else capture(model), biasable=_biasable(model))
+    owned = _weights_of_one(model)
+    analysis = analyse(graph if graph is not None else capture(model), biasable=owned, untieable=owned)
     return _Planner(model, analysis).plan()
 
 
