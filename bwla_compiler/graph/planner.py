@@ -1,7 +1,12 @@
-"""The planner: analysis of a captured graph -> Plan, in the model's own names."""
+"""The planner: analysis of a captured graph -> Plan, in the model's own names.
+
+Analysis and plan take time in proportion to the graph, a hundredth of what its capture takes, so repeated blocks are
+analysed one by one: nothing has to be proven of their likeness.
+"""
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -12,7 +17,7 @@ from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.analysis import Analysis, Site
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture
-from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Freedom, Group, Linear, Norm, Plan
+from bwla_compiler.graph.plan import Axis, Basis, Decision, Embedding, Expression, Freedom, Group, Linear, Norm, Plan
 from bwla_compiler.graph.spaces import Freedom as SpaceFreedom
 from bwla_compiler.graph.spaces import Space, leaves
 
@@ -56,6 +61,8 @@ class _Planner:
         self.model, self.analysis = model, analysis
         self.names = self._weight_names()
         self.basis_names: dict[Space, str] = {}
+        self._taken: set[str] = set()
+        self._n_calls = Counter(site.weight for site in analysis.sites.values())
 
     def _weight_names(self) -> dict[str, str]:
         """Map the analysis' parameter names to the model's; a tied linear's copy gets its module's name."""
@@ -93,6 +100,7 @@ class _Planner:
             axes=tuple(self._axes()),
             tied=tuple((self.names[plain], self._module(own)) for own, plain in self.analysis.tied.items()),
             unknown=dict(self.analysis.unknown),
+            embeddings=tuple(self._embeddings()),
         )
 
     # ---- names
@@ -118,11 +126,11 @@ class _Planner:
     def _name_leaves(self, space: Space, name: str) -> None:
         fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
         fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
-        taken = set(self.basis_names.values())
         for i, leaf in enumerate(fresh):
             wanted = name if len(fresh) == 1 else f"{name}[{i}]"
             spellings = itertools.chain((wanted,), (f"{wanted}:{n}" for n in itertools.count(2)))
-            self.basis_names[leaf] = next(x for x in spellings if x not in taken)
+            self.basis_names[leaf] = next(x for x in spellings if x not in self._taken)
+            self._taken.add(self.basis_names[leaf])
 
     def expression(self, space: Space) -> Expression:
         root = space.find()
@@ -174,7 +182,7 @@ class _Planner:
 
     def _decision(self, site: Site, source: Space) -> tuple[Decision, str]:
         module = self._owner(self.names[site.weight])
-        calls = sum(s.weight == site.weight for s in self.analysis.sites.values())
+        calls = self._n_calls[site.weight]
         if not is_linear(module):
             return "alone", f"its weight belongs to a {type(module).__name__}, not to a plain linear"
         if calls > 1:
@@ -235,6 +243,11 @@ class _Planner:
             yield Norm(gain, shift, readers, gain_offset=found.gain_offset)
         for parameter, reason in self.analysis.kept:
             yield Norm(self.names.get(parameter, parameter), None, (), reason)
+
+    def _embeddings(self) -> Iterable[Embedding]:
+        for parameter in dict.fromkeys(self.analysis.embeddings.values()):
+            rows = self.expression(self.analysis.parameters[parameter].axes[1])
+            yield Embedding(self._module(parameter), self.names[parameter], rows)
 
     def _axes(self) -> Iterable[Axis]:
         for own, value in self.analysis.parameters.items():
