@@ -59,7 +59,7 @@ def _joined(groups: Sequence[tuple[str, ...]], specs: dict[str, LinearSpec]) -> 
 def planned_specs(model: nn.Module, plan: Plan, recipe: Recipe) -> list[NamedSpec]:
     """Return the specs that quantizing a float model by a recipe would give."""
     heads = set(head_names(model, plan))
-    shifted = _shifted(plan, recipe)
+    shifted = shifted_linears(plan, recipe)
     specs: dict[str, LinearSpec] = {}
     groups = [g for g in plan.groups if not heads.intersection(g.linears)]
     for group in groups:
@@ -71,7 +71,7 @@ def planned_specs(model: nn.Module, plan: Plan, recipe: Recipe) -> list[NamedSpe
     return _joined([names for g in groups if (names := tuple(n for n in g.linears if n in specs))], specs)
 
 
-def _shifted(plan: Plan, recipe: Recipe) -> set[str]:
+def shifted_linears(plan: Plan, recipe: Recipe) -> set[str]:
     """Return the linears that get a bias since a norm's shift is folded into them."""
     if not any(isinstance(step, FoldNorms) for step in folding_passes(recipe)):
         return set()

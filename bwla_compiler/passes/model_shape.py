@@ -10,7 +10,7 @@ from bwla_compiler.cost.factors import kronecker_factors
 from bwla_compiler.cost.model import NOTHING, AttentionShape, GroupShape, KeptShape, ModelShape, TableShape
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.fold_rotations import RESIDUAL
-from bwla_compiler.passes.group_specs import NamedSpec, packed_specs, planned_specs
+from bwla_compiler.passes.group_specs import NamedSpec, packed_specs, planned_specs, shifted_linears
 from bwla_compiler.passes.quantize_ends import embedding_names, head_names
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, TiedHead
@@ -109,7 +109,7 @@ def _planned_tables(
             shared=tied,
             transform=unscaled if tied else NOTHING,
             column_scaled=tied and int8 and (turned.scaled or _takes_gain(plan, recipe, name)),
-            bias=linear.bias is not None,
+            bias=linear.bias is not None or name in shifted_linears(plan, recipe),
         )
 
 
