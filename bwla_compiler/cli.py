@@ -1,4 +1,4 @@
-"""The command line, bwla-compile: demo, quantize, inspect, eval, generate, verify, zoo, recipes, doctor, emit."""
+"""The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
 
 import json
 import logging
@@ -187,7 +187,9 @@ def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> 
 
 @app.command(
     epilog=_examples(
-        "bwla-compile inspect demo:", "bwla-compile inspect DIR -o report.html", "bwla-compile inspect DIR --json"
+        "bwla-compile inspect demo:",
+        "bwla-compile inspect DIR -o report.html",
+        "bwla-compile inspect config.json --json",
     )
 )
 def inspect(
@@ -195,19 +197,25 @@ def inspect(
     html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
     device: Device = "cpu",
 ) -> None:
-    """Show what the compiler sees and decides: bases, what folds, what is online, and why."""
+    """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
+
+    A float model's weights are not read: a config.json is enough.
+    """
     chosen = _recipe(recipe, None) if recipe else None
     from bwla_compiler import api
     from bwla_compiler.inspector.report import build_report
 
     with _progress() as progress:
-        loaded = api.load(model, device=device, progress=progress)
+        loaded = api.skeleton(model, device=device, progress=progress)
         packed = _packed(loaded.model)
-        plan = Plan.from_json(json.dumps(packed.plan)) if packed else api.plan(loaded.model)
+        plan = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
+        cost = api.cost(loaded.model, plan=plan, recipe=chosen or "bwla-w1a6", context=context)
     name = packed.recipe["name"] if packed else chosen.name if chosen else ""
-    report = build_report(plan, source=model, recipe=name, bits=api.bits(loaded.model) if packed else None)
+    bits = api.bits(loaded.model) if packed else None
+    report = build_report(plan, source=model, recipe=name, bits=bits, cost=cost)
     if html:
         from bwla_compiler.inspector.sections import report_page
 
@@ -222,6 +230,38 @@ def _packed(model: Any) -> Any:
     """Return what a packed checkpoint's config tells of plan and recipe, or None for a float model."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(config, "plan", None) else None
+
+
+@app.command(
+    epilog=_examples("bwla-compile plan DIR --json plan.json", "bwla-compile plan config.json --graphml plan.graphml")
+)
+def plan(
+    model: Model,
+    json_file: JsonFile = None,
+    graphml: Annotated[
+        Path | None, typer.Option("--graphml", metavar="FILE", help="Also write the plan as a graph, for Gephi or yEd.")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Plan a model and write the plan as data, keyed by parameter name; a config.json is enough."""
+    from bwla_compiler import api
+    from bwla_compiler.graph.network import chains, to_graphml
+    from bwla_compiler.inspector.report import build_report
+    from bwla_compiler.inspector.terminal import summary
+
+    with _progress() as progress:
+        loaded = api.skeleton(model, device=device, progress=progress)
+        packed = _packed(loaded.model)
+        found = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
+    for path, text in ((json_file, found.to_json), (graphml, lambda: to_graphml(found))):
+        if path:
+            _write(path, text())
+    written = [str(path) for path in (json_file, graphml) if path]
+    out = _out()
+    out.print(summary(build_report(found)), highlight=False)
+    out.print(f"{len(found.free)} free bases in {len(chains(found))} chains", highlight=False)
+    if written:
+        out.print(f"wrote {' and '.join(written)}", highlight=False)
 
 
 @app.command("eval", epilog=_examples("bwla-compile eval demo:", "bwla-compile eval DIR --text wiki.txt --length 2048"))

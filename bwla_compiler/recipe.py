@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 
 
@@ -38,13 +39,17 @@ class Transform:
     """The rotation of a linear's input where it is not the identity.
 
     kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). soft: posterior
-    means in place of signs in the E-step. start: of the fit.
+    means in place of signs in the E-step. start: of the fit. budget: the largest share of a group's modelled time
+    that its online transform may take when one token is decoded on `device` (of cost.devices), 1 for no limit; where
+    it would take more, blocks of channels get a Hadamard, or the input is not turned at all.
     """
 
     kind: Literal["none", "hadamard", "okt"] = "okt"
     iterations: int = 30
     soft: bool = False
     start: Literal["hadamard", "identity"] = "hadamard"
+    budget: float = 1.0
+    device: str = "cpu-avx512"
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,10 @@ def _check_ranges(recipe: Recipe) -> None:
             recipe.calibration.sequences, recipe.calibration.length
         )
         >= 1,
+        f"transform.budget = {recipe.transform.budget}: must be 0 to 1": 0 <= recipe.transform.budget <= 1,
+        f"transform.device = {recipe.transform.device!r}: must be one of {', '.join(DEVICES)}": (
+            recipe.transform.device in DEVICES
+        ),
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
         "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }

@@ -7,7 +7,8 @@ are one launch: a program finds its member by its number.
 
 from collections.abc import Sequence
 
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded, power_of_two
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded
+from bwla_compiler.cost.factors import power_of_two
 from bwla_compiler.codegen.triton_text import (
     EXPAND,
     choose_number,

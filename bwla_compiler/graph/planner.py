@@ -1,4 +1,8 @@
-"""The planner: analysis of a captured graph -> Plan, in the model's own names."""
+"""The planner: analysis of a captured graph -> Plan, in the model's own names.
+
+Analysis and plan take time in proportion to the graph, a hundredth of what its capture takes, so repeated blocks are
+analysed one by one: nothing has to be proven of their likeness.
+"""
 
 import itertools
 import re
@@ -14,7 +18,7 @@ from bwla_compiler.graph.analysis import Analysis, Site
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.experts import experts_form, projections, routers
-from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Freedom, Group, Linear, Norm, Plan
+from bwla_compiler.graph.plan import Axis, Basis, Decision, Embedding, Expression, Freedom, Group, Linear, Norm, Plan
 from bwla_compiler.graph.spaces import Freedom as SpaceFreedom
 from bwla_compiler.graph.spaces import Space, leaves
 
@@ -76,6 +80,7 @@ class _Planner:
         experts = [(self.names[s.weight], s.n_experts) for s in analysis.sites.values() if s.n_experts]
         self.expert_calls = Counter(name for name, _ in experts)
         self.expert_counts = {(block_of(name), n) for name, n in experts}
+        self._taken: set[str] = set()
 
     def _weight_names(self) -> dict[str, str]:
         """Map the analysis' parameter names to the model's; a tied linear's copy gets its module's name."""
@@ -113,6 +118,7 @@ class _Planner:
             axes=tuple(self._axes()),
             tied=tuple((self.names[plain], self._module(own)) for own, plain in self.analysis.tied.items()),
             unknown=dict(self.analysis.unknown),
+            embeddings=tuple(self._embeddings()),
         )
 
     # ---- names
@@ -138,11 +144,11 @@ class _Planner:
     def _name_leaves(self, space: Space, name: str) -> None:
         fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
         fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
-        taken = set(self.basis_names.values())
         for i, leaf in enumerate(fresh):
             wanted = name if len(fresh) == 1 else f"{name}[{i}]"
             spellings = itertools.chain((wanted,), (f"{wanted}:{n}" for n in itertools.count(2)))
-            self.basis_names[leaf] = next(x for x in spellings if x not in taken)
+            self.basis_names[leaf] = next(x for x in spellings if x not in self._taken)
+            self._taken.add(self.basis_names[leaf])
 
     def expression(self, space: Space) -> Expression:
         root = space.find()
@@ -287,6 +293,11 @@ class _Planner:
             yield Norm(gain, shift, readers, gain_offset=found.gain_offset)
         for parameter, reason in self.analysis.kept:
             yield Norm(self.names.get(parameter, parameter), None, (), reason)
+
+    def _embeddings(self) -> Iterable[Embedding]:
+        for parameter in dict.fromkeys(self.analysis.embeddings.values()):
+            rows = self.expression(self.analysis.parameters[parameter].axes[1])
+            yield Embedding(self._module(parameter), self.names[parameter], rows)
 
     def _axes(self) -> Iterable[Axis]:
         for own, value in self.analysis.parameters.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bwla_compiler.graph.plan import Basis, Linear, Norm, Plan
+from bwla_compiler.inspector.cost import CostReport
 
 SCHEMA = "bwla-inspector/1"
 """Name and version of the JSON form; the version rises when a field changes its meaning or goes."""
@@ -149,6 +150,7 @@ class InspectorReport:
     unknown: dict[str, int] = field(default_factory=dict)
     passes: tuple[PassRow, ...] = ()
     bits: BitsRow | None = None
+    cost: CostReport | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -179,9 +181,15 @@ class InspectorReport:
 
 
 def build_report(
-    plan: Plan, *, source: str = "", recipe: str = "", outcome: Outcome | None = None, bits: BitsLike | None = None
+    plan: Plan,
+    *,
+    source: str = "",
+    recipe: str = "",
+    outcome: Outcome | None = None,
+    bits: BitsLike | None = None,
+    cost: CostReport | None = None,
 ) -> InspectorReport:
-    """Return the report on a plan, and on a quantization where its outcome is given."""
+    """Return the report on a plan, on a quantization where its outcome is given, and with modelled costs if given."""
     measured = {x.name: x for x in outcome.linears} if outcome else {}
     rows = tuple(_linear_row(linear, measured.get(linear.name)) for linear in plan.linears)
     counted = bits or (outcome.bits if outcome else None)
@@ -200,6 +208,7 @@ def build_report(
             for p in (outcome.passes if outcome else ())
         ),
         bits=BitsRow(counted.linears, counted.model, counted.n_bytes) if counted else None,
+        cost=cost,
     )
 
 

@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from bwla_compiler.codegen import triton_spec
 from bwla_compiler.codegen.triton_spec import Emitted, Kind
+from bwla_compiler.cost import factors
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
@@ -278,7 +279,7 @@ def test_prologue_and_basis_together(kind: str) -> None:
 
 
 def test_factors_too_large_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_spec, "LARGEST_WHOLE", 16)
+    monkeypatch.setattr(factors, "LARGEST_WHOLE", 16)
     x = torch.randn(3, 600, generator=seeded(4))
     steps = make_steps("silu_mul", x.shape, 20, 30, "slr")
     check_codes(x, steps, 8)
