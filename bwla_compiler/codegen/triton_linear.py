@@ -7,8 +7,7 @@ are one launch: a program finds its member by its number.
 
 from collections.abc import Sequence
 
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded
-from bwla_compiler.cost.factors import power_of_two
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, padded
 from bwla_compiler.codegen.triton_text import (
     EXPAND,
     choose_number,
@@ -18,6 +17,7 @@ from bwla_compiler.codegen.triton_text import (
     members,
     product_function,
 )
+from bwla_compiler.cost.factors import power_of_two
 
 RANK_SLAB = 16
 """Low-rank components that are multiplied at a time."""
@@ -35,17 +35,18 @@ def {name}({names}):
 '''
 """The first lines of a kernel: which member, rows [ROWS], tokens [TOKENS] and channels [128] this program computes."""
 
-_DOT = '''\
+_DOT = """\
     word = tl.arange(0, 4)
     live_row = row < outputs
     live_token = block + token < tokens
     codes += block * STRIDE
 {zeros}    for group in tl.range(0, GROUPS, num_stages=STAGES):
         q = tl.load(codes + token[:, None] * STRIDE + group * 128 + channel[None, :], mask=live_token[:, None], other=0)
-{planes}{totals}{low_rank}{finish}    tl.store(y + block * outputs + token[None, :] * outputs + row[:, None], total.to(y.dtype.element_ty), mask=live)
-'''
+{planes}{totals}{low_rank}{finish}    at = block * outputs + token[None, :] * outputs + row[:, None]
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=live)
+"""
 
-_LOW_RANK = '''\
+_LOW_RANK = """\
     live_row = row < rank
     live_token = block + token < tokens
     codes += block * STRIDE
@@ -60,7 +61,7 @@ _LOW_RANK = '''\
     live = live_row[:, None] & live_token[None, :]
     at = (block + token[None, :]) * RANKS + rank_first + row[:, None]
     tl.store(mixed + at, total.to(tl.float32) * row_scale[:, None], mask=live)
-'''
+"""
 
 
 def member_parameters(spec: LinearKernel) -> list[tuple[str, str]]:

@@ -28,6 +28,9 @@ def padded(columns: int) -> int:
     return -(-columns // GROUP) * GROUP
 
 
+NO_TRANSFORM = TransformSpec()
+
+
 @dataclass(frozen=True)
 class PrologueKernel:
     """One program a token: prologue, change of basis, column scale, rounding.
@@ -39,7 +42,7 @@ class PrologueKernel:
 
     columns: int
     kind: Kind = "none"
-    transform: TransformSpec = TransformSpec()
+    transform: TransformSpec = NO_TRANSFORM
     column_scaled: bool = False
     gain: bool = False
     shift: bool = False

@@ -76,9 +76,10 @@ def _added_biases(ctx: PassContext) -> Iterator[Axis]:
     shifted = {name for norm in ctx.plan.norms if norm.shift is not None for name in norm.absorbed_by}
     for linear in ctx.plan.linears:
         name = f"{linear.name}.bias"
-        if linear.bias is None and linear.name in shifted and name not in planned:
-            if getattr(ctx.model.get_submodule(linear.name), "bias", None) is not None:
-                yield Axis(name, 0, linear.output)
+        if linear.bias is not None or linear.name not in shifted or name in planned:
+            continue
+        if getattr(ctx.model.get_submodule(linear.name), "bias", None) is not None:
+            yield Axis(name, 0, linear.output)
 
 
 @dataclass(frozen=True)
