@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from torch import nn
 
 from bwla_compiler import api
@@ -18,6 +17,7 @@ from bwla_compiler.passes.insert_online import InsertOnline
 from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedExperts
+from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1}

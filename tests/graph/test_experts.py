@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from torch import nn
 
 from bwla_compiler.graph.basis import analyse
@@ -10,6 +9,7 @@ from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.experts import experts_form, experts_of_batches, experts_of_rows, sorting_of
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.zoo.models import tiny_model
 
 FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
 

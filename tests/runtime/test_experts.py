@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from torch import Tensor, nn
 
 from bwla_compiler.errors import ShapeError
@@ -15,6 +14,7 @@ from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.runtime.experts import PackedExperts, TransformedExperts, adopt
 from bwla_compiler.runtime.modules import PackedLinear
 from bwla_compiler.runtime.online import OnlineTransform
+from bwla_compiler.zoo.models import tiny_model
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "llama4_text")
 """Gated; with biases, transposed and interleaved; without a gate; batched."""
