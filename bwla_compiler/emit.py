@@ -205,22 +205,22 @@ def _transform(group: Group, plan: Plan, recipe: Recipe) -> TransformSpec:
     own = recipe.override_for(first.name)
     if own is None or any(recipe.override_for(name) is None for name in group.linears) or skip_reason(first, own):
         return TransformSpec()
-    sizes = factors_of(first)
+    sizes = factors_of(first, folded=own.transform.folded)
     scaled = own.smoothing.exponent != 0 and recipe.needs_calibration
     kind = "hadamard" if own.transform.kind == "hadamard" else "kronecker"
     return TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled)  # type: ignore[arg-type]
 
 
 def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden: int, shifted: bool) -> LinearSpec:
-    rank = 0
-    if recipe.psp.hidden_over and recipe.signs.method == "descent":
-        width = hidden or min(linear.in_features, linear.out_features)
-        rank = min(max(1, width // recipe.psp.hidden_over), linear.in_features, linear.out_features)
+    paper = recipe.signs.method == "paper"  # its pair carries the row means too
+    fitted = recipe.signs.method == "descent" or paper
+    rank = recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden) if fitted else 0
     return LinearSpec(
         in_features=linear.in_features,
         out_features=(linear.out_features,),
         planes=recipe.weights.planes,
-        rank=rank,
+        scale_kind="row+column" if paper else recipe.weights.scales,
+        rank=rank + paper,
         transform=transform,
         activation_bits=recipe.activations.bits,
         bias=linear.bias is not None or shifted,

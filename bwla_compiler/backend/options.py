@@ -51,6 +51,11 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None) -> Options
     if "activation_bits" in given:
         changes["activations.bits"] = given.pop("activation_bits")
     recipe = load_recipe(given.pop("recipe", DEFAULT_RECIPE), changes)
+    if recipe.simulated:
+        raise RecipeError(
+            f"recipe {recipe.name}: no packed format holds its weights, so there is nothing to compile; "
+            "quantize with it to measure it, or compile with a bwla recipe"
+        )
     for key, value in given.items():
         _check(key, value)
     return Options(recipe=recipe, mode=mode, **{"verify": settings().verify, **given})

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bwla_compiler.numerics.planes import BinaryWeight
+from torch import Tensor
+
+from bwla_compiler.numerics.planes import BinaryWeight, SimulatedWeight
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
-from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.modules import OnlineTransform, PackedLinear, SimulatedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 
 
@@ -14,10 +16,10 @@ from bwla_compiler.runtime.transformed import TransformedLinear
 class QuantizeLinears:
     """Replace linears by what was fitted for them: binary planes, scales, a low-rank pair.
 
-    weights: by linear, each [out, in] in the basis that the linear reads now. activation_bits: by linear.
+    A weight that no packed format holds becomes a simulated linear. weights: by linear, each [out, in] in the basis that the linear reads now. activation_bits: by linear.
     """
 
-    weights: Mapping[str, BinaryWeight]
+    weights: Mapping[str, BinaryWeight | SimulatedWeight]
     activation_bits: Mapping[str, int]
     name: ClassVar[str] = "quantize-linears"
 
@@ -28,14 +30,22 @@ class QuantizeLinears:
             if linear.name not in self.weights:
                 continue
             module = ctx.model.get_submodule(linear.name)
-            if isinstance(module, PackedLinear):
+            if isinstance(module, (PackedLinear, SimulatedLinear)):
                 report.skip(linear.name, "already packed")
                 continue
-            packed = PackedLinear.from_binary(
+            quantized = _quantized(
                 self.weights[linear.name],
                 activation_bits=self.activation_bits[linear.name],
                 transform=module.transform if isinstance(module, TransformedLinear) else None,
                 bias=getattr(module, "bias", None),
             )
-            report.change(linear.name, ReplaceModule(linear.name, packed))
+            report.change(linear.name, ReplaceModule(linear.name, quantized))
         return report
+
+
+def _quantized(
+    weight: BinaryWeight | SimulatedWeight, *, activation_bits: int, transform: OnlineTransform | None, bias: Tensor | None
+) -> PackedLinear | SimulatedLinear:
+    if isinstance(weight, SimulatedWeight):
+        return SimulatedLinear(weight, activation_bits=activation_bits, transform=transform, bias=bias)
+    return PackedLinear.from_binary(weight, activation_bits=activation_bits, transform=transform, bias=bias)

@@ -14,6 +14,7 @@ from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.runtime.simulated import SimulatedLinear
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Int8Linear",
     "OnlineTransform",
     "PackedLinear",
+    "SimulatedLinear",
     "TiedHead",
     "set_activation_bits",
     "stored_bytes",
@@ -184,11 +186,11 @@ class PackedLinear(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Set the activation bits of every PackedLinear: 2 to 8, or 16 for floats. Raises ShapeError for others."""
+    """Set the activation bits of every packed or simulated linear: 2 to 8, or 16 for floats. Raises ShapeError for others."""
     if not (2 <= bits <= 8 or bits == FLOAT_BITS):
         raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, SimulatedLinear)):
             module.activation_bits = bits
 
 
