@@ -221,8 +221,8 @@ def _check_ranges(recipe: Recipe) -> None:
             recipe.calibration.sequences, recipe.calibration.length
         )
         >= 1,
-        "psp.hidden_over and psp.rank must be 0 (no low rank) or more": min(recipe.psp.hidden_over, recipe.psp.rank)
-        >= 0,
+        "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
+        "psp.rank must be 0 (tied to the width) or more": recipe.psp.rank >= 0,
         'transform.folded = false needs residual = "online"': recipe.transform.folded or recipe.residual == "online",
     }
     checks |= _combinations(recipe)

@@ -220,7 +220,10 @@ def _pair(linear: PackedLinear) -> tuple[nn.Parameter | None, nn.Parameter | Non
     onto, into = linear.low_rank_out.float(), linear.low_rank_in.float()
     tiny = torch.finfo(torch.float32).tiny
     size_out, size_in = (f.square().mean(d).sqrt().clamp_min(tiny) for f, d in ((onto, 0), (into, 1)))
-    pair = nn.Parameter(onto / size_out, requires_grad=False), nn.Parameter(into / size_in[:, None], requires_grad=False)
+    pair = (
+        nn.Parameter(onto / size_out, requires_grad=False),
+        nn.Parameter(into / size_in[:, None], requires_grad=False),
+    )
     return *pair, scale * size_out * size_in
 
 

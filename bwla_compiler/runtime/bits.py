@@ -15,7 +15,8 @@ def measure_bits(model: nn.Module) -> Bits:
     """Return true bits per weight of the block linears and of the whole model, and the model's bytes.
 
     Counted from the buffers and parameters that are saved; a tensor that several modules share counts once.
-    Linears left in floating point count with their dtype, simulated ones with the bytes that they would take. Biases count in the model, not among the linears.
+    Linears left in floating point count with their dtype, simulated ones with the bytes that they would take.
+    Biases count in the model, not among the linears.
     """
     seen: set[int] = set()
     n_bytes, n_weights = 0, 0

@@ -186,7 +186,7 @@ class PackedLinear(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Set the activation bits of every packed or simulated linear: 2 to 8, or 16 for floats. Raises ShapeError for others."""
+    """Set the activation bits of packed and simulated linears: 2 to 8, 16 for floats. Raises ShapeError for others."""
     if not (2 <= bits <= 8 or bits == FLOAT_BITS):
         raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
     for module in model.modules():

@@ -39,4 +39,4 @@ class SimulatedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bits = self.n_bits / max(1, self.in_features * self.out_features)
-        return f"in={self.in_features}, out={self.out_features}, {bits:.3f} bits a weight if packed, A{self.activation_bits}"
+        return f"in={self.in_features}, out={self.out_features}, {bits:.3f} bits if packed, A{self.activation_bits}"

@@ -1,5 +1,7 @@
 """Group scales: rounding, descent that never rises, and the row scale's case."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_the_objective_never_rises(m: int, n: int, group: int, seed: int) -> Non
         assert (scale >= 0).all()
         losses.append(hessian_error(W - dense(signs, scale, group), H))
     # the scales' ridge of 1e-6 may cost that share of the objective
-    assert all(b <= a * (1 + 1e-5) + 1e-12 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-5) + 1e-12 for a, b in pairwise(losses))
 
 
 def test_one_group_is_the_descent_with_row_scales() -> None:

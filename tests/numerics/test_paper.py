@@ -1,5 +1,7 @@
 """The paper's reading: row and column scales have their optimum, the split lowers the error, the pair holds means."""
 
+from itertools import pairwise
+
 import torch
 
 from bwla_compiler.numerics.paper import split_as_paper
@@ -23,7 +25,7 @@ def test_refinements_never_raise_the_error() -> None:
     for refinements in (0, 1, 2, 5, 15):
         signs, row, column = round_rows_columns(W, refinements=refinements)
         errors.append(float((W - row * column * signs).square().sum()))
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(errors, errors[1:], strict=False))  # rounding of float64
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))  # rounding of float64
     assert errors[-1] < 0.9 * errors[0]
 
 
