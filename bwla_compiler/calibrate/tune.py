@@ -44,24 +44,37 @@ def tune(
     batch's activations. Raises GradientError where a packed module of another kind is on the way.
     """
     losses = []
-    with _tunable(model) as students, torch.enable_grad():
+    with _frozen(model), _tunable(model) as students, torch.enable_grad():
         optimizer = _optimizer(students, gains, tuning)
         for step in range(tuning.steps):
             which = step % len(batches)
             rate = min(1.0, (step + 1) / WARMUP) * _cosine(step / tuning.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["full_rate"]
-            loss = _divergence(teacher(which), model(input_ids=batches[which]).logits)
+            with torch.no_grad():
+                expected = teacher(which)
+            loss = _divergence(expected, model(input_ids=batches[which]).logits)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             if progress:
                 progress("tuning", step + 1, tuning.steps)
-    for gain in gains:
-        gain.requires_grad_(False)
-        gain.grad = None
     return losses
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Hold all parameters without gradients; afterwards each has what it wanted before, and no gradient is left."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+            parameter.grad = None
 
 
 def _cosine(done: float) -> float:
