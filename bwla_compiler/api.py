@@ -9,7 +9,7 @@ from typing import Any, Literal
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
@@ -21,22 +21,25 @@ from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.inspector.cost import CostReport, cost_report
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import PassContext, PassReport
 from bwla_compiler.passes.fold_norms import FoldNorms
 from bwla_compiler.passes.fold_rotations import FoldRotations
+from bwla_compiler.passes.model_shape import packed_shape, planned_shape
 from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import PackedLinear, set_activation_bits
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, set_activation_bits
 
 Progress = Callable[[str, int, int], None]
 
 __all__ = [
     "LoadedModel",
     "bits",
+    "cost",
     "generate",
     "load",
     "perplexity",
@@ -45,6 +48,7 @@ __all__ = [
     "rotate",
     "save",
     "set_activation_bits",
+    "skeleton",
     "verify",
 ]
 
@@ -88,6 +92,32 @@ def load(
     return LoadedModel(model.eval().to(device), _tokenizer(name), name)
 
 
+def skeleton(source: str | Path, *, device: str = "cpu", progress: Progress | None = None) -> LoadedModel:
+    """Return a float model without its weights: on meta, from its config alone, which is all that `plan` needs.
+
+    source: as for `load`, or a config.json. demo: and packed checkpoints come whole, as `load` gives them. Raises
+    CheckpointError, saying what is wrong with the config.
+    """
+    name = str(source)
+    if is_demo(name):
+        return load(name, device=device, progress=progress)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "quantization_config", None) is not None:
+            return load(Path(name).parent if name.endswith(".json") else name, device=device, progress=progress)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: its config does not describe a causal LM: {first}. Give a model folder, a config.json, a hub id, "
+            "or demo:"
+        ) from error
+    return LoadedModel(model.eval(), None, name)
+
+
 def _tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -102,6 +132,21 @@ def plan(model: nn.Module) -> Plan:
     """
     _refuse_packed(model, "planned")
     return make_plan(model)
+
+
+def cost(
+    model: nn.Module, *, plan: Plan | None = None, recipe: str | Path | Recipe = "bwla-w1a6", context: int = 2048
+) -> CostReport:
+    """Return modelled (never measured) bytes and times of a model on each device of cost.devices.
+
+    A float model is costed as quantizing it by the recipe would leave it, a packed one as it is. plan: of the model,
+    None to make it here.
+    """
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        return cost_report(packed_shape(model), context=context)
+    chosen = load_recipe(recipe)
+    shape = planned_shape(model, plan or make_plan(model), chosen)
+    return cost_report(shape, recipe=chosen.name, context=context)
 
 
 def rotate(
@@ -154,7 +199,7 @@ def quantize(
 
 
 def _refuse_packed(model: nn.Module, verb: str) -> None:
-    if any(isinstance(m, PackedLinear) for m in model.modules()):
+    if any(isinstance(m, (PackedLinear, PackedExperts)) for m in model.modules()):
         raise PlanError(f"{type(model).__name__} is already packed: it cannot be {verb}; load the float model")
 
 

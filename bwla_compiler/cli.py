@@ -1,4 +1,4 @@
-"""The command line, bwla-compile: demo, quantize, inspect, eval, generate, verify, zoo, recipes, doctor, emit."""
+"""The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ from bwla_compiler.inspector.table import Cell, Table, duration, fixed, row, siz
 from bwla_compiler.inspector.terminal import print_report, render_table
 from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe, parse_setting
 from bwla_compiler.settings import settings
+from bwla_compiler.zoo.extent import Extent
 
 
 def _examples(*lines: str) -> str:
@@ -186,7 +187,9 @@ def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> 
 
 @app.command(
     epilog=_examples(
-        "bwla-compile inspect demo:", "bwla-compile inspect DIR -o report.html", "bwla-compile inspect DIR --json"
+        "bwla-compile inspect demo:",
+        "bwla-compile inspect DIR -o report.html",
+        "bwla-compile inspect config.json --json",
     )
 )
 def inspect(
@@ -194,19 +197,25 @@ def inspect(
     html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
     device: Device = "cpu",
 ) -> None:
-    """Show what the compiler sees and decides: bases, what folds, what is online, and why."""
+    """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
+
+    A float model's weights are not read: a config.json is enough.
+    """
     chosen = _recipe(recipe, None) if recipe else None
     from bwla_compiler import api
     from bwla_compiler.inspector.report import build_report
 
     with _progress() as progress:
-        loaded = api.load(model, device=device, progress=progress)
+        loaded = api.skeleton(model, device=device, progress=progress)
         packed = _packed(loaded.model)
-        plan = Plan.from_json(json.dumps(packed.plan)) if packed else api.plan(loaded.model)
+        plan = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
+        cost = api.cost(loaded.model, plan=plan, recipe=chosen or "bwla-w1a6", context=context)
     name = packed.recipe["name"] if packed else chosen.name if chosen else ""
-    report = build_report(plan, source=model, recipe=name, bits=api.bits(loaded.model) if packed else None)
+    bits = api.bits(loaded.model) if packed else None
+    report = build_report(plan, source=model, recipe=name, bits=bits, cost=cost)
     if html:
         from bwla_compiler.inspector.sections import report_page
 
@@ -221,6 +230,38 @@ def _packed(model: Any) -> Any:
     """Return what a packed checkpoint's config tells of plan and recipe, or None for a float model."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(config, "plan", None) else None
+
+
+@app.command(
+    epilog=_examples("bwla-compile plan DIR --json plan.json", "bwla-compile plan config.json --graphml plan.graphml")
+)
+def plan(
+    model: Model,
+    json_file: JsonFile = None,
+    graphml: Annotated[
+        Path | None, typer.Option("--graphml", metavar="FILE", help="Also write the plan as a graph, for Gephi or yEd.")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Plan a model and write the plan as data, keyed by parameter name; a config.json is enough."""
+    from bwla_compiler import api
+    from bwla_compiler.graph.network import chains, to_graphml
+    from bwla_compiler.inspector.report import build_report
+    from bwla_compiler.inspector.terminal import summary
+
+    with _progress() as progress:
+        loaded = api.skeleton(model, device=device, progress=progress)
+        packed = _packed(loaded.model)
+        found = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
+    for path, text in ((json_file, found.to_json), (graphml, lambda: to_graphml(found))):
+        if path:
+            _write(path, text())
+    written = [str(path) for path in (json_file, graphml) if path]
+    out = _out()
+    out.print(summary(build_report(found)), highlight=False)
+    out.print(f"{len(found.free)} free bases in {len(chains(found))} chains", highlight=False)
+    if written:
+        out.print(f"wrote {' and '.join(written)}", highlight=False)
 
 
 @app.command("eval", epilog=_examples("bwla-compile eval demo:", "bwla-compile eval DIR --text wiki.txt --length 2048"))
@@ -305,7 +346,10 @@ def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
 
 
 @app.command(
-    epilog=_examples("bwla-compile zoo llama gpt2 mixtral", "bwla-compile zoo --markdown docs/architectures.md")
+    epilog=_examples(
+        "bwla-compile zoo llama gpt2 mixtral --compile whole",
+        "bwla-compile zoo --markdown docs/architectures.md --json rows.json",
+    )
 )
 def zoo(
     names: Annotated[
@@ -315,25 +359,34 @@ def zoo(
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as Markdown.")
     ] = None,
-    limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 120.0,
+    extent: Annotated[
+        Extent,
+        typer.Option(
+            "--compile",
+            help="How far each is quantized and compiled: none, up to Inductor's door, the whole way (most of a minute "
+            "each), or a sample the whole way and the others up to the door.",
+        ),
+    ] = Extent.SAMPLE,
+    limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 600.0,
     workers: Annotated[int, typer.Option(min=1, max=2, help="Processes side by side.")] = 1,
     seed: Seed = 0,
 ) -> None:
-    """Verify a tiny model of every architecture that transformers knows as a causal LM."""
-    from bwla_compiler.evaluate.zoo.models import known
-    from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
-    from bwla_compiler.evaluate.zoo.workers import run_zoo
+    """Verify, quantize and compile a tiny model of every architecture that transformers knows as a causal LM."""
+    from bwla_compiler.zoo.models import known
+    from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
+    from bwla_compiler.zoo.workers import run_zoo
 
     chosen = known(names or [])
     with _progress() as progress:
         rows = run_zoo(
             chosen,
             seed=seed,
+            extent=extent,
             limit_seconds=limit_seconds,
             workers=workers,
             progress=lambda name, done, total: progress("architectures", done, total),
         )
-    command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed}"])
+    command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed} --compile {extent}"])
     if json_file:
         _write(json_file, to_json(rows, command=command, versions=versions()))
     if markdown:
@@ -350,15 +403,18 @@ def _print_zoo(rows: Sequence[Any], line: str) -> None:
             *(found.decisions.get(d, 0) for d in ("folded", "partial", "online", "alone")),
             f"{found.share:.0%}",
             "" if found.error is None else f"{found.error:.0e}",
-            found.reason,
+            "" if found.compiled is None else found.compiled.status,
+            found.reason or (found.compiled.reason if found.compiled else ""),
         )
         for found in rows
     )
-    columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "reason")
+    columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "compiled")
     out = _out()
-    out.print(render_table(Table("", columns, cells, line)))
-    if wrong := [found.name for found in rows if found.status == "wrong"]:
-        raise PlanError(f"{', '.join(wrong)}: folding changes what the model computes; please report this")
+    mean = sum(found.seconds for found in rows) / max(1, len(rows))
+    out.print(render_table(Table("", (*columns, "reason"), cells, f"{line}; {mean:.1f} s a row")))
+    for status, what in (("status", "folding"), ("compiled", "compiling"), ("raw", "compiling")):
+        if wrong := [x.name for x in rows if "wrong" in (found := getattr(x, status), getattr(found, "status", ""))]:
+            raise PlanError(f"{', '.join(wrong)}: {what} changes what the model computes; please report this")
 
 
 @app.command(epilog=_examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,14 +19,9 @@ from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
 from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, dot_tile, gemv_tile
 from bwla_compiler.errors import BuildError, PlanError
-from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.passes.fold_norms import FoldNorms
-from bwla_compiler.passes.insert_online import factors_of, skip_reason
-from bwla_compiler.passes.pipeline import folding_passes
-from bwla_compiler.passes.quantize_ends import head_names
+from bwla_compiler.passes.group_specs import packed_specs, planned_specs
 from bwla_compiler.recipe import Recipe, load_recipe
-from bwla_compiler.runtime.modules import PackedLinear
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
 Progress = Callable[[str, int, int], None]
@@ -127,104 +121,13 @@ def model_groups(model: nn.Module, recipe: Recipe) -> tuple[EmittedGroup, ...]:
 
     recipe: for a float model; a packed one has its own formats. Raises PlanError where there are none.
     """
-    packed = {name: _whole(m.spec) for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    found = _packed_groups(model, packed) if packed else _float_groups(model, recipe)
+    found = packed_specs(model) or planned_specs(model, make_plan(model), recipe)
     if not found:
         raise PlanError(f"{type(model).__name__}: no linear is quantized, so there are no kernels to emit")
     distinct: dict[LinearSpec, list[tuple[str, ...]]] = {}
     for names, spec in found:
         distinct.setdefault(spec, []).append(names)
     return tuple(EmittedGroup(spec, tuple(linears)) for spec, linears in distinct.items())
-
-
-def _whole(spec: LinearSpec) -> LinearSpec:
-    """Return a spec whose factors cover the input: a transform of one factor alone does not know the other's size."""
-    t = spec.transform
-    if not (t.left or t.right) or t.n1 * t.n2 == spec.in_features:
-        return spec
-    n1, n2 = (t.n1, spec.in_features // t.n1) if t.left else (spec.in_features // t.n2, t.n2)
-    return dataclasses.replace(spec, transform=dataclasses.replace(t, n1=n1, n2=n2))
-
-
-def _packed_groups(model: nn.Module, specs: dict[str, LinearSpec]) -> list[tuple[tuple[str, ...], LinearSpec]]:
-    """Return (names, spec) of packed linears by the groups of the plan in the model's config; alone without one."""
-    saved: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    plan = getattr(saved, "plan", None)
-    grouped = [g.linears for g in Plan.from_json(json.dumps(plan)).groups] if plan else []
-    named = {name for names in grouped for name in names}
-    rest = [(name,) for name in specs if name not in named]
-    together = [tuple(n for n in names if n in specs) for names in grouped]
-    return _joined([names for names in (*together, *rest) if names], specs)
-
-
-def _joined(
-    groups: Sequence[tuple[str, ...]], specs: dict[str, LinearSpec]
-) -> list[tuple[tuple[str, ...], LinearSpec]]:
-    """Return groups with the spec of all members, split where members differ in more than their outputs."""
-    found = []
-    for names in groups:
-        alike: dict[LinearSpec, list[str]] = {}
-        for name in names:
-            alike.setdefault(dataclasses.replace(specs[name], out_features=()), []).append(name)
-        for spec, members in alike.items():
-            outs = tuple(out for name in members for out in specs[name].out_features)
-            found.append((tuple(members), dataclasses.replace(spec, out_features=outs)))
-    return found
-
-
-def _float_groups(model: nn.Module, recipe: Recipe) -> list[tuple[tuple[str, ...], LinearSpec]]:
-    """Return (names, spec) of the linears that quantizing by a recipe would pack."""
-    plan = make_plan(model)
-    heads = set(head_names(model, plan))
-    shifted = _shifted(plan, recipe)
-    specs: dict[str, LinearSpec] = {}
-    groups = [g for g in plan.groups if not heads.intersection(g.linears)]
-    for group in groups:
-        transform = _transform(group, plan, recipe)
-        for name in group.linears:
-            own = recipe.override_for(name)
-            if own is not None:
-                specs[name] = _float_spec(plan.linear(name), own, transform, _hidden(model), name in shifted)
-    return _joined([names for g in groups if (names := tuple(n for n in g.linears if n in specs))], specs)
-
-
-def _shifted(plan: Plan, recipe: Recipe) -> set[str]:
-    """Return the linears that get a bias since a norm's shift is folded into them."""
-    if not any(isinstance(step, FoldNorms) for step in folding_passes(recipe)):
-        return set()
-    return {name for norm in plan.norms if norm.shift is not None for name in norm.absorbed_by}
-
-
-def _hidden(model: nn.Module) -> int:
-    return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
-
-
-def _transform(group: Group, plan: Plan, recipe: Recipe) -> TransformSpec:
-    """Return the online change of basis that a recipe gives a group, as InsertOnline would fit it."""
-    first = plan.linear(group.name)
-    own = recipe.override_for(first.name)
-    if own is None or any(recipe.override_for(name) is None for name in group.linears) or skip_reason(first, own):
-        return TransformSpec()
-    sizes = factors_of(first, folded=own.transform.folded)
-    scaled = own.smoothing.exponent != 0 and recipe.needs_calibration
-    kind = "hadamard" if own.transform.kind == "hadamard" else "kronecker"
-    return TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled)  # type: ignore[arg-type]
-
-
-def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden: int, shifted: bool) -> LinearSpec:
-    paper = recipe.signs.method == "paper"  # its pair carries the row means too
-    fitted = recipe.signs.method == "descent" or paper
-    rank = recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden) if fitted else 0
-    return LinearSpec(
-        in_features=linear.in_features,
-        out_features=(linear.out_features,),
-        planes=recipe.weights.planes,
-        scale_kind="row+column" if paper else recipe.weights.scales,
-        rank=rank + paper,
-        transform=transform,
-        activation_bits=recipe.activations.bits,
-        bias=linear.bias is not None or shifted,
-    )
 
 
 # ---------------------------------------------------------------- targets

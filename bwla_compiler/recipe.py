@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 
 DATA_FREE = frozenset(("round", "paper"))
@@ -48,7 +49,9 @@ class Transform:
     kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). online: False leaves an
     input that no folded rotation reaches in its own basis. folded: False folds nothing, so that all inputs are
     rotated online (then `residual` must be "online"). soft: posterior means in place of signs in the E-step.
-    start: of the fit.
+    start: of the fit. budget: the largest share of a group's modelled time that its online transform may take when
+    one token is decoded on `device` (of cost.devices), 1 for no limit; where it would take more, blocks of channels
+    get a Hadamard, or the input is not turned at all.
     """
 
     kind: Literal["none", "hadamard", "okt"] = "okt"
@@ -57,6 +60,8 @@ class Transform:
     iterations: int = 30
     soft: bool = False
     start: Literal["hadamard", "identity"] = "hadamard"
+    budget: float = 1.0
+    device: str = "cpu-avx512"
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The tokens of a calibrated run."""
+    """The tokens of a calibrated run.
+
+    expert_tokens: an expert that fewer tokens are routed to gets its statistics blended with those of all experts'
+    tokens, in proportion to what it lacks.
+    """
 
     sequences: int = 128
     length: int = 256
+    expert_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -221,9 +231,14 @@ def _check_ranges(recipe: Recipe) -> None:
             recipe.calibration.sequences, recipe.calibration.length
         )
         >= 1,
+        f"transform.budget = {recipe.transform.budget}: must be 0 to 1": 0 <= recipe.transform.budget <= 1,
+        f"transform.device = {recipe.transform.device!r}: must be one of {', '.join(DEVICES)}": (
+            recipe.transform.device in DEVICES
+        ),
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
         "psp.rank must be 0 (tied to the width) or more": recipe.psp.rank >= 0,
         'transform.folded = false needs residual = "online"': recipe.transform.folded or recipe.residual == "online",
+        "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }
     checks |= _combinations(recipe)
     for message, holds in checks.items():

@@ -1,6 +1,7 @@
 """Token batches: int64 [n, length] tensors of ids, from texts, files, tensors, chance, or the model itself."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.errors import CalibrationError
+
+log = logging.getLogger(__name__)
 
 TokenBatches = Tensor  # [n, length] int64
 Progress = Callable[[str, int, int], None]
@@ -194,11 +197,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _continue(model: nn.Module, starts: Tensor, *, length: int, generator: torch.Generator) -> Tensor:
+    """Return sampled continuations [n, length], read again from their start where the model's cache does not serve."""
+    state = generator.get_state()
+    try:
+        return _sampled(model, starts, length=length, generator=generator, use_cache=True)
+    except CalibrationError:
+        raise
+    except Exception as error:  # caches of other kinds than attention's fail in their own ways
+        log.info("%s samples without its cache: %s", type(model).__name__, error)
+        generator.set_state(state)
+        return _sampled(model, starts, length=length, generator=generator, use_cache=False)
+
+
+def _sampled(model: nn.Module, starts: Tensor, *, length: int, generator: torch.Generator, use_cache: bool) -> Tensor:
     tokens, cache, device = starts, None, device_of(model)
     while tokens.shape[1] < length:
         unread = tokens if cache is None else tokens[:, -1:]
-        output = model(input_ids=unread.to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        output = model(input_ids=unread.to(device), use_cache=use_cache, **known)
+        cache = getattr(output, "past_key_values", None) if use_cache else None
         chances = output.logits[:, -1].float().softmax(-1).cpu()  # sampled on the CPU: one result on all devices
         if not bool(chances.isfinite().all()):
             raise CalibrationError(f"{type(model).__name__}: logits are not finite; check the weights, or use texts")

@@ -14,17 +14,20 @@ import torch
 
 import bwla_compiler
 from bwla_compiler import cli
+from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
+from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.spec import LinearSpec
 
-COMMANDS = ("demo", "quantize", "inspect", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
+COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
 
-LEAF = Expression("leaf", 4, "residual")
+LEAF, LEAF8 = Expression("leaf", 4, "residual"), Expression("leaf", 8)
 PLAN = Plan(
     "TinyForCausalLM",
     (Basis("residual", 4, "free", ""),),
-    (Linear("lm_head", "lm_head.weight", None, 1, 0, 4, 8, "folded", "all rotate", "lm_head", "", LEAF, LEAF),),
+    (Linear("lm_head", "lm_head.weight", None, 1, 0, 4, 8, "folded", "all rotate", "lm_head", "", LEAF, LEAF8),),
     (),
     (),
     (),
@@ -44,8 +47,17 @@ class FakeApi(ModuleType):
         progress("loading", 1, 1)
         return SimpleNamespace(model="model", tokenizer="tokenizer", source=source)
 
+    def skeleton(self, source: str, *, device: str = "cpu", progress: Any = None) -> Any:
+        self.calls["skeleton"] = {"source": source, "device": device}
+        return SimpleNamespace(model="model", tokenizer=None, source=source)
+
     def plan(self, model: Any) -> Plan:
         return PLAN
+
+    def cost(self, model: Any, *, plan: Plan, recipe: Any, context: int) -> Any:
+        self.calls["cost"] = {"recipe": recipe, "context": context}
+        groups = (GroupShape("q, k", LinearSpec(4096, (4096, 512)), 3),)
+        return cost_report(ModelShape(groups, attention=(AttentionShape(3, 32, 4, 128),)), context=context)
 
     def quantize(self, model: Any, **options: Any) -> Any:
         self.calls["quantize"] = options
@@ -228,12 +240,37 @@ def test_inspect_prints_or_writes(run: Run, api: FakeApi, tmp_path: Path) -> Non
     assert "some/model" in page.read_text()
 
 
+def test_inspect_prints_modelled_costs(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    code, text, _ = run("inspect", "some/config.json", "--context", "512", "-o", str(page))
+    assert code == 0
+    assert api.calls["skeleton"]["source"] == "some/config.json"
+    assert api.calls["cost"] == {"recipe": "bwla-w1a6", "context": 512}
+    assert "M*, modelled" in text
+    assert "One sequence of 512 tokens" in text
+    assert "h100-sxm" in text
+    assert "Linears: modelled" in page.read_text()
+
+
+def test_plan_writes_data_and_graph(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    data, graph = tmp_path / "plan.json", tmp_path / "plan.graphml"
+    code, text, _ = run("plan", "some/model", "--json", str(data), "--graphml", str(graph))
+    assert code == 0
+    assert "1 linears in 0 blocks: 1 folded" in text
+    assert "1 free bases in 1 chains" in text
+    assert Plan.from_json(data.read_text()) == PLAN
+    assert graph.read_text().startswith("<?xml")
+    code, _, err = run("plan", "some/model", "--json", str(tmp_path / "no" / "plan.json"))
+    assert code == 1
+    assert "cannot be written" in err
+
+
 def test_inspect_of_a_packed_model_reads_the_stored_plan(
     run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = SimpleNamespace(plan=json.loads(PLAN.to_json()), recipe={"name": "bwla-w1a4"})
     model = SimpleNamespace(config=SimpleNamespace(quantization_config=stored))
-    monkeypatch.setattr(api, "load", lambda source, **_: SimpleNamespace(model=model))
+    monkeypatch.setattr(api, "skeleton", lambda source, **_: SimpleNamespace(model=model))
     monkeypatch.delattr(FakeApi, "plan")
     code, text, _ = run("inspect", "packed", "--json")
     assert code == 0
@@ -345,8 +382,8 @@ def test_the_fake_answers_as_the_api_does() -> None:
 
 def zoo_of(monkeypatch: pytest.MonkeyPatch, *, status: str) -> None:
     """Put fixed rows in the place of the zoo's workers."""
-    from bwla_compiler.evaluate.zoo import workers
-    from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
+    from bwla_compiler.zoo import workers
+    from bwla_compiler.zoo.run import Kind, ZooRow
 
     def run_zoo(names: Any, *, progress: Any, **options: Any) -> tuple[ZooRow, ...]:
         progress(names[0], 1, 1)
@@ -365,7 +402,7 @@ def test_zoo_prints_counts_and_writes_files(
     assert code == 0
     assert "2 architectures: 2 built, 2 captured; 2 exact, 0 wrong, 0 refused" in out
     assert "50%" in out
-    assert "`bwla-compile zoo llama gpt2 --seed 0`" in page.read_text("utf-8")
+    assert "`bwla-compile zoo llama gpt2 --seed 0 --compile sample`" in page.read_text("utf-8")
     assert [r["name"] for r in json.loads(data.read_text("utf-8"))["rows"]] == ["llama", "gpt2"]
 
 

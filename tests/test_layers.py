@@ -17,7 +17,7 @@ LAYERS = {
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
-    **dict.fromkeys(("main_job", "comparison", "api", "cli", "__main__"), 7),
+    **dict.fromkeys(("main_job", "comparison", "zoo", "api", "cli", "__main__"), 7),
 }
 STRANGERS = {2, 5}
 

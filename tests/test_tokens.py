@@ -192,6 +192,21 @@ def test_a_model_without_a_cache_samples_the_same() -> None:
     assert torch.equal(found, expected)
 
 
+def test_a_cache_that_does_not_serve_is_done_without() -> None:
+    class Forgetful(torch.nn.Module):
+        """Fails with its own cache, as models do whose layers keep states of other kinds."""
+
+        config = MODEL.config
+
+        def forward(self, input_ids: Tensor, use_cache: bool, past_key_values: Any = None) -> Any:
+            if past_key_values is not None:
+                raise ValueError("only attention layers have a length")
+            return MODEL(input_ids=input_ids, use_cache=use_cache)
+
+    found, expected = (self_generated(model, sequences=3, length=10, seed=4) for model in (Forgetful(), MODEL))
+    assert torch.equal(found, expected)
+
+
 def test_self_generation_reports_progress() -> None:
     seen: list[tuple[str, int, int]] = []
     self_generated(MODEL, sequences=5, length=3, seed=0, batch=2, progress=lambda *step: seen.append(step))

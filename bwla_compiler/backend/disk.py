@@ -1,31 +1,33 @@
-"""Packed weights of raw models on disk, by the hash of everything that they depend on."""
+"""What is kept of raw models on disk, by the hash of all that it depends on: packed weights, and plans of graphs."""
 
-import copy
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-import bwla_compiler
+from bwla_compiler.backend.graph_key import code_version, tensor_bytes
 from bwla_compiler.backend.options import Options
+from bwla_compiler.backend.twin import twin
+from bwla_compiler.errors import BwlaError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 from bwla_compiler.runtime.skeleton import build_skeleton, describe
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
-_PACKED = (PackedLinear, Int8Linear, Int8Embedding, TiedHead)
+_PACKED = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
 
 
 def pack_key(model: nn.Module, plan: Plan, recipe: Recipe, options: Options) -> str:
@@ -33,9 +35,9 @@ def pack_key(model: nn.Module, plan: Plan, recipe: Recipe, options: Options) -> 
     digest = hashlib.blake2b(digest_size=20)
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     calibration = calibration_key(options.calibration)
-    rest = [bwla_compiler.__version__, str(model), plan.to_json(), recipe.to_dict(), calibration, options.seed]
+    rest = [code_version(), str(model), plan.to_json(), recipe.to_dict(), calibration, options.seed]
     digest.update(json.dumps(rest, default=str, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -44,16 +46,58 @@ def calibration_key(calibration: str | Tensor) -> str:
     """Return what tells one calibration from another: its name, or the hash of its tokens."""
     if not isinstance(calibration, Tensor):
         return calibration
-    return f"tokens {list(calibration.shape)} {hashlib.blake2b(_bytes(calibration), digest_size=20).hexdigest()}"
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Return a view of a tensor's bytes in order."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+    return f"tokens {list(calibration.shape)} {hashlib.blake2b(tensor_bytes(calibration), digest_size=20).hexdigest()}"
 
 
 def _path(key: str) -> Path:
     return settings().cache / "packs" / f"{key}.safetensors"
+
+
+def _write_whole(path: Path, write: Callable[[str], object], *, what: str) -> None:
+    """Have a file written beside `path`, then put in its place; where that fails the run goes on, with a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        os.close(handle)
+        try:
+            write(part)
+            os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        log.warning("%s are not kept for the next process: %s cannot be written (%s)", what, path, error)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What planning found for a graph: the model's plan, and why the graph forbids its folds, "" where it does not."""
+
+    plan: Plan
+    reason: str
+
+
+def save_verdict(key: str, verdict: Verdict) -> None:
+    """Write a verdict; where that fails the run goes on, with a warning."""
+    text = json.dumps({"plan": verdict.plan.to_json(), "reason": verdict.reason})
+    _write_whole(_verdict_path(key), lambda part: Path(part).write_text(text, "utf-8"), what="plans")
+
+
+def load_verdict(key: str) -> Verdict | None:
+    """Return the verdict that was saved under this key, None where there is none; a damaged file is removed."""
+    path = _verdict_path(key)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return Verdict(Plan.from_json(found["plan"]), str(found["reason"]))
+    except (OSError, ValueError, KeyError, TypeError, BwlaError) as error:
+        log.warning("%s is damaged and is made anew: %s", path, error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _verdict_path(key: str) -> Path:
+    return settings().cache / "plans" / f"{key}.json"
 
 
 def save_pack(key: str, quantized: nn.Module) -> None:
@@ -61,18 +105,11 @@ def save_pack(key: str, quantized: nn.Module) -> None:
     packed = {name: m for name, m in quantized.named_modules() if isinstance(m, _PACKED)}
     modules = json.dumps({name: describe(m, packed) for name, m in packed.items()})
     tensors = _apart((*quantized.named_parameters(), *quantized.named_buffers()))
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-        os.close(handle)
-        try:
-            safetensors.torch.save_file(tensors, part, metadata={"modules": modules})
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
-        log.warning("packed weights are not kept for the next process: %s cannot be written (%s)", path, error)
+    _write_whole(
+        _path(key),
+        lambda part: safetensors.torch.save_file(tensors, part, metadata={"modules": modules}),
+        what="packed weights",
+    )
 
 
 def _apart(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -115,9 +152,7 @@ def load_pack(key: str, model: nn.Module) -> nn.Module | None:
 
 def _assembled(model: nn.Module, modules: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     """Return a copy of the model's structure with these modules and tensors in it."""
-    # the copy shares the model's tensors until they are replaced: no second set of float weights
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    quantized = copy.deepcopy(model, shared)
+    quantized = twin(model)
     for name, module in build_skeleton(modules).items():
         replace_module(quantized, name, module)
     wanted = {n for n, _ in (*quantized.named_parameters(), *quantized.named_buffers())}

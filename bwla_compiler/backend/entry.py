@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from bwla_compiler.backend.lower import lower
+from bwla_compiler.backend.lower import HandOver, lower
 from bwla_compiler.backend.options import read_options
 from bwla_compiler.backend.owner import find_owner
 from bwla_compiler.backend.progress import telling
@@ -25,21 +25,24 @@ def compile_backend(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    hand_over: HandOver | None = None,
 ) -> Callable[..., Any]:
     """Return the compiled form of one graph of a model.
 
     gm, example_inputs: from torch.compile. mode: Inductor's, passed on. options: see `Options`.
+    hand_over: what compiles the rest in place of Inductor.
     Raises RecipeError for unknown options or modes; what planning and quantizing raise for a raw model.
     """
     chosen = read_options(options, mode)
+    hand_over = hand_over or lower
     if _is_packed(gm):
-        return lower(gm, example_inputs, mode=mode)
+        return hand_over(gm, example_inputs, mode=mode)
     owner = find_owner(gm, example_inputs)
     if owner is None:
         log.info("the graph reads no parameters: left to Inductor")
-        return lower(gm, example_inputs, mode=mode)
+        return hand_over(gm, example_inputs, mode=mode)
     with torch.no_grad(), telling() as progress:
-        return RawGraph(gm, example_inputs, owner, chosen, progress).compiled()
+        return RawGraph(gm, example_inputs, owner, chosen, progress, hand_over).compiled()
 
 
 def refresh(model: nn.Module) -> None:

@@ -1,10 +1,17 @@
 """Hand-over to Inductor: everything that is not ours."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.fx import GraphModule
+
+
+class HandOver(Protocol):
+    """Something that compiles a graph once our operators are in it, as `lower` does."""
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -> Callable[..., Any]:
+        """Return the callable that computes the graph."""
 
 
 def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -> Callable[..., Any]:

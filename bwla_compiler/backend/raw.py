@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from bwla_compiler.backend import disk
 from bwla_compiler.backend.compiled import CompiledGraph
-from bwla_compiler.backend.disk import calibration_key
-from bwla_compiler.backend.lower import lower
+from bwla_compiler.backend.disk import Verdict, calibration_key
+from bwla_compiler.backend.graph_key import graph_key
+from bwla_compiler.backend.lower import HandOver
 from bwla_compiler.backend.options import Options
 from bwla_compiler.backend.owner import Owner
 from bwla_compiler.backend.substitute import bound_to, substitute
+from bwla_compiler.backend.twin import twin
 from bwla_compiler.backend.variant import Variant, is_causal_lm, make_variant
 from bwla_compiler.errors import CaptureError, PlanError
 from bwla_compiler.graph.agreement import disagreement, without_folds
@@ -47,28 +50,54 @@ def variants_of(model: nn.Module) -> tuple[Variant, ...]:
 class RawGraph:
     """One graph of a raw model, and the steps that compile it."""
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], owner: Owner, options: Options, progress: Any) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        owner: Owner,
+        options: Options,
+        progress: Any,
+        hand_over: HandOver,
+    ) -> None:
         self.gm, self.inputs, self.owner, self.options, self.progress = gm, inputs, owner, options, progress
+        self.hand_over = hand_over
 
     def compiled(self) -> Callable[..., Any]:
         """Return the callable that computes the graph with packed weights; see the module for the steps."""
         _forget_other_structure(self.owner.module)
         try:
-            own = make_plan(self.owner.module, graph=capture_graph(*self._bound()))
+            verdict = self._verdict()
         except PlanError as error:
             return self._in_floats(error)
-        folded = self._model_plan(own)
-        reason = "the recipe does not rotate"
-        if self.options.recipe.transform.kind != "none":
-            reason = disagreement(folded, own, bases=_rotated(folded), present=self.owner.present())
+        plan, reason = verdict.plan, verdict.reason
         if not reason:
-            variant = self._variant(folded, self.options.recipe)
+            variant = self._variant(plan, self.options.recipe)
             graph = substitute(self.owner, self.gm, variant.quantized)
             if isinstance(graph, GraphModule):
                 return self._lowered(graph, variant)
             reason = graph
         log.info("nothing is folded in this graph: %s", reason)
-        return self._local(folded, reason)
+        return self._local(plan, reason)
+
+    def _verdict(self) -> Verdict:
+        """Return the model's plan and what this graph says of it, from the disk where this very graph was met before.
+
+        Raises PlanError where the graph cannot be planned.
+        """
+        model, recipe = self.owner.module, self.options.recipe
+        key = graph_key(self.gm, self.inputs, self.owner, recipe) if self.options.cache else ""
+        known = disk.load_verdict(key) if self.options.cache else None
+        if known and _PLANS.setdefault(model, known.plan) == known.plan:  # else planned in another order of graphs
+            return known
+        own = make_plan(model, graph=capture_graph(*self._bound()))
+        plan = self._model_plan(own)
+        reason = "the recipe does not rotate"
+        if recipe.transform.kind != "none":
+            reason = disagreement(plan, own, bases=_rotated(plan), present=self.owner.present())
+        verdict = Verdict(plan, reason)
+        if self.options.cache:
+            disk.save_verdict(key, verdict)
+        return verdict
 
     def _in_floats(self, error: PlanError) -> Callable[..., Any]:
         """Leave the graph to Inductor; aloud where that leaves linears as they were."""
@@ -76,7 +105,7 @@ class RawGraph:
         linears = (name for name, module in self.owner.module.named_modules() if is_linear(module))
         level = logging.WARNING if any(f"{name}.weight" in present for name in linears) else logging.INFO
         log.log(level, "a graph of %s stays in floats: %s", type(self.owner.module).__name__, error)
-        return lower(self.gm, self.inputs, mode=self.options.mode)
+        return self.hand_over(self.gm, self.inputs, mode=self.options.mode)
 
     def _bound(self) -> tuple[GraphModule, nn.Module, list[Any]]:
         bound, left = bound_to(self.owner, self.gm, self.inputs)
@@ -89,7 +118,8 @@ class RawGraph:
             _PLANS[model] = own
             if is_causal_lm(model):
                 try:
-                    _PLANS[model] = make_plan(model, graph=capture(model, cache=True))
+                    # torch.export puts copies in place of a module's lists, whose identity Dynamo may guard on
+                    _PLANS[model] = make_plan(model, graph=capture(twin(model), cache=True))
                 except (CaptureError, PlanError) as error:
                     log.info("planned from the graph at hand: %s", error)
         return _PLANS[model]
@@ -115,7 +145,7 @@ class RawGraph:
         return known[key]
 
     def _lowered(self, graph: GraphModule, variant: Variant) -> CompiledGraph:
-        run = lower(graph, self.inputs, mode=self.options.mode)
+        run = self.hand_over(graph, self.inputs, mode=self.options.mode)
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         parameters = [
             (i, self.owner.names[node][0])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from bwla_compiler.backend.owner import Owner
+from bwla_compiler.backend.substitute_experts import call_experts
 from bwla_compiler.graph.planner import is_linear
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 
@@ -65,6 +66,7 @@ def substitute(owner: Owner, gm: GraphModule, quantized: nn.Module) -> GraphModu
     }
     tables: dict[str, nn.Module] = {}
     for node, names in weights.items():
+        call_experts(graph, node, names, quantized)
         for user in list(node.users):
             _call_module(graph, node, user, names, quantized, tables)
     own = dict(quantized.named_parameters(remove_duplicate=False))

@@ -2,17 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
+from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
-from bwla_compiler.errors import GradientError
+from bwla_compiler.errors import GradientError, RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -24,10 +26,10 @@ from bwla_compiler.passes.base import Pass, PassContext, PassReport
 from bwla_compiler.passes.insert_online import InsertOnline, skip_reason
 from bwla_compiler.passes.pipeline import folding_passes, run_pass
 from bwla_compiler.passes.quantize_ends import QuantizeEnds, head_names
-from bwla_compiler.passes.quantize_linears import QuantizeLinears
+from bwla_compiler.passes.quantize_linears import QuantizeLinears, module_or_none
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import PackedLinear, SimulatedLinear
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, SimulatedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 from bwla_compiler.tokens import evaluating
 
@@ -52,11 +54,23 @@ def quantize_model(
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
     this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
     it was made for batches [BATCH, length] and the folds add no parameter. Deterministic given the seed.
-    Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
+    Raises WeightError, CaptureError, PlanError, RecipeError or CalibrationError before anything is changed.
     """
     with evaluating(model):
         check_weights(model)
-        return _Quantizer(model, recipe, tokens, plan or make_plan(model), graph, seed, progress).run()
+        plan = plan or make_plan(model)
+        _check_experts(plan, recipe)
+        return _Quantizer(model, recipe, tokens, plan, graph, seed, progress).run()
+
+
+def _check_experts(plan: Plan, recipe: Recipe) -> None:
+    """Raise RecipeError where experts would have to be packed in a form that they do not take."""
+    experts = next((x.name for x in plan.linears if x.experts), "")
+    if experts and (recipe.simulated or recipe.signs.method == "paper" or recipe.weights.scales != "row"):
+        raise RecipeError(
+            f"recipe {recipe.name}: experts ({experts}) take binary planes with one scale a row and no column scales; "
+            "give another recipe"
+        )
 
 
 class _Quantizer:
@@ -110,8 +124,10 @@ class _Quantizer:
         graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
         self.nodes = site_modules(self.model, analysis)
-        calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
-        return TwinStream(graph, self.model, usable.split(batch), calls)
+        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in self.nodes.items()]
+        stream = TwinStream(graph, self.model, usable.split(batch), calls)
+        keep_routing(stream, self.nodes.values())
+        return stream
 
     def _graph(self, batch: int, length: int) -> GraphModule:
         """Return the graph of the folded model: the given one where it fits, a new one elsewhere."""
@@ -174,8 +190,12 @@ class _Quantizer:
         x_max = self._input_maxima(group) if skip_reason(members[0], self.recipe) == "" else {}
         if not kept:
             self._pass(InsertOnline((group.name,), x_max=x_max))
-        gram, cross = self._statistics(group, members)
-        fits = self._fit(members, gram, cross)
+        fits: Mapping[str, LinearFit | ExpertsFit]
+        if members[0].experts:
+            fits = self._fit_experts(group, [x for x in members if x.name not in kept])
+        else:
+            gram, cross = self._statistics(group, members)
+            fits = self._fit(members, gram, cross)
         bits = {name: recipe.activations.bits for name, recipe in recipes.items() if recipe is not None}
         self._pass(QuantizeLinears({n: f.weight for n, f in fits.items()}, bits))
         if self.stream is not None:
@@ -238,8 +258,7 @@ class _Quantizer:
         for linear in members:
             recipe = self.recipe.override_for(linear.name)
             if recipe is not None:
-                hidden = int(getattr(getattr(self.model, "config", None), "hidden_size", 0))
-                rank = recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
+                rank = self._rank(recipe, linear)
                 alike.setdefault(f"{recipe} {rank}", (recipe, rank, []))[2].append(linear)
         fits: dict[str, LinearFit] = {}
         for recipe, rank, linears in alike.values():
@@ -249,20 +268,50 @@ class _Quantizer:
             fits.update(zip((x.name for x in linears), found, strict=True))
         return fits
 
-    def _linear_report(self, linear: Linear, fit: LinearFit, seconds: float) -> LinearReport:
+    def _fit_experts(self, group: Group, members: Sequence[Linear]) -> dict[str, ExpertsFit]:
+        """Fit the members, parameters of experts, each with its own recipe."""
+        rows = None
+        if self.stream is not None:
+            transform = getattr(module_or_none(self.model, members[0]), "transform", None)
+            recipe = self.recipe
+            rows = routed_rows(
+                self.stream,
+                self.nodes[group.name],
+                transform=transform,
+                bits=recipe.activations.bits,
+                drift=recipe.target.drift,
+            )
+        fits: dict[str, ExpertsFit] = {}
+        for linear in members:
+            own = self.recipe.override_for(linear.name)
+            assert own is not None
+            module = module_or_none(self.model, linear)
+            weight = self.model.get_parameter(linear.parameter) if module is None else module.get_parameter("weight")
+            stacked = weight.detach() if module is not None else weight.detach().movedim(linear.in_axis, -1)
+            fits[linear.name] = fit_experts([stacked], rows, recipe=own, rank=self._rank(own, linear))[0]
+        return fits
+
+    def _rank(self, recipe: Recipe, linear: Linear) -> int:
+        hidden = int(getattr(getattr(self.model, "config", None), "hidden_size", 0))
+        if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
+            hidden = min(hidden, linear.in_features, linear.out_features)
+        return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
+
+    def _linear_report(self, linear: Linear, fit: LinearFit | ExpertsFit, seconds: float) -> LinearReport:
         module = self.model.get_submodule(linear.name)
-        assert isinstance(module, (PackedLinear, SimulatedLinear))
+        assert isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear))
         kind = module.transform.spec.kind if module.transform is not None else "none"
         folded = linear.decision == "folded" and self.recipe.transform.kind != "none"
         return LinearReport(
             name=linear.name,
             decision=linear.decision,
             transform="folded" if kind == "none" and folded else kind,
-            rank=fit.weight.rank,
+            rank=0 if isinstance(module, SimulatedLinear) else module.spec.rank,
             true_bits=measure_bits(module).linears,
             weight_error=fit.weight_error,
             output_error=fit.output_error,
             seconds=seconds,
+            tokens=fit.tokens if isinstance(fit, ExpertsFit) else None,
         )
 
 

@@ -11,11 +11,31 @@ from bwla_compiler.recipe import Recipe
 
 
 @dataclass(frozen=True)
+class ExpertTokens:
+    """How many calibration tokens each expert was fitted to, in the quantized stream.
+
+    counts: by expert. floor: below it an expert's statistics are blended with those of all tokens. blended: experts
+    below the floor. alike: the share of tokens that the fp stream sends to the same expert.
+    """
+
+    counts: tuple[int, ...]
+    floor: int
+    blended: int
+    alike: float
+
+    def __str__(self) -> str:
+        least = f"{min(self.counts)} to {max(self.counts)} tokens an expert"
+        floor = f"{self.blended} of {len(self.counts)} experts below {self.floor}, blended with all tokens"
+        return f"{least}; {floor}; {self.alike:.0%} routed as in fp"
+
+
+@dataclass(frozen=True)
 class LinearReport:
     """One linear: its decision, true bits per weight (its transform counted), and errors of the fit.
 
     weight_error: ||W - W^||^2 / ||W||^2 in the basis that is read. output_error: tr(E H E^T) / tr(W H W^T), the
-    share of the output's energy on calibration tokens that is lost (equal to weight_error without calibration).
+    share of the output's energy on calibration tokens that is lost (equal to weight_error without calibration). Of
+    experts, both are means over the experts' tokens. tokens: of experts, None without calibration.
     """
 
     name: str
@@ -26,6 +46,7 @@ class LinearReport:
     weight_error: float
     output_error: float
     seconds: float
+    tokens: ExpertTokens | None = None
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,23 @@ from torch.fx import GraphModule, Node, map_arg
 
 from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.capture import attribute
+from bwla_compiler.graph.experts import experts_of_batches, experts_of_rows
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A node that stands for a module: when the module was replaced, it is called on `source` instead."""
+    """A node that stands for a module: when the module was replaced, it is called on `source` instead.
+
+    experts, offsets: of a product with the matrices of experts; see `graph.analysis.Site`.
+    """
 
     node: Node
     source: Node
     module: str
+    experts: int = 0
+    offsets: Node | None = None
 
 
 class TwinStream:
@@ -89,7 +95,7 @@ class TwinStream:
             yield fp.flatten(0, -2), q.flatten(0, -2)
 
     def values(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give a node's values in the fp and in the quantized stream, batch by batch, as they are."""
+        """Give a node's values in the fp and in the quantized stream, batch by batch, shaped as they are."""
         for fp, q in zip(self._fp, self._q, strict=True):
             yield fp[node], q[node]
 
@@ -124,14 +130,28 @@ class TwinStream:
             return batch
         call = self.calls.get(node)
         if call is not None and call.module in self.replaced:
-            return self.model.get_submodule(call.module)(env[call.source])
+            module, x = self.model.get_submodule(call.module), env[call.source]
+            return self._run_experts(module, call, x, env) if call.experts else module(x)
         return self._run(node, env)
+
+    def _run_experts(self, module: nn.Module, call: Call, x: Tensor, env: Mapping[Node, Any]) -> Tensor:
+        rows = x.flatten(0, -2)
+        offsets = None if call.offsets is None else env[call.offsets]
+        y: Tensor = module(rows, experts_of(rows, offsets, call.experts))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _free(self, done: int) -> None:
         dead = [node for node in self._fp[0] if self._last_use[node] <= done]
         for env in (*self._fp, *self._q):
             for node in dead:
                 env.pop(node, None)
+
+
+def experts_of(rows: Tensor, offsets: Tensor | None, n_experts: int) -> Tensor:
+    """Return the expert [N] of each row [N, in]: sorted by expert up to offsets [E], or in equal parts without."""
+    if offsets is None:
+        return experts_of_batches(n_experts, rows)
+    return experts_of_rows(offsets, rows)
 
 
 def residual_operand(node: Node) -> Node | None:

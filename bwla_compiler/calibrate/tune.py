@@ -92,8 +92,8 @@ def _optimizer(students: Sequence["_Student"], gains: Sequence[nn.Parameter], tu
     scales = [student.scale for student in students]
     diagonals = {id(d.change): d.change for student in students if (d := student.diagonal) is not None}
     pairs = [factor for student in students for factor in (student.onto, student.into) if factor is not None]
-    groups = [
-        {"params": parameters, "full_rate": rate}
+    tuned = [
+        (parameters, rate)
         for parameters, rate in (
             (scales, tuning.scales),
             ([*diagonals.values()], tuning.diagonals),
@@ -102,9 +102,10 @@ def _optimizer(students: Sequence["_Student"], gains: Sequence[nn.Parameter], tu
         )
         if parameters and rate
     ]
-    for group in groups:
-        for parameter in group["params"]:
+    for parameters, _ in tuned:
+        for parameter in parameters:
             parameter.requires_grad_(True)
+    groups = [{"params": parameters, "full_rate": rate} for parameters, rate in tuned]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 
@@ -118,7 +119,9 @@ def _tunable(model: nn.Module) -> Iterator[list["_Student"]]:
         for name, module in packed:
             if isinstance(module, PackedLinear):
                 students[name] = _Student(module, diagonals)
-            replace_module(model, name, students.get(name) or _Head(module))
+                replace_module(model, name, students[name])
+            else:
+                replace_module(model, name, _Head(module))
         yield [*students.values()]
     except BaseException:
         for name, module in packed:
@@ -166,7 +169,13 @@ class _Student(nn.Module):
         assert first is not None
         self.first = first
         self.scale = nn.Parameter(torch.zeros_like(first), requires_grad=False)
+        self.pair_scale: Tensor | None
         self.onto, self.into, self.pair_scale = _pair(linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that asks the linear for shape, dtype or device gets."""
+        return self.source[0].weight
 
     def scales(self) -> Tensor:
         """Return the scales [planes, out, groups]."""
@@ -178,30 +187,47 @@ class _Student(nn.Module):
         inner = _rounded(inner, bits=self.activation_bits)
         scales = self.scales()
         if scales.shape[2] == 1:  # the scale on the output: no gradient of a whole weight is ever formed
-            y = sum(linear(inner, signs) * scale[:, 0] for signs, scale in zip(self.signs, scales, strict=True))
+            parts = (linear(inner, signs) * scale[:, 0] for signs, scale in zip(self.signs, scales, strict=True))
+            y: Tensor = next(parts)
+            for part in parts:
+                y = y + part
         else:
             wide = scales.repeat_interleave(GROUP, 2)[..., : self.signs.shape[2]]
             y = linear(inner, (wide * self.signs).sum(0))
-        if self.onto is not None and self.into is not None:
-            y = y + linear(linear(inner, self.into), self.onto * self.pair_scale)
+        pair = self.pair()
+        if pair is not None:
+            y = y + linear(linear(inner, pair[1]), pair[0])
         bias = self.source[0].bias
-        return (y if bias is None else y + bias).to(x.dtype)
+        y = y if bias is None else y + bias
+        return y.to(x.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return the low-rank pair [out, rank] and [rank, in], which reads the scaled columns; None for none."""
+        if self.onto is None or self.into is None or self.pair_scale is None:
+            return None
+        return self.onto * self.pair_scale, self.into
 
     def packed(self) -> PackedLinear:
         """Return the linear that is stored."""
-        linear, into = self.source[0], self.into
+        linear = self.source[0]
+        onto, into = self.pair() or (None, None)
         if into is not None and self.column_scale is not None:
             into = into * self.column_scale  # as BinaryWeight has it: beside the planes, not behind their columns
         weight = BinaryWeight(
             self.signs.to(torch.int8),
             self.scales(),
             column_scale=self.column_scale,
-            low_rank_out=None if self.onto is None else self.onto * self.pair_scale,
+            low_rank_out=onto,
             low_rank_in=into,
             group_size=GROUP if self.first.shape[2] > 1 else 0,
         )
-        bits = linear.activation_bits
-        return PackedLinear.from_binary(weight, activation_bits=bits, transform=linear.transform, bias=linear.bias)
+        return PackedLinear.from_binary(
+            weight,
+            activation_bits=linear.activation_bits,
+            transform=linear.transform,
+            bias=linear.bias,
+            dtype=linear.typed.dtype,
+        )
 
 
 class _Head(nn.Module):

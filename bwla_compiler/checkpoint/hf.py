@@ -18,6 +18,7 @@ from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 from bwla_compiler.runtime.skeleton import build_skeleton, describe
 
@@ -70,8 +71,14 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             for name, module in build_skeleton(self.quantization_config.modules).items():
                 replace_module(model, name, module)
-                _mark_initialized(model.get_submodule(name.rpartition(".")[0]))
+                _mark_initialized(
+                    model.get_submodule(name.rpartition(".")[0]), always=isinstance(module, PackedExperts)
+                )
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Return no conversions: packed tensors go by the model's own names, and are no weights to merge or turn."""
+        return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
@@ -96,16 +103,19 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _mark_initialized(parent: Any) -> None:
-    """Keep transformers from initialising a parent's children by name (GPT-2 writes to `c_proj.weight`)."""
+def _mark_initialized(parent: Any, *, always: bool = False) -> None:
+    """Keep transformers from initialising a parent's children by name (GPT-2 writes to `c_proj.weight`).
+
+    always: also where it has tensors of its own (biases of experts), which then must be in the checkpoint.
+    """
     own = (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
-    if not own:
+    if always or not own:
         parent._is_hf_initialized = True
 
 
 def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     """Give a model that was quantized in place the config that save_pretrained writes."""
-    packed = (PackedLinear, Int8Linear, Int8Embedding, TiedHead)
+    packed = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, packed)}
     config = BwlaConfig(
         modules={name: describe(module, modules) for name, module in modules.items()},
@@ -119,5 +129,6 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     )
     model.hf_quantizer = BwlaQuantizer(config)
     model.hf_quantizer.simulated = recipe.simulated
+    model._weight_conversions = []  # save_pretrained would look for weights of experts to cut apart
     model.is_quantized = True
     model.quantization_method = METHOD

@@ -51,9 +51,9 @@ def build_library(
     """Return the shared library compiled from `source`; from the cache where it was built before.
 
     name: first part of the file's name. flags, links: before and after the source on the command line. key: what
-    else determines the result. None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes: each compiles to its own
-    temporary file and renames it. Raises BuildError with the compiler's words where the source does not compile,
-    or where the cache folder cannot be written.
+    else determines the result. None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes:
+    each compiles to its own temporary file and renames it. Raises BuildError with the compiler's words where the
+    source does not compile, or where the cache folder cannot be written.
     """
     command = tuple(shlex.split(settings().compiler))
     version = _version(command)

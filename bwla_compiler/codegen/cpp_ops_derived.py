@@ -23,7 +23,8 @@ class Derived {
     entries.erase(key);
     made++;
     Tensor value = make();
-    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), tensor.data_ptr(), tensor._version(), extra,
+    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), tensor.data_ptr(),
+                               tensor._version(), extra,
                                tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), value});
     return value;
   }

@@ -38,8 +38,10 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
                                 int64_t bits, const MaybeList& scale_exponent, const Maybe& column_exponent,
                                 const MaybeList& rank_exponent) {
   const Members members(x, signs, scale, rank_in, rank_out, rank_scale, bias, scale_exponent, rank_exponent, &residual);
-  const bool good = takes(x, column_scale, column_exponent, bits) && members.fit && takes_prologue(x, kind, gate, gain, shift);
-  const Factors f(good ? x.size(-1) : 0, transform_scale, left, right, transform_exponent, left_exponent, right_exponent);
+  const bool good =
+      takes(x, column_scale, column_exponent, bits) && members.fit && takes_prologue(x, kind, gate, gain, shift);
+  const Factors f(good ? x.size(-1) : 0, transform_scale, left, right, transform_exponent, left_exponent,
+                  right_exponent);
   if (!good || !f.fit)
     return FusedRoute::portable(x, gate, kind, eps, gain, shift, transform_scale, left, right, transform_exponent,
                                 left_exponent, right_exponent, signs, scale, column_scale, rank_in, rank_out,

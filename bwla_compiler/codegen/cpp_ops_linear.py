@@ -18,7 +18,8 @@ struct Linear {
     if (!is_float(bias) || (bias && (bias->dim() != 1 || bias->size(0) != out))) return false;
     if (!rank_in && !rank_out && !rank_scale) return !rank_scale_exponent;
     if (!rank_in || !rank_out || !rank_scale || !dense_cpu(*rank_in) || !dense_cpu(*rank_out)) return false;
-    if (rank_in->scalar_type() != at::kChar || rank_out->scalar_type() != at::kChar || rank_in->dim() != 2) return false;
+    if (rank_in->scalar_type() != at::kChar || rank_out->scalar_type() != at::kChar) return false;
+    if (rank_in->dim() != 2) return false;
     const int64_t rank = rank_in->size(0);
     return rank_in->size(1) == columns && rank_out->dim() == 2 && rank_out->size(0) == out &&
            rank_out->size(1) == rank && rank_scale->dim() == 1 && rank_scale->size(0) == rank &&

@@ -7,7 +7,7 @@ are one launch: a program finds its member by its number.
 
 from collections.abc import Sequence
 
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, Tile, padded, power_of_two
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, padded
 from bwla_compiler.codegen.triton_text import (
     EXPAND,
     choose_number,
@@ -17,39 +17,36 @@ from bwla_compiler.codegen.triton_text import (
     members,
     product_function,
 )
+from bwla_compiler.cost.factors import power_of_two
 
 RANK_SLAB = 16
 """Low-rank components that are multiplied at a time."""
 
-_DOT = '''
+_TILE = '''
 
 @triton.jit(do_not_specialize=["tokens"])
-def linear_dot({names}):
+def {name}({names}):
     """{title}."""
     tile = tl.program_id(0)
     block = tl.program_id(1).to(tl.int64) * TOKENS
 {choice}    row = (tile - first) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     channel = tl.arange(0, 128)
+'''
+"""The first lines of a kernel: which member, rows [ROWS], tokens [TOKENS] and channels [128] this program computes."""
+
+_DOT = """\
     word = tl.arange(0, 4)
     live_row = row < outputs
     live_token = block + token < tokens
     codes += block * STRIDE
 {zeros}    for group in tl.range(0, GROUPS, num_stages=STAGES):
         q = tl.load(codes + token[:, None] * STRIDE + group * 128 + channel[None, :], mask=live_token[:, None], other=0)
-{planes}{totals}{low_rank}{finish}    tl.store(y + block * outputs + token[None, :] * outputs + row[:, None], total.to(y.dtype.element_ty), mask=live)
-'''
+{planes}{totals}{low_rank}{finish}    at = block * outputs + token[None, :] * outputs + row[:, None]
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=live)
+"""
 
-_LOW_RANK = '''
-
-@triton.jit(do_not_specialize=["tokens"])
-def low_rank({names}):
-    """{title}."""
-    tile = tl.program_id(0)
-    block = tl.program_id(1).to(tl.int64) * TOKENS
-{choice}    row = (tile - first) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS)
-    channel = tl.arange(0, 128)
+_LOW_RANK = """\
     live_row = row < rank
     live_token = block + token < tokens
     codes += block * STRIDE
@@ -64,7 +61,7 @@ def low_rank({names}):
     live = live_row[:, None] & live_token[None, :]
     at = (block + token[None, :]) * RANKS + rank_first + row[:, None]
     tl.store(mixed + at, total.to(tl.float32) * row_scale[:, None], mask=live)
-'''
+"""
 
 
 def member_parameters(spec: LinearKernel) -> list[tuple[str, str]]:
@@ -143,10 +140,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     parameters += [("mixed", "*fp32")] if spec.ranked else []
     parameters += [*member_parameters(spec), ("tokens", "i32")]
     title = f"{describe(spec)}: tiles of {spec.tile.rows} x {spec.tile.tokens} tokens"
-    body = _DOT.format(
-        names=", ".join(name for name, _ in parameters),
-        title=title,
-        choice=choice(spec),
+    body = _tile("linear_dot", parameters, title=title, choice=choice(spec)) + _DOT.format(
         zeros=_zeros(spec),
         planes="".join(_plane(spec, p) for p in range(spec.planes)),
         totals=_totals(spec),
@@ -156,6 +150,11 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     numbers = {**constants(spec), "TOKENS": spec.tile.tokens} | ({"SLAB": RANK_SLAB} if spec.ranked else {})
     source = head(title, numbers) + "\n" + EXPAND + _product(spec) + body
     return Emitted("linear_dot", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
+
+
+def _tile(name: str, parameters: Sequence[tuple[str, str]], *, title: str, choice: str) -> str:
+    names = ", ".join(name for name, _ in parameters)
+    return _TILE.format(name=name, names=names, title=title, choice=choice)
 
 
 def _zeros(spec: LinearKernel) -> str:
@@ -247,10 +246,7 @@ def emit_low_rank(spec: LinearKernel) -> Emitted:
     names = ("low_rank_in", "low_rank_scale")
     chosen += choose_pointers({name: members(name, [True] * len(ranks)) for name in names}, first)
     title = f"Low-rank pairs' inner {spec.columns} -> {' + '.join(map(str, ranks))}: tiles of 16 x {tile.tokens} tokens"
-    body = _LOW_RANK.format(
-        names=", ".join(name for name, _ in parameters),
-        title=title,
-        choice=indented(chosen),
+    body = _tile("low_rank", parameters, title=title, choice=indented(chosen)) + _LOW_RANK.format(
         accumulator="tl.int32" if spec.rounds else "tl.float32",
         dot="tl.dot(factor, tl.trans(q), acc=total, out_dtype=tl.int32)"
         if spec.rounds

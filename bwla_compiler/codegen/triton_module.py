@@ -75,7 +75,8 @@ def _imported(path: str) -> ModuleType:
     require_triton()
     name = f"bwla_triton_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # as the import system does: Triton looks up a kernel's globals there
     spec.loader.exec_module(module)

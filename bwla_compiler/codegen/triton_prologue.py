@@ -4,8 +4,9 @@ x' by kind of prologue (a norm's statistics, an activation, a gate), x'' = (x' *
 Y = left^T X' right on X' [n1, n2], codes = round(x'' * column_scale / token_scale), half to even.
 """
 
-from bwla_compiler.codegen.triton_spec import Emitted, PrologueKernel, power_of_two
+from bwla_compiler.codegen.triton_spec import Emitted, PrologueKernel
 from bwla_compiler.codegen.triton_text import head, indented, product_function
+from bwla_compiler.cost.factors import power_of_two
 
 SLAB = 16
 """Rows of the streamed factor, and of X', that are multiplied at a time: more of them spill at 96 x 128."""

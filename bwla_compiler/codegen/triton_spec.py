@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bwla_compiler.cost.factors import LARGEST_TILE, holds, power_of_two
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 
 GROUP = 128
@@ -18,24 +19,16 @@ Precision = Literal["ieee", "tf32x2", "tf32x3"]
 """How float products run: in float32; on tf32 matrix units (11 significant bits) as two products, x in two parts of
 22 bits together and the other operand exact in tf32 (signs, int8, float16 factors); or as three, both in two parts."""
 
-LARGEST_TILE = 32768
-"""Channels that one program holds: 64 float32 registers a thread in 16 warps. Beyond, registers spill."""
-
-LARGEST_WHOLE = 128
-"""Side of the Kronecker factor that is held whole: 64 KB of shared memory in float32."""
-
 GEMV_TOKENS = 1
 """Up to so many tokens the decode kernel serves; from there on each weight is used often enough for matrix units."""
-
-
-def power_of_two(n: int, *, least: int = 16) -> int:
-    """Return the smallest power of two that is at least n and at least `least`, the smallest side of a product."""
-    return max(least, 1 << max(0, n - 1).bit_length())
 
 
 def padded(columns: int) -> int:
     """Return the columns of a row of codes: whole groups, the rest zeros."""
     return -(-columns // GROUP) * GROUP
+
+
+NO_TRANSFORM = TransformSpec()
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class PrologueKernel:
 
     columns: int
     kind: Kind = "none"
-    transform: TransformSpec = TransformSpec()
+    transform: TransformSpec = NO_TRANSFORM
     column_scaled: bool = False
     gain: bool = False
     shift: bool = False
@@ -82,9 +75,7 @@ class PrologueKernel:
         """Whether one program can hold a token and the smaller factor."""
         if not (self.transform.left or self.transform.right):
             return power_of_two(self.columns) <= LARGEST_TILE
-        sides = power_of_two(self.transform.n1), power_of_two(self.transform.n2)
-        both = self.transform.left and self.transform.right
-        return sides[0] * sides[1] <= LARGEST_TILE and (not both or min(sides) <= LARGEST_WHOLE)
+        return holds(self.transform.n1, self.transform.n2, both=self.transform.left and self.transform.right)
 
     @property
     def warps(self) -> int:

@@ -1,4 +1,4 @@
-"""Pieces of text that the Triton emitters share: a module's head, and the choice of a member by the program's number."""
+"""Text that the Triton emitters share: a module's head, and the choice of a member by the program's number."""
 
 from collections.abc import Mapping, Sequence
 

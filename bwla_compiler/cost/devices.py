@@ -5,27 +5,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of one device: memory bytes per second, int8 operations and bf16 operations per second."""
+    """Peaks of one device: memory bytes per second, int8 operations and bf16 operations per second.
+
+    units: processors that share the peaks evenly (SMs, compute units, threads); what cannot be split runs on one.
+    """
 
     name: str
     bytes_per_second: float
     int8_ops_per_second: float
     bf16_flops: float
+    units: int
     source: str
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100-sxm", 3.35e12, 1979e12, 989.5e12, "NVIDIA H100 Tensor Core GPU datasheet, SXM5, halved to dense"),
-        Device("a100-sxm", 2.039e12, 624e12, 312e12, "NVIDIA A100 datasheet, 80 GB SXM4, dense"),
-        Device("rtx-4090", 1.008e12, 660.6e12, 165.2e12, "NVIDIA Ada GPU architecture whitepaper, appendix A, dense"),
-        Device("mi300x", 5.3e12, 2614.9e12, 1307.4e12, "AMD Instinct MI300X datasheet, dense"),
+        Device("h100-sxm", 3.35e12, 1979e12, 989.5e12, 132, "NVIDIA H100 Tensor Core GPU datasheet, SXM5, dense"),
+        Device("h200-sxm", 4.8e12, 1979e12, 989.5e12, 132, "NVIDIA H200 Tensor Core GPU datasheet, SXM, dense"),
+        Device("b200-sxm", 8.0e12, 4500e12, 2250e12, 148, "NVIDIA HGX B200 datasheet, one GPU at 1000 W, dense"),
+        Device("a100-sxm", 2.039e12, 624e12, 312e12, 108, "NVIDIA A100 datasheet, 80 GB SXM4, dense"),
+        Device(
+            "rtx-4090", 1.008e12, 660.6e12, 165.2e12, 128, "NVIDIA Ada GPU architecture whitepaper, appendix A, dense"
+        ),
+        Device("mi300x", 5.3e12, 2614.9e12, 1307.4e12, 304, "AMD Instinct MI300X datasheet, dense"),
         Device(
             "cpu-avx512",
             20e9,
             684e9,
             196e9,
+            1,
             "measured: one thread of a 2-core Zen 4 with AVX-512 VNNI; cold pure read, lookup-table kernel at A8, "
             "torch bf16 matrix product at M = 128",
         ),

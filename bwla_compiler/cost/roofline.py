@@ -1,6 +1,8 @@
-"""Roofline of one group of linears (Williams et al., 2009): seconds = Max(bytes / bandwidth, operations / peak).
+"""Roofline of one group of linears (Williams et al., 2009), symbolic: bytes, operations, seconds, and where they cross.
 
-Symbolic in sympy, so that a report can print and differentiate what it claims. Modelled, never measured.
+A group runs in two stages, one after the other: the prologue (change of basis and rounding of the shared input) and
+the product. Each takes Max(bytes / bandwidth, operations / peak). Modelled, never measured: launches, caches and
+everything else that a real kernel loses are left out.
 """
 
 from collections.abc import Callable
@@ -13,88 +15,182 @@ import sympy as sp
 from bwla_compiler.cost.devices import Device
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec
 
-n_in, n_out, M, planes, rank, n1, n2, bits, scales, diagonal, bias = SYMBOLS = sp.symbols(
-    "n_in n_out M planes rank n1 n2 bits scales diagonal bias", nonnegative=True
+M = sp.Symbol("M", positive=True)
+"""Tokens of a step."""
+
+n_in, n_out, members, planes, rank, n1, n2, diagonal, scales, columns, bias, rounded = SYMBOLS = sp.symbols(
+    "n_in n_out members planes rank n1 n2 diagonal scales columns bias rounded", integer=True, nonnegative=True
 )
-"""Sizes of a group: M tokens; n1, n2 are 0 for a factor that is absent; scales 16-bit scales a row and plane;
-diagonal, bias 1 where present."""
-bandwidth, int8_peak, float_peak = PEAKS = sp.symbols("bandwidth int8_peak float_peak", positive=True)
+"""Sizes of a group: n_out over all members; rank of each member; n1, n2 are 0 for a factor that is absent; scales a row
+and plane; bias in bytes an output; diagonal (before the transform), columns (scales of columns), rounded 1 or 0."""
+
+bandwidth, int8_peak, float_peak, units = PEAKS = sp.symbols("bandwidth int8_peak float_peak units", positive=True)
+
+FLOAT_BYTES = 2
+"""Of an activation that is not rounded: 16 bit."""
+
+Bound = Literal["memory", "compute"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Expressions of M and SYMBOLS: bytes that are stored, bytes that a step moves, operations on int8 and floats."""
+
+    stored: sp.Expr
+    moved: sp.Expr
+    int8_ops: sp.Expr
+    float_ops: sp.Expr
 
 
 @dataclass(frozen=True)
 class SymbolicCost:
-    """sympy expressions of SYMBOLS (and PEAKS for seconds): bytes, int8 operations, float operations, seconds."""
+    """The two stages of a group."""
 
-    bytes: sp.Expr
-    int8_ops: sp.Expr
-    float_ops: sp.Expr
-    seconds: sp.Expr
+    prologue: Stage
+    product: Stage
+
+    @property
+    def stored(self) -> sp.Expr:
+        """Bytes of the packed modules' buffers."""
+        return sp.expand(self.prologue.stored + self.product.stored)
 
 
 @dataclass(frozen=True)
 class RegionCost:
-    """The modelled cost of one group: bytes moved, operations (two a multiply-add), seconds, and what bounds them."""
+    """Modelled figures of one group on one device.
 
-    bytes: float
-    ops: float
+    stored: bytes of its packed modules. bytes: moved by a step. ops: two a multiply-add. seconds: of a step.
+    prologue_seconds: of these, the prologue's. crossover: tokens a step from which the product's operations take
+    longer than its bytes, None where they never do; bound: which of the two takes longer now.
+    """
+
+    stored: int
+    bytes: int
+    ops: int
     seconds: float
-    bound: Literal["memory", "compute"]
+    prologue_seconds: float
+    bound: Bound
+    crossover: float | None
 
 
+@cache
 def symbolic_cost() -> SymbolicCost:
     """Return the cost of one group as expressions.
 
-    Bytes: packed weights, 16-bit scales, factors and bias, int8 low-rank pair; 16-bit input and output; the rounded
-    codes, an int8 container written and read once, where activations are rounded. Operations: each plane is a
-    matrix product in int8 (float where activations are not rounded); the transform is float. A seeded Hadamard is
-    costed like a Kronecker factor, as it is applied by the same kernel.
+    Stored: what runtime.modules saves, byte for byte: signs in whole bytes a row, float16 scales, factors and
+    diagonals, each tensor of them with one byte of exponent, the int8 low-rank pair, the bias. A step moves all of it
+    once, the 16-bit input and output, and the prologue's result: int8 codes where activations are rounded, else
+    16 bit. Each plane is a product in int8 (in floats where activations are not rounded); the prologue is float. A
+    seeded Hadamard costs what a fitted factor does: it is stored and applied in the same way.
     """
-    rounded = sp.Piecewise((1, bits < FLOAT_BITS), (0, True))
-    weights = planes * n_out * (n_in / 8 + 2 * scales) + rank * (n_in + n_out + 2)
-    extras = 2 * (n1**2 + n2**2) + 2 * diagonal * n_in + 2 * bias * n_out
-    activations = M * (2 * n_in + 2 * n_out + 2 * n_in * rounded)
-    products = 2 * M * (planes * n_in * n_out + rank * (n_in + n_out))
-    transform = M * n_in * (2 * n1 + 2 * n2 + diagonal)
-    n_bytes = weights + extras + activations
-    int8_ops = products * rounded
-    float_ops = transform + products * (1 - rounded)
-    seconds = sp.Max(n_bytes / bandwidth, int8_ops / int8_peak + float_ops / float_peak)
-    return SymbolicCost(n_bytes, int8_ops, float_ops, seconds)
-
-
-def region_cost(spec: LinearSpec, *, tokens: int, device: Device) -> RegionCost:
-    """Return the modelled cost of a group on a batch of `tokens` tokens."""
-    n_bytes, int8_ops, float_ops, seconds = _compiled()(
-        *_sizes(spec, tokens), device.bytes_per_second, device.int8_ops_per_second, device.bf16_flops
+    present = sp.Piecewise((1, n1 + n2 + diagonal + rounded > 0), (0, True))
+    width = FLOAT_BYTES - rounded  # bytes of what the product reads
+    prologue = Stage(
+        stored=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2),
+        moved=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2) + M * n_in * (FLOAT_BYTES + width) * present,
+        int8_ops=sp.Integer(0),
+        float_ops=M * n_in * (2 * n1 + 2 * n2 + diagonal),
     )
-    bound: Literal["memory", "compute"] = "memory" if n_bytes / device.bytes_per_second >= seconds else "compute"
-    return RegionCost(float(n_bytes), float(int8_ops + float_ops), float(seconds), bound)
+    signs = planes * n_out * sp.ceiling(n_in / 8)
+    row_scales = 2 * planes * n_out * scales + members
+    pair = rank * (members * n_in + n_out) + members * (2 * rank + sp.Min(1, rank))
+    weights = signs + row_scales + members * columns * (2 * n_in + 1) + pair + bias * n_out
+    ops = 2 * M * (planes * n_in * n_out + rank * (members * n_in + n_out))
+    product = Stage(
+        stored=weights,
+        moved=weights + M * (n_in * width + FLOAT_BYTES * n_out),
+        int8_ops=ops * rounded,
+        float_ops=ops * (1 - rounded),
+    )
+    return SymbolicCost(prologue, product)
 
 
-def _sizes(spec: LinearSpec, tokens: int) -> tuple[int, ...]:
+def _factor(side: sp.Symbol) -> sp.Expr:
+    """Bytes of a Kronecker factor: float16 and its exponent; 0 for side 0."""
+    return 2 * side**2 + sp.Min(1, side)
+
+
+def memory_seconds(stage: Stage) -> sp.Expr:
+    """Return the seconds that a stage's bytes take."""
+    return stage.moved / bandwidth
+
+
+def compute_seconds(stage: Stage, *, whole: bool) -> sp.Expr:
+    """Return the seconds that a stage's operations take.
+
+    whole: a token's work runs on one of the device's units, as the fused prologue does (one program a token).
+    """
+    seconds = stage.int8_ops / int8_peak + stage.float_ops / float_peak
+    return seconds * units / sp.Min(M, units) if whole else seconds
+
+
+@cache
+def symbolic_seconds() -> tuple[sp.Expr, sp.Expr]:
+    """Return the seconds of prologue and product, expressions of M, SYMBOLS and PEAKS."""
+    cost = symbolic_cost()
+    return (
+        sp.Max(memory_seconds(cost.prologue), compute_seconds(cost.prologue, whole=True)),
+        sp.Max(memory_seconds(cost.product), compute_seconds(cost.product, whole=False)),
+    )
+
+
+@cache
+def symbolic_crossover() -> sp.Expr:
+    """Return the M at which the product's operations take as long as its bytes; not positive where they never do.
+
+    Both grow linearly: a + b M bytes against c M operations, so that M = a / (c bandwidth / peak - b).
+    """
+    product = symbolic_cost().product
+    difference = memory_seconds(product) - compute_seconds(product, whole=False)
+    fixed, slope = difference.subs(M, 0), sp.diff(difference, M)
+    return sp.simplify(-fixed / slope)
+
+
+def region_cost(spec: LinearSpec, *, tokens: int, device: Device, bias_bytes: int = 4) -> RegionCost:
+    """Return the modelled cost of a group for a step of `tokens` tokens. bias_bytes: of one entry of a bias."""
+    values = (*sizes(spec, bias_bytes=bias_bytes), *peaks(device))
+    stored, moved, ops, prologue, product, crossover = _compiled()(tokens, *values)
+    return RegionCost(
+        stored=int(stored),
+        bytes=int(moved),
+        ops=int(ops),
+        seconds=float(prologue + product),
+        prologue_seconds=float(prologue),
+        bound="compute" if 0 < crossover < tokens else "memory",
+        crossover=float(crossover) if crossover > 0 else None,
+    )
+
+
+def sizes(spec: LinearSpec, *, bias_bytes: int = 4) -> tuple[int, ...]:
     """Return the values of SYMBOLS for a spec."""
     transform = spec.transform
-    columns = spec.in_features
-    per_row = -(-columns // spec.group_size) if spec.scale_kind == "group" else 1
+    per_row = -(-spec.in_features // spec.group_size) if spec.scale_kind == "group" else 1
     return (
-        columns,
+        spec.in_features,
         sum(spec.out_features),
-        tokens,
+        len(spec.out_features),
         spec.planes,
         spec.rank,
         transform.n1 if transform.left else 0,
         transform.n2 if transform.right else 0,
-        spec.activation_bits,
+        int(transform.scaled),
         per_row,
-        int(transform.scaled) + int(spec.scale_kind == "row+column"),
-        int(spec.bias),
+        int(spec.scale_kind == "row+column"),
+        bias_bytes * spec.bias,
+        int(spec.activation_bits < FLOAT_BITS),
     )
+
+
+def peaks(device: Device) -> tuple[float, ...]:
+    """Return the values of PEAKS for a device."""
+    return device.bytes_per_second, device.int8_ops_per_second, device.bf16_flops, device.units
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
     cost = symbolic_cost()
-    compiled: Callable[..., Any] = sp.lambdify(
-        (*SYMBOLS, *PEAKS), (cost.bytes, cost.int8_ops, cost.float_ops, cost.seconds), modules="math"
-    )
+    moved = cost.prologue.moved + cost.product.moved
+    ops = sum(stage.int8_ops + stage.float_ops for stage in (cost.prologue, cost.product))
+    wanted = (cost.stored, moved, ops, *symbolic_seconds(), symbolic_crossover())
+    compiled: Callable[..., Any] = sp.lambdify((M, *SYMBOLS, *PEAKS), wanted, modules="math", cse=True)
     return compiled

@@ -12,27 +12,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from bwla_compiler.errors import PlanError
 from bwla_compiler.graph import opkinds as ops
-from bwla_compiler.graph.capture import attribute, parameter_name
+from bwla_compiler.graph.capture import held, parameter_name
 from bwla_compiler.graph.spaces import Space, pin, pinned
 
 
 @dataclass
 class Value:
-    """What is known of a tensor: a space per axis; `squared` where it holds squares of a rotated vector."""
+    """What is known of a tensor: a space per axis.
+
+    squared: it holds squares of a rotated vector. items: of a list of tensors. lanes: where the second axis from the
+    end numbers tensors that share a parameter and nothing else (a head's query, key and value): the last axis' space
+    for each number, and then axes[-1] is the first of them.
+    """
 
     axes: list[Space]
     squared: bool = False
     items: list["Value"] = field(default_factory=list)
+    lanes: tuple[Space, ...] = ()
 
 
 @dataclass(frozen=True)
 class Site:
-    """One use of a linear: node, its input, and the weight's parameter with its two axes."""
+    """One use of a linear: node, its input, and the weight's parameter with its two axes.
+
+    n_experts: matrices of a weight of three axes, 0 for a plain linear. offsets: the node that says where each expert's
+    rows of the input end; None where every expert has as many rows.
+    """
 
     node: Node
     source: Node
@@ -40,6 +50,8 @@ class Site:
     bias: str | None
     in_axis: int
     out_axis: int
+    n_experts: int = 0
+    offsets: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -65,16 +77,22 @@ class Analysis:
     values: per node. parameters: per parameter name, a space per axis. sites: linears in graph order.
     absorptions: norms whose affine part moves into the readers. kept: norms where it does not, and why.
     tied: parameters that serve both as embedding and as linear (the linear's use has a value of its own).
-    unknown: operations without a rule. biasable: ids of the weights whose module adds a bias once it has one; None
-    where that is not known, and then taken for granted.
+    unknown: operations without a rule. biasable: ids of the weights whose module adds a bias once it has one;
+    untieable: ids of the embeddings that may part with the head they share a tensor with. None where that is not
+    known, and then taken for granted.
     """
 
     def __init__(
-        self, gm: GraphModule, rules: "Mapping[Any, Rule]", *, biasable: Collection[int] | None = None
+        self,
+        gm: GraphModule,
+        rules: "Mapping[Any, Rule]",
+        *,
+        biasable: Collection[int] | None = None,
+        untieable: Collection[int] | None = None,
     ) -> None:
         self.gm = gm
         self.rules = rules
-        self.biasable = biasable
+        self.biasable, self.untieable = biasable, untieable
         self.values: dict[Node, Value] = {}
         self.parameters: dict[str, Value] = {}
         self.sites: dict[Node, Site] = {}
@@ -87,7 +105,9 @@ class Analysis:
         self._refuse_data_dependent_sizes()
         self.constant = self._constants()
         self._n_uses = self._count_uses()
-        self.embedded = {self.parameter_of(node.args[0]) for node in gm.graph.nodes if node.target in ops.EMBEDDING}
+        self.embedded = {
+            name for n in gm.graph.nodes if n.target in ops.EMBEDDING and (name := self.parameter_of(n.args[0]))
+        }
         for node in gm.graph.nodes:
             self._step(node)
 
@@ -141,22 +161,18 @@ class Analysis:
             node = node.args[0]
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
-        tensor = attribute(self.gm, node)
+        tensor = held(self.gm, node)
         if not isinstance(tensor, torch.nn.Parameter):
             return None
         # two names of one tied tensor are one parameter
         return self._names.setdefault(id(tensor), parameter_name(node))
 
-    def constant_value(self, node: Node) -> Tensor:
-        """Compute a constant node; parameters without values (on meta) are as `_with_values` has them."""
-        if node.op == "get_attr":
-            return _with_values(attribute(self.gm, node).detach())
-        args = map_arg(node.args, self.constant_value)
-        kwargs = map_arg(node.kwargs, self.constant_value)
-        assert callable(node.target)
-        result = node.target(*args, **kwargs)
-        assert isinstance(result, Tensor)
-        return result
+    def number_of(self, node: Node) -> Tensor | None:
+        """Return the numbers that a constant index holds, through layout alone; None where it is computed."""
+        while node.target in ops.LAYOUT:
+            node = node.all_input_nodes[0]
+        found = held(self.gm, node) if node.op == "get_attr" else None
+        return found if isinstance(found, Tensor) and not found.is_meta else None
 
     def linear_operands(self, node: Any) -> tuple[Node, Node, Any, bool] | None:
         """Return (input, weight, bias, transposed) where a node is a linear, transposed: weight [.., in, out]."""
@@ -179,7 +195,8 @@ class Analysis:
         if node.target in ops.SHAPE_ONLY:
             return
         if node.op == "get_attr":
-            self.values[node] = self._parameter_value(node)
+            if isinstance(held(self.gm, node), Tensor):  # a subgraph of a higher-order operation is none
+                self.values[node] = self._parameter_value(node)
         elif node.op == "placeholder":
             self.fresh(node, "graph input")
         elif node.op == "output":
@@ -189,7 +206,7 @@ class Analysis:
             self._guard_squares(node)
             rule = self.rules.get(node.target) or self.rules.get(str(node.target))
             if rule is None or not rule(self, node):
-                self.unsupported(node)
+                self._unsupported(node)
 
     def _parameter_value(self, node: Node) -> Value:
         name = self.parameter_of(node)
@@ -208,30 +225,31 @@ class Analysis:
                 self.pin_all(source, f"{node.name}: reads squares one by one")
 
     def fresh(self, node: Node, reason: str) -> None:
-        if self.is_tensor(node):
-            self.values[node] = Value([pinned(s, reason) for s in self.shape(node)])
-
-    def pin_all(self, node: Node, reason: str) -> None:
-        value = self.values.get(node)
-        for axis in value.axes if value else []:
-            pin(axis, reason)
-        for item in value.items if value else []:
-            for axis in item.axes:
-                pin(axis, reason)
-
-    def unsupported(self, node: Node) -> None:
-        """Pin everything that an operation without a rule touches."""
-        reason = f"{node.name}: {node.target} has no rule"
-        if node not in self.constant:
-            self.unknown[str(node.target)] = self.unknown.get(str(node.target), 0) + 1
-        for source in node.all_input_nodes:
-            self.pin_all(source, reason)
+        """Give what a node computes, one tensor or several, the identity on every axis."""
         result = node.meta.get("val")
         if isinstance(result, (tuple, list)):
             tensors = [r for r in result if isinstance(r, Tensor)]
             self.values[node] = Value([], items=[Value([pinned(int(s), reason) for s in t.shape]) for t in tensors])
-        else:
-            self.fresh(node, reason)
+        elif self.is_tensor(node):
+            self.values[node] = Value([pinned(s, reason) for s in self.shape(node)])
+
+    def pin_all(self, node: Node, reason: str) -> None:
+        """Force the identity on every axis of a node's value."""
+        value = self.values.get(node)
+        for found in (value, *value.items) if value else ():
+            for axis in (*found.axes, *found.lanes):
+                pin(axis, reason)
+
+    def opaque(self, node: Node, reason: str) -> None:
+        """Force the identity on all that an operation reads and writes."""
+        for source in node.all_input_nodes:
+            self.pin_all(source, reason)
+        self.fresh(node, reason)
+
+    def _unsupported(self, node: Node) -> None:
+        if node not in self.constant:
+            self.unknown[str(node.target)] = self.unknown.get(str(node.target), 0) + 1
+        self.opaque(node, f"{node.name}: {node.target} has no rule")
 
     # ---- who reads a normed tensor
 
@@ -239,13 +257,9 @@ class Analysis:
         """Return the linears that alone read a tensor's last axis through layout, or the name of who else does."""
         readers: list[Node] = []
         for user in node.users:
-            if user.target in ops.SHAPE_ONLY:
+            if user.target in ops.SHAPE_ONLY | ops.FILL:
                 continue
-            keeps_last = self.is_tensor(user) and self.shape(user)[-1:] == self.shape(node)[-1:]
-            passes = user.target in ops.SAME or (
-                keeps_last and user.target in ops.VIEW | ops.UNSQUEEZE | ops.EXPAND | ops.INDEX | ops.SLICE
-            )
-            if passes and not (user.target in ops.INDEX and len(user.args[1]) >= len(self.shape(node))):
+            if self._passes_channels(user, node):
                 below = self.linear_readers(user)
                 if isinstance(below, str):
                     return below
@@ -256,55 +270,92 @@ class Analysis:
                 return f"also read by {user.name}"
         return tuple(readers) if readers else "read by nothing"
 
-    def _reads_weight(self, user: Node, source: Node) -> bool:
-        """Whether `user` is a linear with a parameter that no other operation reads, and `source` its input."""
-        operands = self.linear_operands(user)
-        if operands is None or operands[0] is not source:
+    def _passes_channels(self, user: Node, source: Node) -> bool:
+        """Whether what `user` gives has the channels of `source` for its own, in their order."""
+        if not self.is_tensor(user) or user.args[0] is not source or source in user.all_input_nodes[1:]:
             return False
-        name = self.parameter_of(operands[1])
-        return name is not None and self._n_uses[name] == 1
+        if user.target in ops.SAME:
+            return True
+        channels = self.shape(source)[-1:]
+        if self.shape(user)[-1:] != channels or user.target not in _KEEP_LAST:
+            return False
+        indices: Any = user.args[1] if user.target in ops.INDEX else ()
+        return len(indices) < len(self.shape(source))  # the last axis is not among the indexed
+
+    def _reads_weight(self, user: Node, source: Node) -> bool:
+        """Whether `user` is a linear with a parameter that no other operation reads, and `source` its input alone."""
+        operands = self.linear_operands(user)
+        if operands is None or operands[0] is not source or operands[2] is source:
+            return False
+        weight = operands[1]
+        name = self.parameter_of(weight)
+        while weight.target in ops.SAME | ops.PERMUTE:
+            weight = weight.all_input_nodes[0]
+        if name is None or weight.op != "get_attr" or self._n_uses[name] != 1:
+            return False
+        return name not in self.embedded or self.may_untie(name)
+
+    def may_untie(self, name: str) -> bool:
+        """Whether the linear that an embedding's tensor serves may get a copy of its own."""
+        return self.untieable is None or self._id_of(name) in self.untieable
+
+    def _id_of(self, name: str) -> int:
+        return next(key for key, found in self._names.items() if found == name)
 
     def without_bias(self, readers: Collection[Node]) -> str:
         """Return why a shift cannot move into linears: the name of one that would not add a bias; "" if all would."""
         for reader in readers:
             operands = self.linear_operands(reader)
             assert operands is not None
-            weight: Any = operands[1]
-            while weight.op != "get_attr":
-                weight = weight.args[0]
-            if self.biasable is not None and id(attribute(self.gm, weight)) not in self.biasable:
+            name = self.parameter_of(operands[1])
+            assert name is not None
+            if self.biasable is not None and self._id_of(name) not in self.biasable:
                 return f"also read by {reader.name}, which takes no bias"
+            if operands[2] is not None:
+                bias = self.parameter_of(operands[2])
+                if bias is None or self._n_uses[bias] != 1:
+                    return f"also read by {reader.name}, whose bias is not its own"
         return ""
 
     def gain_parameter(self, node: Node) -> tuple[str, float] | None:
         """Return (parameter, offset) where a constant is offset + parameter, and nothing else reads the parameter."""
-        source, users = node, [node]
+        offset, source = 0.0, node
         while source.op != "get_attr":
-            tensors = [a for a in source.args if isinstance(a, Node)]
-            if len(tensors) != 1 or source.op != "call_function":
+            added = _number_added(source)
+            if added is None or len(source.users) != 1:
                 return None
-            source = tensors[0]
-            users.append(source)
+            offset += added
+            source = source.all_input_nodes[0]
         name = self.parameter_of(source)
-        if name is None or any(len(u.users) != 1 for u in users):
+        if name is None or len(source.users) != 1 or self._n_uses[name] != 1 or name in self.embedded:
             return None
-        parameter = _with_values(attribute(self.gm, source).detach()).flatten().to(torch.float32)
-        offset = self.constant_value(node).detach().flatten().to(torch.float32) - parameter
-        value = float(offset[0]) if offset.numel() else 0.0
-        if value not in (0.0, 1.0) or not bool(((offset - value).abs() <= 1e-5 * (1 + parameter.abs())).all()):
-            return None
-        return name, value
+        in_order = sum(s > 1 for s in self.shape(source)) <= 1
+        return (name, offset) if in_order else None
 
 
-def _with_values(parameter: Tensor) -> Tensor:
-    """Return a parameter, or, for one on meta, values that differ from entry to entry: enough to see an offset."""
-    if not parameter.is_meta:
-        return parameter
-    return torch.linspace(0.5, 1.5, parameter.numel()).to(parameter.dtype).reshape(parameter.shape)
+def _number_added(node: Node) -> float | None:
+    """Return the number that a node adds to the one tensor it reads, 0 for layout; None where it does more."""
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.target in ops.LAYOUT:
+        return 0.0
+    number = node.args[1] if node.target in ops.SUM - ops.REVERSED else None
+    if not isinstance(number, int | float) or len(node.args) > 2 or node.kwargs:  # alpha
+        return None
+    return -float(number) if "sub" in str(node.target) else float(number)
+
+
+_KEEP_LAST = ops.VIEW | ops.UNSQUEEZE | ops.SQUEEZE | ops.EXPAND | ops.INDEX | ops.SLICE
+"""Operations that leave the last axis as it is where they leave its size as it is, earlier indices at least."""
 
 
 Rule = Callable[[Analysis, Any], bool]
 """What one operation does to spaces; a rule that returns False leaves the node to `Analysis.unsupported`."""
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """Return an operation's argument by place or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def aligned(value: Value | None, rank: int) -> list[Space]:

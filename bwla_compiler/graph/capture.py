@@ -123,11 +123,17 @@ def _lift(argument: object) -> object:
     return torch.float64 if argument is torch.float32 else argument
 
 
-def attribute(gm: GraphModule, node: Node) -> Tensor:
-    """Return the tensor that a get_attr node names."""
+def held(gm: GraphModule, node: Node) -> object:
+    """Return what a get_attr node names: a tensor, or the subgraph of a higher-order operation."""
     value: object = gm
     for part in str(node.target).split("."):
         value = getattr(value, part)
+    return value
+
+
+def attribute(gm: GraphModule, node: Node) -> Tensor:
+    """Return the tensor that a get_attr node names."""
+    value = held(gm, node)
     assert isinstance(value, Tensor)
     return value
 

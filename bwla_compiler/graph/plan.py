@@ -2,8 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
+
+from bwla_compiler.errors import PlanError
+from bwla_compiler.graph.reading import read
+
+SCHEMA = "bwla-plan/1"
+"""Name and version of the JSON form; the version rises when a field comes, goes or changes its meaning."""
 
 Freedom = Literal["free", "fixes-ones", "pinned"]
 Decision = Literal["folded", "partial", "online", "alone"]
@@ -57,7 +65,8 @@ class Linear:
     name: of the module. parameter: of the weight. in_axis, out_axis: axes of the weight (GPT-2 stores
     [in, out]). decision: the input's rotation is folded into its writers; partial (one Kronecker factor
     folds, the other is online); online; or the linear is left alone. block: the repeated block that holds it,
-    "" outside all. writes_residual: its output is added to the residual stream.
+    "" outside all. writes_residual: its output is added to the residual stream. experts: how many matrices of these
+    sizes the weight holds, one per expert; 0 for a plain linear. Then the name is the parameter's.
     """
 
     name: str
@@ -74,6 +83,12 @@ class Linear:
     input: Expression
     output: Expression
     writes_residual: bool = False
+    experts: int = 0
+
+    @property
+    def n_weights(self) -> int:
+        """How many numbers the weight holds."""
+        return max(1, self.experts) * self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,15 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A table that is looked up by id. name: of the module; parameter: of the table; output: basis of its rows."""
+
+    name: str
+    parameter: str
+    output: Expression
+
+
+@dataclass(frozen=True)
 class Axis:
     """One axis of one parameter and the basis it lives in: folding multiplies the axis by the basis' matrix."""
 
@@ -116,7 +140,8 @@ class Plan:
 
     model: class name. bases, linears, groups, norms: see their classes. axes: of every parameter that lives
     in a basis which is not pinned. tied: (embedding weight, head module) where one tensor serves both.
-    unknown: operations without a rule, and how often each pinned what it touched.
+    unknown: operations without a rule, and how often each pinned what it touched. embeddings: tables that are looked
+    up by id. Equal models give equal plans, byte for byte in JSON.
     """
 
     model: str
@@ -127,46 +152,73 @@ class Plan:
     axes: tuple[Axis, ...]
     tied: tuple[tuple[str, str], ...] = ()
     unknown: dict[str, int] = field(default_factory=dict)
+    embeddings: tuple[Embedding, ...] = ()
 
     def linear(self, name: str) -> Linear:
         """Return a linear by module name; KeyError where there is none."""
-        return {x.name: x for x in self.linears}[name]
+        return self._linears[name]
 
     def basis(self, name: str) -> Basis:
         """Return a basis by name; KeyError where there is none."""
-        return {b.name: b for b in self.bases}[name]
+        return self._bases[name]
+
+    @cached_property
+    def _linears(self) -> dict[str, Linear]:
+        return {x.name: x for x in self.linears}
+
+    @cached_property
+    def _bases(self) -> dict[str, Basis]:
+        return {b.name: b for b in self.bases}
 
     @property
     def free(self) -> tuple[Basis, ...]:
         """The bases that may be rotated, wholly or keeping the ones vector."""
         return tuple(b for b in self.bases if b.freedom != "pinned" and b.size > 1)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, with the schema's name first."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
     def to_json(self) -> str:
         """Return the plan as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
+
+    @staticmethod
+    def from_dict(table: Any) -> "Plan":
+        """Return the plan that `to_dict` gave. Raises PlanError where it is damaged or of another version."""
+        if not isinstance(table, dict) or "schema" not in table:
+            raise PlanError("this is no plan: the key 'schema' is missing; make it anew with bwla-compile plan")
+        if table["schema"] != SCHEMA:
+            raise PlanError(
+                f"the plan is of version {table['schema']!r}, this bwla-compiler reads {SCHEMA!r}: plan anew"
+            )
+        plan = read(Plan, {k: v for k, v in table.items() if k != "schema"}, where="plan")
+        for problem in _contradictions(plan):
+            raise PlanError(f"the plan is damaged: {problem}; make it anew with bwla-compile plan")
+        return plan
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """Return the plan that `to_json` wrote."""
-        d = json.loads(text)
-        return Plan(
-            model=d["model"],
-            bases=tuple(Basis(**_tuples(b)) for b in d["bases"]),
-            linears=tuple(
-                Linear(**{**x, "input": _expression(x["input"]), "output": _expression(x["output"])})
-                for x in d["linears"]
-            ),
-            groups=tuple(Group(**_tuples(g)) for g in d["groups"]),
-            norms=tuple(Norm(**_tuples(n)) for n in d["norms"]),
-            axes=tuple(Axis(a["parameter"], a["axis"], _expression(a["expression"])) for a in d["axes"]),
-            tied=tuple((e, h) for e, h in d["tied"]),
-            unknown=d["unknown"],
-        )
+        """Return the plan that `to_json` wrote. Raises PlanError where it is damaged or of another version."""
+        try:
+            table = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"the plan is damaged: {error}; make it anew with bwla-compile plan") from error
+        return Plan.from_dict(table)
 
 
-def _tuples(table: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-
-
-def _expression(table: dict[str, Any]) -> Expression:
-    return Expression(table["kind"], table["size"], table["basis"], tuple(map(_expression, table["parts"])))
+def _contradictions(plan: Plan) -> Iterator[str]:
+    """Yield what no planner would have written: names that lead nowhere, sizes that do not add up."""
+    linears, bases = {x.name for x in plan.linears}, {b.name for b in plan.bases}
+    members = [(f"group {g.name}", name) for g in plan.groups for name in g.linears]
+    members += [(f"norm {n.gain or n.shift}", name) for n in plan.norms for name in n.absorbed_by]
+    for where, name in members:
+        if name not in linears:
+            yield f"{where} names {name}, which is no linear"
+    for x in plan.linears:
+        if (x.input.size, x.output.size) != (x.in_features, x.out_features):
+            yield f"{x.name} has sizes that differ from its bases'"
+    for axis in plan.axes:
+        for leaf in axis.expression.leaves():
+            if leaf.basis and leaf.basis not in bases:
+                yield f"axis {axis.axis} of {axis.parameter} names {leaf.basis}, which is no basis"

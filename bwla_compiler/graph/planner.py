@@ -1,7 +1,12 @@
-"""The planner: analysis of a captured graph -> Plan, in the model's own names."""
+"""The planner: analysis of a captured graph -> Plan, in the model's own names.
+
+Analysis and plan take time in proportion to the graph, a hundredth of what its capture takes, so repeated blocks are
+analysed one by one: nothing has to be proven of their likeness.
+"""
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -12,7 +17,8 @@ from bwla_compiler.graph import opkinds as ops
 from bwla_compiler.graph.analysis import Analysis, Site
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture
-from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Freedom, Group, Linear, Norm, Plan
+from bwla_compiler.graph.experts import experts_form, projections, routers
+from bwla_compiler.graph.plan import Axis, Basis, Decision, Embedding, Expression, Freedom, Group, Linear, Norm, Plan
 from bwla_compiler.graph.spaces import Freedom as SpaceFreedom
 from bwla_compiler.graph.spaces import Space, leaves
 
@@ -28,10 +34,22 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _biasable(model: nn.Module) -> frozenset[int]:
-    """Return the ids of the weights of linears, subclasses too: a router or experts would not look at a bias."""
+def _is_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a linear belongs to an adapter that stands beside a `base_layer`, as PEFT arranges them."""
+    parts = name.split(".")
+    outer = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    return any(hasattr(m, "base_layer") and parts[i] != "base_layer" for i, m in enumerate(outer))
+
+
+def _weights_of_one(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the weights that one linear has, subclasses too, and no other linear shares.
+
+    A bias that such a module gets is added, as a router or experts would not, and by it alone; a head among them may
+    get a copy of the embedding's tensor. An id that two modules share is in neither case theirs to change.
+    """
     linears = (m for m in model.modules() if isinstance(m, nn.Linear) or is_linear(m))
-    return frozenset(id(m.weight) for m in linears)
+    count = Counter(id(m.weight) for m in linears)
+    return frozenset(key for key, n in count.items() if n == 1)
 
 
 def block_of(name: str) -> str:
@@ -45,7 +63,8 @@ def make_plan(model: nn.Module, *, graph: GraphModule | None = None) -> Plan:
 
     Raises CaptureError where it cannot be traced, PlanError where it has no linears.
     """
-    analysis = analyse(graph if graph is not None else capture(model), biasable=_biasable(model))
+    owned = _weights_of_one(model)
+    analysis = analyse(graph if graph is not None else capture(model), biasable=owned, untieable=owned)
     return _Planner(model, analysis).plan()
 
 
@@ -56,6 +75,12 @@ class _Planner:
         self.model, self.analysis = model, analysis
         self.names = self._weight_names()
         self.basis_names: dict[Space, str] = {}
+        self.calls = Counter(site.weight for site in analysis.sites.values())
+        self.routers = routers(analysis)
+        experts = [(self.names[s.weight], s.n_experts) for s in analysis.sites.values() if s.n_experts]
+        self.expert_calls = Counter(name for name, _ in experts)
+        self.expert_counts = {(block_of(name), n) for name, n in experts}
+        self._taken: set[str] = set()
 
     def _weight_names(self) -> dict[str, str]:
         """Map the analysis' parameter names to the model's; a tied linear's copy gets its module's name."""
@@ -93,6 +118,7 @@ class _Planner:
             axes=tuple(self._axes()),
             tied=tuple((self.names[plain], self._module(own)) for own, plain in self.analysis.tied.items()),
             unknown=dict(self.analysis.unknown),
+            embeddings=tuple(self._embeddings()),
         )
 
     # ---- names
@@ -118,11 +144,11 @@ class _Planner:
     def _name_leaves(self, space: Space, name: str) -> None:
         fresh = [x for x in dict.fromkeys(leaves(space)) if x.size > 1 and x not in self.basis_names]
         fresh = [x for x in fresh if x.freedom != SpaceFreedom.PINNED]
-        taken = set(self.basis_names.values())
         for i, leaf in enumerate(fresh):
             wanted = name if len(fresh) == 1 else f"{name}[{i}]"
             spellings = itertools.chain((wanted,), (f"{wanted}:{n}" for n in itertools.count(2)))
-            self.basis_names[leaf] = next(x for x in spellings if x not in taken)
+            self.basis_names[leaf] = next(x for x in spellings if x not in self._taken)
+            self._taken.add(self.basis_names[leaf])
 
     def expression(self, space: Space) -> Expression:
         root = space.find()
@@ -154,7 +180,9 @@ class _Planner:
         source, target = value.axes[site.in_axis], value.axes[site.out_axis]
         name = self._module(site.weight)
         decision, reason = self._decision(site, source)
-        first = groups[self._root_of(site.source)][0]
+        alike = groups[self._root_of(site.source)]
+        # a router may come first, and no transform is put before it
+        first = next((s for s in alike if self._refusal(s) == ""), alike[0])
         return Linear(
             name=name,
             parameter=self.names[site.weight],
@@ -170,15 +198,12 @@ class _Planner:
             input=self.expression(source),
             output=self.expression(target),
             writes_residual=any(self.basis_names.get(leaf) == "residual" for leaf in leaves(target)),
+            experts=site.n_experts,
         )
 
     def _decision(self, site: Site, source: Space) -> tuple[Decision, str]:
-        module = self._owner(self.names[site.weight])
-        calls = sum(s.weight == site.weight for s in self.analysis.sites.values())
-        if not is_linear(module):
-            return "alone", f"its weight belongs to a {type(module).__name__}, not to a plain linear"
-        if calls > 1:
-            return "alone", f"called {calls} times: one weight, several inputs"
+        if refusal := self._refusal(site):
+            return "alone", refusal
         atoms = [x for x in dict.fromkeys(leaves(source)) if x.size > 1]
         held = [x for x in atoms if x.freedom == SpaceFreedom.PINNED]
         kept = [x for x in atoms if x.freedom == SpaceFreedom.FIXES_ONES]
@@ -189,6 +214,39 @@ class _Planner:
             sizes = " and ".join(str(x.size) for x in held)
             return "partial", f"the factor of {sizes} is pinned by {held[0].reason}; the rest folds"
         return "online", f"pinned by {held[0].reason}"
+
+    def _refusal(self, site: Site) -> str:
+        """Return why a linear is left alone, or ""."""
+        module = self._owner(self.names[site.weight])
+        calls = self.calls[site.weight]
+        if site.n_experts and (refusal := self._experts_refusal(site, module)):
+            return refusal
+        if self._is_router(site, module):
+            return "a router: kept in float on purpose, since a rounded one sends tokens to other experts"
+        if not site.n_experts and not is_linear(module):
+            return f"its weight belongs to a {type(module).__name__}, not to a plain linear"
+        if _is_adapter(self.model, self.names[site.weight]):
+            return "an adapter beside a quantized linear keeps its precision"
+        return f"called {calls} times: one weight, several inputs" if calls > 1 else ""
+
+    def _experts_refusal(self, site: Site, module: nn.Module) -> str:
+        """Return why the experts of a module cannot be packed, or ""; they are packed together or not at all."""
+        if not experts_form(module):
+            return f"its weight belongs to a {type(module).__name__}, whose way of calling its experts is not known"
+        owner = self.names[site.weight].rpartition(".")[0]
+        for leaf in projections(module):
+            calls = self.expert_calls[f"{owner}.{leaf}"]
+            if calls != 1:
+                return f"{leaf} of its experts is called {calls} times as a product of {type(module).__name__}"
+        return ""
+
+    def _is_router(self, site: Site, module: nn.Module) -> bool:
+        """Whether a linear decides where rows go: by the graph, or a module of its own with a row per expert."""
+        if site.node in self.routers:
+            return True
+        rows = self.analysis.parameters[site.weight].axes[site.out_axis].size
+        own = not site.n_experts and not is_linear(module)
+        return own and (block_of(self.names[site.weight]), rows) in self.expert_counts
 
     def _group_entries(self, linears: tuple[Linear, ...]) -> tuple[Group, ...]:
         members: dict[str, list[Linear]] = {}
@@ -235,6 +293,11 @@ class _Planner:
             yield Norm(gain, shift, readers, gain_offset=found.gain_offset)
         for parameter, reason in self.analysis.kept:
             yield Norm(self.names.get(parameter, parameter), None, (), reason)
+
+    def _embeddings(self) -> Iterable[Embedding]:
+        for parameter in dict.fromkeys(self.analysis.embeddings.values()):
+            rows = self.expression(self.analysis.parameters[parameter].axes[1])
+            yield Embedding(self._module(parameter), self.names[parameter], rows)
 
     def _axes(self) -> Iterable[Axis]:
         for own, value in self.analysis.parameters.items():

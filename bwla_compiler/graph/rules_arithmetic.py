@@ -5,7 +5,7 @@ from typing import Any
 from torch.fx import Node
 
 from bwla_compiler.graph import opkinds as ops
-from bwla_compiler.graph.analysis import Absorption, Analysis, Rule, Value, aligned
+from bwla_compiler.graph.analysis import Absorption, Analysis, Rule, Value, aligned, argument
 from bwla_compiler.graph.spaces import Freedom, Space, constrain, pin, pinned, unify
 
 
@@ -45,6 +45,9 @@ def product_rule(a: Analysis, node: Any) -> bool:
         return False
     if _absorb_gain(a, node):
         return True
+    if node.args[0] is node.args[1] and node.target not in ops.DIVISION:
+        a.values[node] = Value(left, squared=True)
+        return True
     divides = node.target in ops.DIVISION
     reason = f"{node.name}: multiplied channel by channel"
     out = []
@@ -75,6 +78,8 @@ def _absorb_gain(a: Analysis, node: Any) -> bool:
     sizes = a.shape(gain)
     if not sizes or sizes[-1] == 1 or any(s != 1 for s in sizes[:-1]) or len(sizes) > len(a.shape(x)):
         return False
+    if sizes[-1] != a.shape(x)[-1]:
+        return False
     parameter = a.gain_parameter(gain)
     if parameter is None:
         return False
@@ -89,10 +94,14 @@ def _absorb_gain(a: Analysis, node: Any) -> bool:
 
 
 def power_rule(a: Analysis, node: Any) -> bool:
+    """x^2 keeps its bases until a mean over the whole axis shows that only the length of x counts; x^k pins."""
     value = a.value(node.args[0])
     exponent = node.args[1] if len(node.args) > 1 else 2
-    if value is None or exponent != 2:
-        return nonlinear_rule(a, node)
+    if value is None:
+        return False
+    if exponent != 2:
+        a.opaque(node, f"{node.name}: acts on each channel by itself")
+        return True
     a.values[node] = Value(list(value.axes), squared=True)
     return True
 
@@ -103,22 +112,64 @@ def reduction_rule(a: Analysis, node: Any) -> bool:
     if value is None or not value.axes:
         return False
     rank = len(value.axes)
-    listed = node.args[1] if len(node.args) > 1 else None
-    dims = {int(d) % rank for d in (listed or range(rank))}
-    keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    out: list[Space] = []
-    for i, axis in enumerate(value.axes):
-        if i not in dims:
-            if value.squared:
-                pin(axis, f"{node.name}: squares kept apart")
-            out.append(axis)
-            continue
+    dims, keep = _dims(node, 1, rank), bool(argument(node, 2, "keepdim", False))
+    for i in dims:
         if not (value.squared and dims == {rank - 1}):
             freedom = Freedom.PINNED if value.squared else Freedom.FIXES_ONES
-            constrain(axis, freedom, f"{node.name}: a mean or sum over channels")
-        if keep:
-            out.append(pinned(1, "reduced"))
-    a.values[node] = Value(out)
+            constrain(value.axes[i], freedom, f"{node.name}: a mean or sum over channels")
+    if value.squared:
+        _pin_others(value, dims, f"{node.name}: squares kept apart")
+    a.values[node] = _reduced(value, dims, keep)
+    return True
+
+
+def _dims(node: Any, index: int, rank: int) -> set[int]:
+    """Return the axes that a reduction names, all where it names none."""
+    listed = argument(node, index, "dim")
+    listed = [listed] if isinstance(listed, int) else listed
+    return {int(d) % rank for d in (listed or range(rank))}
+
+
+def _pin_others(value: Value, dims: set[int], reason: str) -> None:
+    for i, axis in enumerate(value.axes):
+        if i not in dims:
+            pin(axis, reason)
+
+
+def _reduced(value: Value, dims: set[int], keep: bool) -> Value:
+    axes = [pinned(1, "reduced") if i in dims else axis for i, axis in enumerate(value.axes)]
+    return Value([axis for i, axis in enumerate(axes) if keep or i not in dims])
+
+
+def length_rule(a: Analysis, node: Any) -> bool:
+    """The length of vectors along the last axis is invariant."""
+    value = a.value(node.args[0])
+    order = argument(node, 1, "ord" if "linalg" in str(node.target) else "p", 2)
+    if value is None or not value.axes:
+        return False
+    rank = len(value.axes)
+    dims = _dims(node, 2, rank)
+    if order not in (2, None) or dims != {rank - 1}:
+        a.opaque(node, f"{node.name}: acts on each channel by itself")
+        return True
+    _pin_others(value, dims, f"{node.name}: lengths kept apart")
+    a.values[node] = _reduced(value, dims, bool(argument(node, 3, "keepdim", False)))
+    return True
+
+
+def variance_rule(a: Analysis, node: Any) -> bool:
+    """The variance along the last axis is the length of what a mean leaves: R ones = ones keeps both."""
+    value = a.value(node.args[0])
+    if value is None or not value.axes:
+        return False
+    rank = len(value.axes)
+    dims = _dims(node, 1, rank)
+    if dims != {rank - 1}:
+        a.opaque(node, f"{node.name}: acts on each channel by itself")
+        return True
+    constrain(value.axes[-1], Freedom.FIXES_ONES, f"{node.name}: a variance over channels")
+    _pin_others(value, dims, f"{node.name}: variances kept apart")
+    a.values[node] = _reduced(value, dims, bool(argument(node, 3, "keepdim", False)))
     return True
 
 
@@ -162,11 +213,14 @@ def _absorb_affine(a: Analysis, node: Any, x: Any, gain: Any, shift: Any) -> str
     return ""
 
 
-def nonlinear_rule(a: Analysis, node: Any) -> bool:
-    for source in node.all_input_nodes:
-        a.pin_all(source, f"{node.name}: acts on each channel by itself")
-    a.fresh(node, f"{node.name}: acts on each channel by itself")
-    return True
+def pinning_rule(reason: str) -> Rule:
+    """Return the rule of operations that only the identity commutes with."""
+
+    def rule(a: Analysis, node: Any) -> bool:
+        a.opaque(node, f"{node.name}: {reason}")
+        return True
+
+    return rule
 
 
 ARITHMETIC_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
@@ -174,6 +228,8 @@ ARITHMETIC_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
     (ops.PRODUCT, product_rule),
     (ops.POWER, power_rule),
     (ops.REDUCTION, reduction_rule),
+    (ops.LENGTH, length_rule),
+    (ops.VARIANCE, variance_rule),
     (ops.LAYER_NORM | ops.RMS_NORM, norm_rule),
-    (ops.NONLINEAR, nonlinear_rule),
+    *((targets, pinning_rule(reason)) for targets, reason in ops.PINNING),
 )

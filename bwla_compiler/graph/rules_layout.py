@@ -5,29 +5,40 @@ from typing import Any
 import torch
 
 from bwla_compiler.graph import opkinds as ops
-from bwla_compiler.graph.analysis import Analysis, Rule, Value, aligned
-from bwla_compiler.graph.spaces import Space, compound, parts_of, piece, pin, pinned, unify
+from bwla_compiler.graph.analysis import Analysis, Rule, Value, aligned, argument
+from bwla_compiler.graph.rules_lanes import lanes_of, take_lanes
+from bwla_compiler.graph.spaces import Freedom, Space, compound, constrain, parts_of, piece, pin, pinned, unify
 
 
 def same_rule(a: Analysis, node: Any) -> bool:
+    """Element for element the same: all but casts to whole numbers, and a dropout that drops."""
     source = node.args[0]
-    if source not in a.values:
+    value = a.value(source)
+    if value is None or not a.is_tensor(node):
         return False
-    value = a.values[source]
-    a.values[node] = Value(list(value.axes), value.squared)
+    rounds = source.meta["val"].is_floating_point() and not node.meta["val"].is_floating_point()
+    drops = node.target is torch.ops.aten.dropout.default and argument(node, 2, "train")
+    if rounds or drops:
+        a.opaque(node, f"{node.name}: acts on each channel by itself")
+    else:
+        a.values[node] = Value(list(value.axes), value.squared)
     return True
 
 
 def negation_rule(a: Analysis, node: Any) -> bool:
-    return same_rule(a, node)
+    value = a.value(node.args[0])
+    if value is None:
+        return False
+    a.values[node] = Value(list(value.axes))
+    return True
 
 
 def view_rule(a: Analysis, node: Any) -> bool:
     value = a.value(node.args[0])
     if value is None:
         return False
-    axes = _regroup(value.axes, a.shape(node), node.name)
-    a.values[node] = Value(axes, value.squared)
+    lanes = lanes_of(a, node, value.axes)
+    a.values[node] = lanes or Value(_regroup(value.axes, a.shape(node), node.name), value.squared)
     return True
 
 
@@ -117,54 +128,185 @@ def unsqueeze_rule(a: Analysis, node: Any) -> bool:
     return True
 
 
+def squeeze_rule(a: Analysis, node: Any) -> bool:
+    """Axes of one entry that go; the others stay in order."""
+    value = a.value(node.args[0])
+    if value is None:
+        return False
+    rank = len(value.axes)
+    listed = argument(node, 1, "dim", range(rank))
+    dims = {int(d) % rank for d in ([listed] if isinstance(listed, int) else listed)}
+    a.values[node] = Value([x for i, x in enumerate(value.axes) if i not in dims or x.size > 1])
+    return True
+
+
 def expand_rule(a: Analysis, node: Any) -> bool:
     value = a.value(node.args[0])
     if value is None:
         return False
-    sizes = a.shape(node)
+    a.values[node] = _expanded(value, a.shape(node), node.name)
+    return True
+
+
+def _expanded(value: Value, sizes: list[int], name: str) -> Value:
     axes = aligned(value, len(sizes))
-    a.values[node] = Value(
-        [x if x.size == s else pinned(s, f"{node.name}: a repeated axis") for x, s in zip(axes, sizes, strict=True)]
+    return Value(
+        [x if x.size == s else pinned(s, f"{name}: a repeated axis") for x, s in zip(axes, sizes, strict=True)]
     )
+
+
+def copy_rule(a: Analysis, node: Any) -> bool:
+    """copy(target, source): the source's numbers in the target's shape."""
+    value = a.value(node.args[1])
+    if value is None:
+        return False
+    a.values[node] = _expanded(value, a.shape(node), node.name)
+    return True
+
+
+def repeat_rule(a: Analysis, node: Any) -> bool:
+    """Copies one after the other: the axis is a product of their number, which is pinned, and itself."""
+    value = a.value(node.args[0])
+    if value is None:
+        return False
+    times = [int(t) for t in node.args[1]]
+    axes = aligned(value, len(times))
+    a.values[node] = Value([_copies(x, t, [pinned(t, "copies"), x]) for x, t in zip(axes, times, strict=True)])
+    return True
+
+
+def interleave_rule(a: Analysis, node: Any) -> bool:
+    """Every entry several times in a row: a product of the axis and their number, which is pinned."""
+    value = a.value(node.args[0])
+    times, dim = node.args[1], argument(node, 2, "dim")
+    if value is None or not isinstance(times, int) or dim is None:
+        return False
+    axes = list(value.axes)
+    at = int(dim) % len(axes)
+    axes[at] = _copies(axes[at], times, [axes[at], pinned(times, "copies")])
+    a.values[node] = Value(axes)
+    return True
+
+
+def _copies(axis: Space, times: int, product: list[Space]) -> Space:
+    if times == 1:
+        return axis
+    return pinned(times, "copies") if axis.size == 1 else compound("product", product)
+
+
+def cat_rule(a: Analysis, node: Any) -> bool:
+    tensors = [t for t in node.args[0] if t.meta["val"].numel() > 0]
+    known = _joined(a, tensors)
+    if not known:
+        return False
+    at = int(argument(node, 1, "dim", 0)) % len(known[0].axes)
+    axes = _unified(known, node.name, skip=at)
+    axes[at] = compound("sum", [v.axes[at] for v in known])
+    a.values[node] = Value(axes)
+    return True
+
+
+def stack_rule(a: Analysis, node: Any) -> bool:
+    known = _joined(a, node.args[0])
+    if not known:
+        return False
+    axes = _unified(known, node.name)
+    at = int(argument(node, 1, "dim", 0)) % (len(axes) + 1)
+    a.values[node] = Value([*axes[:at], pinned(len(known), f"{node.name}: stacked"), *axes[at:]])
+    return True
+
+
+def _joined(a: Analysis, tensors: Any) -> list[Value]:
+    """Return what is known of tensors, nothing where it is not known of all."""
+    values = [a.value(t) for t in tensors]
+    return [v for v in values if v is not None] if all(v is not None for v in values) else []
+
+
+def _unified(values: list[Value], reason: str, *, skip: int = -1) -> list[Space]:
+    """Return axes that tensors share, one of them excepted."""
+    axes = list(values[0].axes)
+    for value in values[1:]:
+        for i, axis in enumerate(value.axes):
+            if i != skip:
+                unify(axes[i], axis, reason)
+    return axes
+
+
+def pad_rule(a: Analysis, node: Any) -> bool:
+    """Zeros before and after an axis stand in pinned spaces of their own; another number is in every other channel."""
+    value = a.value(node.args[0])
+    padding: Any = argument(node, 1, "pad")
+    has_mode = node.target is torch.ops.aten.pad.default
+    mode = argument(node, 2, "mode", "constant") if has_mode else "constant"
+    number = argument(node, 2 + has_mode, "value") or 0
+    if value is None or mode != "constant" or any(p < 0 for p in padding):
+        return False
+    axes = list(value.axes)
+    for i, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+        sizes = [s for s in (before, after) if s]
+        for other in (x for x in value.axes if number != 0 and sizes and x is not value.axes[-1 - i]):
+            constrain(other, Freedom.FIXES_ONES, f"{node.name}: padded with one number in every channel")
+        first, last = ([pinned(s, f"{node.name}: padded")] if s else [] for s in (before, after))
+        axes[-1 - i] = compound("sum", [*first, value.axes[-1 - i], *last])
+    a.values[node] = Value(axes)
     return True
 
 
 def slice_rule(a: Analysis, node: Any) -> bool:
     value = a.value(node.args[0])
-    if value is None:
-        return False
-    dim, start, end, step = (*node.args[1:], *(None,) * 4)[:4]
-    at = int(dim or 0) % len(value.axes)
-    size = value.axes[at].size
-    low, high = _bounds(start, size, 0), _bounds(end, size, size)
+    if value is None or take_lanes(a, node):
+        return value is not None
+    at = int(argument(node, 1, "dim", 0)) % len(value.axes)
+    low, high, step = _bounds(node, 2, value.axes[at].size)
     axes = list(value.axes)
-    if step not in (None, 1):
-        pin(axes[at], f"{node.name}: a strided slice")
-        axes[at] = pinned(a.shape(node)[at], f"{node.name}: a strided slice")
-    else:
-        axes[at] = piece(axes[at], low, high, node.name)
-    a.values[node] = Value(axes, value.squared)
+    axes[at] = _cut(a, node, axes[at], low, high, step, a.shape(node)[at])
+    a.values[node] = Value(axes)
     return True
 
 
-def _bounds(index: Any, size: int, default: int) -> int:
-    if index is None:
-        return default
-    return max(0, index + size) if index < 0 else min(int(index), size)
+def _cut(a: Analysis, node: Any, axis: Space, low: int, high: int, step: int, size: int) -> Space:
+    if step == 1 and size > 0:
+        return piece(axis, low, high, node.name)
+    pin(axis, f"{node.name}: a strided slice")
+    return pinned(size, f"{node.name}: a strided slice")
+
+
+def _bounds(node: Any, first: int, size: int) -> tuple[int, int, int]:
+    """Return start, end and step of a slice of an axis, in range."""
+    step = int(argument(node, first + 2, "step", None) or 1)
+    start, end = argument(node, first, "start"), argument(node, first + 1, "end")
+    return (*slice(start, end).indices(size)[:2], step)
+
+
+def slice_scatter_rule(a: Analysis, node: Any) -> bool:
+    """A slice replaced by another tensor: the pieces before and after, and the other tensor's between them."""
+    target, source = (a.value(x) for x in node.args[:2])
+    if target is None or source is None:
+        return False
+    at = int(argument(node, 2, "dim", 0)) % len(target.axes)
+    axis = target.axes[at]
+    low, high, step = _bounds(node, 3, axis.size)
+    if step != 1 or low >= high:
+        return False
+    axes = _unified([target, source], node.name, skip=at)
+    before = [piece(axis, 0, low, node.name)] if low else []
+    after = [piece(axis, high, axis.size, node.name)] if high < axis.size else []
+    axes[at] = compound("sum", [*before, source.axes[at], *after])
+    a.values[node] = Value(axes)
+    return True
 
 
 def split_rule(a: Analysis, node: Any) -> bool:
     value = a.value(node.args[0])
     if value is None:
         return False
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    at = int(dim) % len(value.axes)
+    at = int(argument(node, 2, "dim", 0)) % len(value.axes)
     items, offset = [], 0
     for result in node.meta["val"]:
         size = int(result.shape[at])
         axes = list(value.axes)
-        axes[at] = piece(axes[at], offset, offset + size, node.name)
-        items.append(Value(axes, value.squared))
+        axes[at] = piece(axes[at], offset, offset + size, node.name) if size else pinned(0, node.name)
+        items.append(Value(axes))
         offset += size
     a.values[node] = Value([], items=items)
     return True
@@ -179,63 +321,22 @@ def getitem_rule(a: Analysis, node: Any) -> bool:
     return True
 
 
-def cat_rule(a: Analysis, node: Any) -> bool:
-    tensors = [t for t in node.args[0] if t.meta["val"].numel() > 0]
-    values = [a.value(t) for t in tensors]
-    if not values or any(v is None for v in values):
-        return False
-    known = [v for v in values if v is not None]
-    at = int(node.args[1] if len(node.args) > 1 else 0) % len(known[0].axes)
-    axes = list(known[0].axes)
-    for value in known[1:]:
-        for i, axis in enumerate(value.axes):
-            if i != at:
-                unify(axes[i], axis, node.name)
-    axes[at] = compound("sum", [v.axes[at] for v in known])
-    a.values[node] = Value(axes)
-    return True
-
-
-def index_rule(a: Analysis, node: Any) -> bool:
-    value = a.value(node.args[0])
-    picked = [(i, q) for i, q in enumerate(node.args[1]) if q is not None]
-    if value is None or len(picked) != 1:
-        return False
-    at, index = picked[0]
-    a.pin_all(index, f"{node.name}: an index")
-    pin(value.axes[at], f"{node.name}: indexed")
-    rank = len(a.shape(index))
-    rows = [pinned(s, "indexed") for s in a.shape(node)[at : at + rank]]
-    a.values[node] = Value([*value.axes[:at], *rows, *value.axes[at + 1 :]])
-    return True
-
-
-def masked_fill_rule(a: Analysis, node: Any) -> bool:
-    """Filling with 0 multiplies by a mask: the masked axes are pinned, the others pass."""
-    source, mask, fill = node.args[:3]
-    value = a.value(source)
-    if value is None or fill != 0:
-        return False
-    sizes = a.shape(mask)
-    sizes = [1] * (len(value.axes) - len(sizes)) + sizes
-    for axis, size in zip(value.axes, sizes, strict=True):
-        if size > 1:
-            pin(axis, f"{node.name}: masked")
-    a.values[node] = Value(list(value.axes))
-    return True
-
-
 LAYOUT_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
     (ops.SAME, same_rule),
     (ops.NEGATION, negation_rule),
     (ops.VIEW, view_rule),
     (ops.PERMUTE, permute_rule),
     (ops.UNSQUEEZE, unsqueeze_rule),
+    (ops.SQUEEZE, squeeze_rule),
     (ops.EXPAND, expand_rule),
+    (ops.COPY, copy_rule),
+    (ops.REPEAT, repeat_rule),
+    (ops.INTERLEAVE, interleave_rule),
     (ops.SLICE, slice_rule),
     (ops.SPLIT, split_rule),
     (ops.GETITEM, getitem_rule),
     (ops.CAT, cat_rule),
-    (ops.INDEX, index_rule),
-    (ops.MASKED_FILL, masked_fill_rule),
+    (ops.STACK, stack_rule),
+    (ops.PAD, pad_rule),
+    (ops.SLICE_SCATTER, slice_scatter_rule),
 )

@@ -196,5 +196,5 @@ def _box(node: dict[str, object], centre: tuple[float, float]) -> str:
         f'<text class="letter" x="{x + 12:.0f}" y="{centre[1] + 5:.0f}">{LETTERS[linear.decision]}</text>'
         f'<text x="{centre[0] + 12:.0f}" y="{centre[1] - 3:.0f}">{escape(linear.short.rpartition(".")[2])}</text>'
         f'<text class="small" x="{centre[0] + 12:.0f}" y="{centre[1] + 13:.0f}">'
-        f"{linear.in_features} → {linear.out_features}</text></a>"
+        f"{linear.sizes}</text></a>"
     )

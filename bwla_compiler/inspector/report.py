@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bwla_compiler.graph.plan import Basis, Linear, Norm, Plan
+from bwla_compiler.inspector.cost import CostReport
 
 SCHEMA = "bwla-inspector/1"
 """Name and version of the JSON form; the version rises when a field changes its meaning or goes."""
@@ -48,6 +49,8 @@ class LinearOutcome(Protocol):
     def output_error(self) -> float | None: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def tokens(self) -> object | None: ...
 
 
 class PassOutcome(Protocol):
@@ -96,6 +99,12 @@ class LinearRow:
     weight_error: float | None = None
     output_error: float | None = None
     seconds: float | None = None
+    experts: int = 0
+
+    @property
+    def sizes(self) -> str:
+        """Channels read and written, after the number of experts where there are several matrices."""
+        return f"{f'{self.experts} x ' if self.experts else ''}{self.in_features} → {self.out_features}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class InspectorReport:
     unknown: dict[str, int] = field(default_factory=dict)
     passes: tuple[PassRow, ...] = ()
     bits: BitsRow | None = None
+    cost: CostReport | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -171,9 +181,15 @@ class InspectorReport:
 
 
 def build_report(
-    plan: Plan, *, source: str = "", recipe: str = "", outcome: Outcome | None = None, bits: BitsLike | None = None
+    plan: Plan,
+    *,
+    source: str = "",
+    recipe: str = "",
+    outcome: Outcome | None = None,
+    bits: BitsLike | None = None,
+    cost: CostReport | None = None,
 ) -> InspectorReport:
-    """Return the report on a plan, and on a quantization where its outcome is given."""
+    """Return the report on a plan, on a quantization where its outcome is given, and with modelled costs if given."""
     measured = {x.name: x for x in outcome.linears} if outcome else {}
     rows = tuple(_linear_row(linear, measured.get(linear.name)) for linear in plan.linears)
     counted = bits or (outcome.bits if outcome else None)
@@ -192,6 +208,7 @@ def build_report(
             for p in (outcome.passes if outcome else ())
         ),
         bits=BitsRow(counted.linears, counted.model, counted.n_bytes) if counted else None,
+        cost=cost,
     )
 
 
@@ -208,11 +225,13 @@ def _linear_row(linear: Linear, outcome: LinearOutcome | None) -> LinearRow:
         input=str(linear.input),
         output=str(linear.output),
         writes_residual=linear.writes_residual,
+        experts=linear.experts,
     )
     if outcome is None:
         return row
     return dataclasses.replace(
         row,
+        reason=f"{row.reason}; {outcome.tokens}" if outcome.tokens else row.reason,
         true_bits=outcome.true_bits,
         weight_error=outcome.weight_error,
         output_error=outcome.output_error,
@@ -240,6 +259,7 @@ def collapse_blocks(rows: Iterable[LinearRow]) -> tuple[BlockRow, ...]:
         structure = tuple(
             (
                 x.short,
+                x.experts,
                 x.in_features,
                 x.out_features,
                 x.decision,

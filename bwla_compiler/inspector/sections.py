@@ -2,6 +2,7 @@
 
 from html import escape
 
+from bwla_compiler.inspector.cost import crossover_table, device_table, group_table
 from bwla_compiler.inspector.diagram import block_svg, palette
 from bwla_compiler.inspector.page import Section, render_page, table_html
 from bwla_compiler.inspector.report import LETTERS, MEANINGS, BlockRow, InspectorReport, LinearRow
@@ -40,6 +41,9 @@ def report_sections(report: InspectorReport) -> list[Section]:
     found.append(linear_section(report))
     tables = [("bases", basis_table(report)), ("norms", norm_table(report)), ("passes", pass_table(report))]
     tables.append(("unknown", unknown_table(report)))
+    if report.cost:
+        tables += [("decoding", device_table(report.cost)), ("crossover", crossover_table(report.cost))]
+        tables.append(("cost", group_table(report.cost)))
     for key, table in tables:
         if table.rows:
             plain = Table("", table.columns, table.rows, table.note)
@@ -142,10 +146,11 @@ def linear_table(report: InspectorReport) -> tuple[Table, tuple[str, ...]]:
     rows = []
     for x in report.linears:
         measured = (number(x.true_bits), number(x.weight_error), number(x.output_error)) if report.measured else ()
-        shape = f"{x.in_features} → {x.out_features}"
         name = x.name.removeprefix(report.prefix)
         rows.append(
-            row(name, shape, *measured, Cell(x.decision, x.decision), _near(x.input, x.block), Cell(x.reason, "quiet"))
+            row(
+                name, x.sizes, *measured, Cell(x.decision, x.decision), _near(x.input, x.block), Cell(x.reason, "quiet")
+            )
         )
     return Table("", tuple(columns), tuple(rows)), tuple(f"linear-{x.name}" for x in report.linears)
 

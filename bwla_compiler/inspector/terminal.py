@@ -5,6 +5,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree
 
+from bwla_compiler.inspector.cost import crossover_table, device_table
 from bwla_compiler.inspector.report import (
     LETTERS,
     MEANINGS,
@@ -70,7 +71,7 @@ def _linear_line(linear: LinearRow, width: int) -> Text:
     parts = [
         (f"{LETTERS[linear.decision]} ", f"bold {style}"),
         (linear.short.ljust(width), ""),
-        (f"  {linear.in_features} -> {linear.out_features}", ""),
+        (f"  {linear.sizes.replace('→', '->')}", ""),
         (f"  {linear.input}", style),
     ]
     if linear.true_bits is not None:
@@ -150,6 +151,8 @@ def print_report(report: InspectorReport, console: Console) -> None:
     console.print()
     console.print(legend(report))
     tables = [basis_table(report), norm_table(report), pass_table(report), unknown_table(report)]
+    if report.cost:
+        tables += [device_table(report.cost), crossover_table(report.cost)]
     for table in tables:
         if table.rows:
             console.print(render_table(table))

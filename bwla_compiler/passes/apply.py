@@ -17,6 +17,7 @@ from bwla_compiler.passes.base import (
     ShiftBias,
     Untie,
 )
+from bwla_compiler.runtime.experts import PackedExperts, TransformedExperts, adopt
 from bwla_compiler.runtime.modules import OnlineTransform
 from bwla_compiler.runtime.transformed import TransformedLinear
 
@@ -46,16 +47,28 @@ def _apply(model: nn.Module, edit: Edit) -> None:
         case InsertTransform():
             for name, in_axis in edit.linears:
                 transform = OnlineTransform.from_factors(edit.scale, edit.left, edit.right, kind=edit.kind)
-                linear = model.get_submodule(name)
-                replace_module(model, name, TransformedLinear(transform, linear, in_axis=in_axis))
+                replace_module(model, name, _transformed(model, name, transform, in_axis))
         case ReplaceModule():
             replace_module(model, edit.name, edit.module)
 
 
+def _transformed(model: nn.Module, name: str, transform: OnlineTransform, in_axis: int) -> nn.Module:
+    """Return what takes the place of a linear, or of a parameter of experts, behind a transform."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = model.get_submodule(owner)._parameters.get(leaf)
+    if parameter is not None:
+        return TransformedExperts(transform, parameter, in_axis=in_axis)
+    return TransformedLinear(transform, model.get_submodule(name), in_axis=in_axis)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name."""
+    """Put a module at a dotted name, where a module was or, for experts, a parameter of three axes."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, child, module)
+    owner = model.get_submodule(parent) if parent else model
+    owner._parameters.pop(child, None)  # torch puts no module where a parameter is
+    setattr(owner, child, module)
+    if isinstance(module, (PackedExperts, TransformedExperts)):
+        adopt(owner)
 
 
 def rotate_axis(tensor: Tensor, axis: int, expression: Expression, rotations: Mapping[str, Tensor]) -> Tensor:

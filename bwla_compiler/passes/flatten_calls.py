@@ -1,4 +1,4 @@
-"""FlattenCalls: fused groups on the CPU, where a call costs as much as a small kernel, take their operands as one list."""
+"""FlattenCalls: fused groups on the CPU, where a call costs as much as a small kernel, take one list of operands."""
 
 from dataclasses import dataclass
 from typing import ClassVar

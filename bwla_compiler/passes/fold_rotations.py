@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from bwla_compiler.cost.factors import kronecker_factors
 from bwla_compiler.graph.plan import Axis, Basis
-from bwla_compiler.numerics.kronecker import apply_kronecker, factor_pair, haar, hadamard
+from bwla_compiler.numerics.kronecker import apply_kronecker, haar, hadamard
 from bwla_compiler.passes.base import PassContext, PassReport, RotateParameter
 
 RESIDUAL = "residual"
@@ -57,7 +58,7 @@ def residual_rotation(ctx: PassContext, basis: Basis) -> KroneckerRotation:
     """
     generator = ctx.generator(basis.name)
     fixes_ones = basis.freedom == "fixes-ones"
-    n1, n2 = factor_pair(basis.size)
+    n1, n2 = kronecker_factors(basis.size)
     left = hadamard(n1, generator=generator, fixes_ones=fixes_ones)
     right = hadamard(n2, generator=generator, fixes_ones=fixes_ones)
     if fixes_ones:  # a sign would not keep the ones vector
@@ -75,9 +76,10 @@ def _added_biases(ctx: PassContext) -> Iterator[Axis]:
     shifted = {name for norm in ctx.plan.norms if norm.shift is not None for name in norm.absorbed_by}
     for linear in ctx.plan.linears:
         name = f"{linear.name}.bias"
-        if linear.bias is None and linear.name in shifted and name not in planned:
-            if getattr(ctx.model.get_submodule(linear.name), "bias", None) is not None:
-                yield Axis(name, 0, linear.output)
+        if linear.bias is not None or linear.name not in shifted or name in planned:
+            continue
+        if getattr(ctx.model.get_submodule(linear.name), "bias", None) is not None:
+            yield Axis(name, 0, linear.output)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""FuseKernels and FlattenCalls as Inductor runs them: on the graph after decompositions, known to its cache by the passes' source."""
+"""FuseKernels and FlattenCalls as Inductor runs them: on the decomposed graph, known to its cache by their source."""
 
 import logging
 from pathlib import Path

@@ -1,19 +1,23 @@
 """InsertOnline: an online change of basis before the linears whose input cannot be rotated for free."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bwla_compiler.cost.devices import DEVICES
+from bwla_compiler.cost.factors import kronecker_factors
+from bwla_compiler.cost.transforms import Choice, choose_transform
 from bwla_compiler.graph.plan import Group, Linear
-from bwla_compiler.numerics.kronecker import factor_pair, hadamard
+from bwla_compiler.numerics.kronecker import hadamard
 from bwla_compiler.numerics.okt import fit_okt
 from bwla_compiler.numerics.smoothing import smoothing_scale
 from bwla_compiler.passes.base import InsertTransform, PassContext, PassReport
 from bwla_compiler.passes.fold_rotations import RESIDUAL
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.spec import LinearSpec, TransformSpec
 
 
 @dataclass(frozen=True)
@@ -50,31 +54,41 @@ class InsertOnline:
             elif reason := skip_reason(first, recipe):
                 report.skip(group.name, reason)
             else:
-                report.change(group.name, self._fit(ctx, group, recipe))
+                self._insert(ctx, report, group, recipe)
         return report
 
-    def _fit(self, ctx: PassContext, group: Group, recipe: Recipe) -> InsertTransform:
+    def _insert(self, ctx: PassContext, report: PassReport, group: Group, recipe: Recipe) -> None:
         linears = [ctx.plan.linear(name) for name in group.linears]
-        weights = torch.cat([ctx.parameter(x.parameter).float().movedim(x.in_axis, -1) for x in linears])
+        smoothed = recipe.smoothing.exponent != 0 and group.name in self.x_max
+        choice = planned_transform(linears, recipe, scaled=smoothed)
+        if choice.reason:
+            report.skip(group.name, choice.reason)
+        if choice.transform.online:
+            report.change(group.name, self._fit(ctx, group, recipe, choice.transform))
+
+    def _fit(self, ctx: PassContext, group: Group, recipe: Recipe, wanted: TransformSpec) -> InsertTransform:
+        linears = [ctx.plan.linear(name) for name in group.linears]
+        weights = torch.cat([_rows(ctx, x) for x in linears])
         scale = self._smoothing(group, weights, recipe)
         if scale is not None:
             weights = weights * scale
-        sizes = factors_of(linears[0], folded=recipe.transform.folded)
         generator = ctx.generator(group.name)
-        kind: Literal["hadamard", "kronecker"] = "hadamard" if recipe.transform.kind == "hadamard" else "kronecker"
+        kind: Literal["hadamard", "kronecker"] = "hadamard" if wanted.kind == "hadamard" else "kronecker"
+        left: Tensor | None
+        right: Tensor | None
         if kind == "hadamard":
-            left: Tensor | None = hadamard(sizes.n1, generator=generator)
-            right = None if sizes.right_folded else hadamard(sizes.n2, generator=generator)
+            left = hadamard(wanted.n1, generator=generator) if wanted.left else None
+            right = hadamard(wanted.n2, generator=generator) if wanted.right else None
         else:
             fit = fit_okt(
                 weights,
-                n1=sizes.n1,
-                n2=sizes.n2,
+                n1=wanted.n1,
+                n2=wanted.n2,
                 generator=generator,
                 iterations=recipe.transform.iterations,
                 soft=recipe.transform.soft,
                 start=recipe.transform.start,
-                fit_right=not sizes.right_folded,
+                fit_right=wanted.right,
             )
             left, right = fit.left, fit.right
         members = tuple((x.name, x.in_axis) for x in linears)
@@ -85,6 +99,19 @@ class InsertOnline:
             return None
         x_max = self.x_max[group.name]
         return smoothing_scale(x_max, weights.abs().amax(0), exponent=recipe.smoothing.exponent)
+
+
+EXPERT_ROWS = 16384
+"""Rows of experts' weights that a transform is fitted to, at most: evenly many of each expert."""
+
+
+def _rows(ctx: PassContext, linear: Linear) -> Tensor:
+    """Return a linear's weight [out, in] float32, or of experts as many rows as a fit needs."""
+    weight = ctx.parameter(linear.parameter).movedim(linear.in_axis, -1)
+    if not linear.experts:
+        return weight.float()
+    stride = -(-linear.experts * linear.out_features // EXPERT_ROWS)
+    return weight.flatten(0, 1)[::stride].float()
 
 
 def skip_reason(linear: Linear, recipe: Recipe) -> str:
@@ -104,6 +131,23 @@ def skip_reason(linear: Linear, recipe: Recipe) -> str:
     return ""
 
 
+def planned_transform(linears: Sequence[Linear], recipe: Recipe, *, scaled: bool) -> Choice:
+    """Return the online transform of linears that share an input, as far as the recipe's budget goes.
+
+    scaled: whether a diagonal comes first. The share of time is modelled without the low-rank pair.
+    """
+    sizes = factors_of(linears[0], folded=recipe.transform.folded)
+    kind: Literal["hadamard", "kronecker"] = "hadamard" if recipe.transform.kind == "hadamard" else "kronecker"
+    spec = LinearSpec(
+        linears[0].in_features,
+        tuple(x.out_features for x in linears),
+        planes=recipe.weights.planes,
+        transform=TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled),
+        activation_bits=recipe.activations.bits,
+    )
+    return choose_transform(spec, budget=recipe.transform.budget, device=DEVICES[recipe.transform.device])
+
+
 def factors_of(linear: Linear, *, folded: bool = True) -> Factors:
     """Return the Kronecker factors of a linear's input: across heads where a head's own factor is folded.
 
@@ -113,5 +157,5 @@ def factors_of(linear: Linear, *, folded: bool = True) -> Factors:
     heads_only = folded and linear.decision == "partial" and linear.input.kind == "product"
     if heads_only and last.basis and outer and not any(leaf.basis for leaf in outer):
         return Factors(linear.in_features // last.size, last.size, right_folded=True)
-    n1, n2 = factor_pair(linear.in_features)
+    n1, n2 = kronecker_factors(linear.in_features)
     return Factors(n1, n2, right_folded=False)

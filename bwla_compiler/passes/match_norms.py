@@ -49,7 +49,7 @@ def match_norm(node: Node) -> Found | None:
 
 
 def _channels(value: Any, name: str) -> tuple[Node | None, Any]:
-    """Return (vector, rest) of rest + vector or rest * vector, the vector having one entry a channel; else (None, value)."""
+    """Return (vector, rest) of rest + vector or rest * vector, the vector an entry a channel; else (None, value)."""
     node = uncast(value)
     if isinstance(node, Node) and node.target in TARGETS[name] and not node.kwargs and len(node.args) == 2:
         whole = _value(node)

@@ -36,7 +36,15 @@ class Packed:
     def shared(self) -> tuple[Any, ...]:
         """What linears must have in common to be rounded together."""
         column_scale, bits, column_exponent = self.operands[3], self.operands[8], self.operands[10]
-        return self.source, dtype_of(self.read), self.transform, column_scale, column_exponent, bits, dtype_of(self.node)
+        return (
+            self.source,
+            dtype_of(self.read),
+            self.transform,
+            column_scale,
+            column_exponent,
+            bits,
+            dtype_of(self.node),
+        )
 
 
 def find_packed(graph: Graph) -> Iterator[Packed]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
-from bwla_compiler.passes.fold_rotations import RESIDUAL, KroneckerRotation, residual_rotation
+from bwla_compiler.passes.fold_rotations import RESIDUAL, FoldRotations, KroneckerRotation, residual_rotation
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, TiedHead
 
 TIE_TOLERANCE = 1e-3
@@ -69,7 +69,7 @@ class QuantizeEnds:
         if not isinstance(table, nn.Embedding) or not isinstance(linear, nn.Linear):
             report.skip(head, "tied, but not a plain embedding and a plain linear: stored twice")
             return
-        rotation = residual_rotation(ctx, ctx.plan.basis(RESIDUAL)) if self.rotated else KroneckerRotation.identity()
+        rotation = self._rotation(ctx)
         original = rotation.undo(table.weight.detach())
         gain = _gain(original, rotation.undo(linear.weight.detach()))
         if gain is None:
@@ -89,6 +89,13 @@ class QuantizeEnds:
         )
         report.change(embedding, ReplaceModule(embedding, packed))
         report.change(head, ReplaceModule(head, tied_head))
+
+    def _rotation(self, ctx: PassContext) -> KroneckerRotation:
+        """Return how FoldRotations has turned what the embedding writes: not at all where that basis is pinned."""
+        for basis in ctx.plan.bases if self.rotated else ():
+            if basis.name == RESIDUAL and not FoldRotations().refusal(basis):
+                return residual_rotation(ctx, basis)
+        return KroneckerRotation.identity()
 
 
 def head_names(model: nn.Module, plan: Plan) -> tuple[str, ...]:

@@ -1,14 +1,16 @@
 """QuantizeLinears: float linears become packed 1-bit linears."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import nn
 
+from bwla_compiler.graph.plan import Linear
 from bwla_compiler.numerics.planes import BinaryWeight, SimulatedWeight
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
-from bwla_compiler.runtime.modules import OnlineTransform, PackedLinear, SimulatedLinear
+from bwla_compiler.runtime.experts import PackedExperts, TransformedExperts
+from bwla_compiler.runtime.modules import PackedLinear, SimulatedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 
 
@@ -16,10 +18,11 @@ from bwla_compiler.runtime.transformed import TransformedLinear
 class QuantizeLinears:
     """Replace linears by what was fitted for them: binary planes, scales, a low-rank pair.
 
-    A weight that no packed format holds becomes a simulated linear. weights: by linear, each [out, in] in the basis that the linear reads now. activation_bits: by linear.
+    A weight that no packed format holds becomes a simulated linear. weights: by linear, each [out, in] in the basis
+    that the linear reads now; of experts, one each. activation_bits: by linear.
     """
 
-    weights: Mapping[str, BinaryWeight | SimulatedWeight]
+    weights: Mapping[str, BinaryWeight | SimulatedWeight | Sequence[BinaryWeight]]
     activation_bits: Mapping[str, int]
     name: ClassVar[str] = "quantize-linears"
 
@@ -29,23 +32,34 @@ class QuantizeLinears:
         for linear in ctx.plan.linears:
             if linear.name not in self.weights:
                 continue
-            module = ctx.model.get_submodule(linear.name)
-            if isinstance(module, (PackedLinear, SimulatedLinear)):
+            module = module_or_none(ctx.model, linear)
+            if isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear)):
                 report.skip(linear.name, "already packed")
-                continue
-            quantized = _quantized(
-                self.weights[linear.name],
-                activation_bits=self.activation_bits[linear.name],
-                transform=module.transform if isinstance(module, TransformedLinear) else None,
-                bias=getattr(module, "bias", None),
-            )
-            report.change(linear.name, ReplaceModule(linear.name, quantized))
+            else:
+                report.change(linear.name, ReplaceModule(linear.name, self._packed(linear.name, module)))
         return report
 
+    def _packed(self, name: str, module: nn.Module | None) -> nn.Module:
+        weight, bits = self.weights[name], self.activation_bits[name]
+        transform = module.transform if isinstance(module, (TransformedLinear, TransformedExperts)) else None
+        if isinstance(weight, SimulatedWeight):
+            bias = getattr(module, "bias", None)
+            return SimulatedLinear(weight, activation_bits=bits, transform=transform, bias=bias)
+        if not isinstance(weight, BinaryWeight):
+            return PackedExperts.from_binary(weight, activation_bits=bits, transform=transform)
+        assert module is not None, f"{name} is no module"
+        return PackedLinear.from_binary(
+            weight,
+            activation_bits=bits,
+            transform=transform,
+            bias=getattr(module, "bias", None),
+            dtype=module.get_parameter("weight").dtype,
+        )
 
-def _quantized(
-    weight: BinaryWeight | SimulatedWeight, *, activation_bits: int, transform: OnlineTransform | None, bias: Tensor | None
-) -> PackedLinear | SimulatedLinear:
-    if isinstance(weight, SimulatedWeight):
-        return SimulatedLinear(weight, activation_bits=activation_bits, transform=transform, bias=bias)
-    return PackedLinear.from_binary(weight, activation_bits=activation_bits, transform=transform, bias=bias)
+
+def module_or_none(model: nn.Module, linear: Linear) -> nn.Module | None:
+    """Return the module that a linear of the plan is now; None for experts that are still a parameter."""
+    owner, _, leaf = linear.name.rpartition(".")
+    if linear.experts and leaf in model.get_submodule(owner)._parameters:
+        return None
+    return model.get_submodule(linear.name)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
 
 BIAS = "bias"
@@ -15,8 +16,8 @@ def measure_bits(model: nn.Module) -> Bits:
     """Return true bits per weight of the block linears and of the whole model, and the model's bytes.
 
     Counted from the buffers and parameters that are saved; a tensor that several modules share counts once.
-    Linears left in floating point count with their dtype, simulated ones with the bytes that they would take.
-    Biases count in the model, not among the linears.
+    Linears left in floating point, routers and float experts included, count with their dtype, simulated ones with
+    the bytes that they would take. Biases count in the model, not among the linears.
     """
     seen: set[int] = set()
     n_bytes, n_weights = 0, 0
@@ -28,6 +29,10 @@ def measure_bits(model: nn.Module) -> Bits:
             continue
         n_weights += logical
         n_bytes += _bytes(module, seen, skip=BIAS)
+    for weight in _own_weights(model):
+        if weight.data_ptr() not in seen:
+            n_weights += weight.numel()
+            n_bytes += weight.numel() * weight.element_size()
     total_bytes = _bytes(model, set())
     total_weights = sum(_logical_weights(m) for m in model.modules())
     linears = 8 * n_bytes / n_weights if n_weights else 0.0
@@ -35,16 +40,28 @@ def measure_bits(model: nn.Module) -> Bits:
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Module]:
-    kinds = (nn.Linear, PackedLinear, SimulatedLinear, Int8Linear, TiedHead)
+    kinds = (nn.Linear, PackedLinear, SimulatedLinear, PackedExperts, Int8Linear, TiedHead)
     for module in model.modules():
         if isinstance(module, kinds) or type(module).__name__ == "Conv1D":
             yield module
 
 
+def _own_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the float weights that modules of a family's own multiply by: routers' matrices, experts' of three axes."""
+    foreign = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, PackedLinear, PackedExperts, Int8Linear, Int8Embedding)
+    for module in model.modules():
+        if isinstance(module, foreign) or type(module).__name__ == "Conv1D":
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 or (parameter.ndim == 2 and name == "weight"):
+                yield parameter
+
+
 def _n_weights(module: nn.Module) -> int:
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return module.get_parameter("weight").numel()
-    return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+    n_experts = module.n_experts if isinstance(module, PackedExperts) else 1
+    return n_experts * int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
 
 
 def _logical_weights(module: nn.Module) -> int:
@@ -52,6 +69,8 @@ def _logical_weights(module: nn.Module) -> int:
     if isinstance(module, (PackedLinear, SimulatedLinear, Int8Linear)):
         bias = module.bias
         return int(module.in_features) * int(module.out_features) + (0 if bias is None else bias.numel())
+    if isinstance(module, PackedExperts):
+        return _n_weights(module)
     if isinstance(module, Int8Embedding):
         return int(module.num_embeddings) * int(module.embedding_dim)
     return sum(p.numel() for p in module.parameters(recurse=False))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
+from bwla_compiler.runtime.typed import register_typed, stand_in
 
 Device = torch.device | str | None
 
@@ -25,6 +26,7 @@ class Int8Linear(nn.Module):
 
     codes: Tensor
     bias: Tensor | None
+    typed: Tensor
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class Int8Linear(nn.Module):
         register_empty_half(self, "row_scale", (out_features,), device=device)
         register_empty_half(self, "column_scale", (in_features,) if column_scale else None, device=device)
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        register_typed(self, device=device)
 
     @classmethod
     def from_weight(
@@ -59,7 +62,13 @@ class Int8Linear(nn.Module):
         linear.codes = _int8_rows(linear, weight)
         register_half(linear, "column_scale", column_scale)
         linear.bias = None if bias is None else bias.detach().clone()
+        register_typed(linear, device=weight.device, dtype=weight.dtype)
         return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that asks for shape, dtype or device gets: [out, in] without values."""
+        return stand_in(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
@@ -98,8 +107,7 @@ class Int8Embedding(nn.Module):
         self.transform = transform
         self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
         register_empty_half(self, "row_scale", (num_embeddings,), device=device)
-        # holds nothing; casting the model casts it, and results take its dtype
-        self.register_buffer("typed", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        register_typed(self, device=device, dtype=dtype)
 
     @classmethod
     def from_weight(
@@ -108,8 +116,13 @@ class Int8Embedding(nn.Module):
         """Return the embedding of weight [rows, width], rounded to int8 by row; results have the weight's dtype."""
         embedding = cls(*weight.shape, padding_idx=padding_idx, transform=transform, device="meta")
         embedding.codes = _int8_rows(embedding, weight)
-        embedding.typed = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        register_typed(embedding, device=weight.device, dtype=weight.dtype)
         return embedding
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that asks for shape, dtype or device gets: [rows, width] without values."""
+        return stand_in(self)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] integer -> [..., embedding_dim]."""
@@ -152,6 +165,11 @@ class TiedHead(nn.Module):
     def embedding(self) -> Int8Embedding:
         """The embedding whose codes this head reads."""
         return self._tied[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's stand-in for code that asks for dtype or shape."""
+        return self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
 from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8_step
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
 from bwla_compiler.runtime.simulated import SimulatedLinear
+from bwla_compiler.runtime.typed import register_typed, stand_in
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
 __all__ = [
     "Int8Embedding",
     "Int8Linear",
     "OnlineTransform",
+    "PackedExperts",
     "PackedLinear",
     "SimulatedLinear",
     "TiedHead",
@@ -45,6 +48,7 @@ class PackedLinear(nn.Module):
     low_rank_in: Tensor | None
     low_rank_out: Tensor | None
     bias: Tensor | None
+    typed: Tensor
 
     def __init__(self, spec: LinearSpec, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -65,6 +69,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("low_rank_out", _zeros(torch.int8, out, rank, device=device) if rank else None)
         register_empty_half(self, "low_rank_scale", (rank,) if rank else None, device=device)
         self.register_buffer("bias", _zeros(torch.float32, out, device=device) if spec.bias else None)
+        register_typed(self, device=device)
 
     @classmethod
     def from_binary(
@@ -74,10 +79,12 @@ class PackedLinear(nn.Module):
         activation_bits: int,
         transform: OnlineTransform | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """Return the linear of this weight: scales rounded to float16, the low-rank pair to int8 by component.
 
         The weight is in the basis that `transform` (itself, not a copy, becomes the submodule) puts its input in.
+        dtype: that of the model, for those who ask the linear for it.
         Raises ShapeError for groups other than of 128 columns, or for group and column scales together.
         """
         groups = weight.scale.shape[2]
@@ -106,7 +113,13 @@ class PackedLinear(nn.Module):
         register_half(linear, "column_scale", weight.column_scale)
         linear._take_low_rank(weight)
         linear.bias = None if bias is None else bias.detach().clone()
+        register_typed(linear, device=weight.signs.device, dtype=dtype)
         return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """What code that asks for shape, dtype or device gets: [out, in] without values."""
+        return stand_in(self)
 
     @property
     def planes(self) -> int:
@@ -186,11 +199,11 @@ class PackedLinear(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Set the activation bits of packed and simulated linears: 2 to 8, 16 for floats. Raises ShapeError for others."""
+    """Set the activation bits of packed linears and experts: 2 to 8, 16 for floats. Raises ShapeError for others."""
     if not (2 <= bits <= 8 or bits == FLOAT_BITS):
         raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
     for module in model.modules():
-        if isinstance(module, (PackedLinear, SimulatedLinear)):
+        if isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear)):
             module.activation_bits = bits
 
 

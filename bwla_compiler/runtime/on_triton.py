@@ -6,7 +6,7 @@ Serves CUDA and HIP tensors; CPU tensors where BWLA_KERNELS=triton and Triton ru
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,51 +29,13 @@ from bwla_compiler.codegen.triton_spec import (
 from bwla_compiler.errors import BuildError, ShapeError
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.runtime.triton_layout import exact_in_tf32, float32, packed_scale, packed_signs
 from bwla_compiler.settings import chosen_kernels
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 
 _TOO_LARGE: set[PrologueKernel] = set()
 """Kernels that a device of this process could not hold: devices differ in shared memory, and only a launch tells."""
-
-
-class Prologue(Protocol):
-    """What happens to a group's input before it is rounded.
-
-    kind: see `triton_spec.Kind`. eps: of a norm. gain, shift [n]: after a norm. gate: like the input. scale [n],
-    left [n1, n1], right [n2, n2] float32: the change of basis. None where there is none.
-    """
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def gain(self) -> Tensor | None: ...
-    @property
-    def shift(self) -> Tensor | None: ...
-    @property
-    def gate(self) -> Tensor | None: ...
-    @property
-    def scale(self) -> Tensor | None: ...
-    @property
-    def left(self) -> Tensor | None: ...
-    @property
-    def right(self) -> Tensor | None: ...
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """A prologue in part, or none: the same fields."""
-
-    kind: str = "none"
-    eps: float = 0.0
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    gate: Tensor | None = None
-    scale: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +70,12 @@ def serves(x: Tensor) -> bool:
 
 def linears(x: Tensor, linears: Sequence[Linear], column_scale: Tensor | None, bits: int) -> list[Tensor]:
     """Return one y [tokens, out], dtype of x, per linear, for x [tokens, in] that they share; x is rounded once."""
-    return fused(x, _Steps(), linears, [None] * len(linears), column_scale, bits)
+    return fused(x, Prologue(), linears, [None] * len(linears), column_scale, bits)
 
 
 def transform(rows: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Return (rows * scale) (left (x) right) [tokens, n], dtype of rows. Raises ShapeError."""
-    steps = _Steps(scale=scale, left=left, right=right)
+    steps = Prologue(scale=scale, left=left, right=right)
     return _floats(rows.contiguous(), steps, None, stride=rows.shape[1], dtype=rows.dtype)
 
 
@@ -198,7 +160,7 @@ def _rounded(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, bits
     results = {"out": values, "token_scale": scale, "code_sum": total}
     if not _run(spec, {**_inputs(rows, prologue, column_scale), **results}):
         floats = _by_torch(rows, prologue, column_scale, stride=spec.columns, dtype=torch.float32)
-        return _rounded(floats, _Steps(), None, bits)
+        return _rounded(floats, Prologue(), None, bits)
     return _Codes(values, scale, total)
 
 
@@ -239,10 +201,10 @@ def _by_torch(
     """Return what `_floats` does for factors too large for one program: their products are torch's."""
     if prologue.left is None and prologue.right is None:
         raise ShapeError(f"a row of {rows.shape[1]} channels is longer than the kernels take: 32768 at most")
-    first = _Steps(prologue.kind, prologue.eps, prologue.gain, prologue.shift, prologue.gate, prologue.scale)
+    first = Prologue(prologue.kind, prologue.eps, prologue.gain, prologue.shift, prologue.gate, prologue.scale)
     before = _floats(rows, first, None, stride=rows.shape[1], dtype=torch.float32)
     after = apply_kronecker(before, prologue.left, prologue.right)
-    return _floats(after, _Steps(), column_scale, stride=stride, dtype=dtype)
+    return _floats(after, Prologue(), column_scale, stride=stride, dtype=dtype)
 
 
 def _inputs(rows: Tensor, prologue: Prologue, column_scale: Tensor | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bwla_compiler.runtime.checks import (
     values,
 )
 from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.runtime.expert_products import Experts, check_experts, expert_products
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
@@ -43,6 +44,9 @@ SCHEMAS = (
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
     "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
+    "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
+    "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
+    "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
     "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
@@ -157,6 +161,26 @@ def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
     return results
 
 
+def _experts_with(fast: bool) -> Any:
+    """Return the implementation of bwla::experts."""
+
+    def experts(
+        x: Tensor, experts: Tensor, signs: Tensor, scale: Tensor, column_scale: Tensor | None,
+        low_rank_in: Tensor | None, low_rank_out: Tensor | None, low_rank_scale: Tensor | None, activation_bits: int,
+        scale_exponent: Tensor | None = None, column_scale_exponent: Tensor | None = None,
+        low_rank_scale_exponent: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        pair = low_rank_pair(low_rank_in, low_rank_out, maybe_values(low_rank_scale, low_rank_scale_exponent))
+        columns = maybe_values(column_scale, column_scale_exponent)
+        packed = Experts(signs, values(scale, scale_exponent), columns, pair, activation_bits)
+        check_experts(x, experts, packed)
+        library = compiled.kernels() if fast and native.wanted() else None
+        y = expert_products(x.float(), experts.flatten(), packed, library=library)
+        return y.to(x.dtype).view(*experts.shape, y.shape[-1])
+
+    return experts
+
+
 def _int8_linear_with(fast: bool) -> Any:
     """Return the implementation of bwla::int8_linear."""
 
@@ -219,6 +243,7 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "linear": _installing(_linear_with(True)),
     "linear_group": _installing(_group_with(True)),
     "fused_group": _installing(_fused_group),
+    "experts": _installing(_experts_with(True)),
     "int8_linear": _installing(_int8_linear_with(True)),
     "int8_embedding": _installing(_int8_embedding),
 }
@@ -229,6 +254,7 @@ LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "Autograd")
+LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
 LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
@@ -259,6 +285,10 @@ def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
     return [_result(x, member.shape[1]) for member in signs]
 
 
+def _fake_experts(x: Tensor, experts: Tensor, signs: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty([*experts.shape, signs.shape[2]])
+
+
 def _fake_int8_linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return _result(x, codes.shape[0])
 
@@ -279,6 +309,7 @@ for _name, _fake in (
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
     ("fused_call", _fused_call),
+    ("experts", _fake_experts),
     ("int8_linear", _fake_int8_linear),
     ("int8_embedding", _fake_int8_embedding),
     ("refuse_gradient", _fake_refuse_gradient),
@@ -341,5 +372,5 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
     return kernel
 
 
-for _name in ("transform", "linear", "linear_group", "fused_group", "int8_linear"):
+for _name in ("transform", "linear", "linear_group", "fused_group", "experts", "int8_linear"):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

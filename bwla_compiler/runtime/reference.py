@@ -68,6 +68,31 @@ def linear(
     return y if bias is None else y + bias.double()
 
 
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    signs: Tensor,
+    scale: Tensor,
+    column_scale: Tensor | None,
+    low_rank: tuple[Tensor, Tensor, Tensor] | None,
+    activation_bits: int,
+) -> Tensor:
+    """Return y [*chosen.shape, out] float64: each row of x [N, in] by the experts chosen for it [N] or [N, k].
+
+    The other tensors have a first axis of experts; an expert out of range gives zeros.
+    """
+    y = torch.zeros(*chosen.shape, signs.shape[2], dtype=torch.float64)
+    for place in torch.cartesian_prod(*map(torch.arange, chosen.shape)).reshape(-1, chosen.dim()).tolist():
+        expert = int(chosen[tuple(place)])
+        if 0 <= expert < signs.shape[0]:
+            columns = None if column_scale is None else column_scale[expert]
+            into, onto, rank_scale = (t[expert] for t in low_rank) if low_rank else (None, None, None)
+            pair = None if into is None or onto is None or rank_scale is None else (into, onto, rank_scale)
+            row = linear(x[place[0]], signs[expert], scale[expert], columns, pair, None, activation_bits)
+            y[tuple(place)] = row
+    return y
+
+
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return (x codes^T) * scale + bias [..., out] float64."""
     y = x.double() @ codes.double().T * scale.double()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bwla_compiler.errors import CheckpointError
+from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import register_empty_half
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, PackedLinear, TiedHead
 from bwla_compiler.spec import LinearSpec, TransformSpec
@@ -19,6 +20,8 @@ def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, A
     match module:
         case PackedLinear():
             entry["spec"] = dataclasses.asdict(module.spec)
+        case PackedExperts():
+            entry |= {"spec": dataclasses.asdict(module.spec), "experts": module.n_experts}
         case Int8Linear():
             entry |= {"in": module.in_features, "out": module.out_features, **_ends(module)}
         case Int8Embedding():
@@ -58,10 +61,9 @@ def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Modul
     transform = None if entry["transform"] is None else OnlineTransform(TransformSpec(**entry["transform"]))
     match entry["kind"]:
         case "PackedLinear":
-            spec = dict(entry["spec"])
-            spec["out_features"] = tuple(spec["out_features"])
-            spec["transform"] = TransformSpec(**spec["transform"])
-            return PackedLinear(LinearSpec(**spec))
+            return PackedLinear(_spec(entry["spec"]))
+        case "PackedExperts":
+            return PackedExperts(_spec(entry["spec"]), entry["experts"])
         case "Int8Linear":
             return Int8Linear(
                 entry["in"],
@@ -76,6 +78,11 @@ def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Modul
             return _tied_head(entry, built, transform)
         case kind:
             raise ValueError(f"kind {kind!r} is not known")
+
+
+def _spec(entry: Mapping[str, Any]) -> LinearSpec:
+    transform, out_features = TransformSpec(**entry["transform"]), tuple(entry["out_features"])
+    return LinearSpec(**{**entry, "out_features": out_features, "transform": transform})
 
 
 def _tied_head(entry: Mapping[str, Any], built: Mapping[str, nn.Module], transform: OnlineTransform | None) -> TiedHead:

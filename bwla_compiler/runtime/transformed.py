@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.numerics.kronecker import apply_kronecker
-from bwla_compiler.runtime.modules import OnlineTransform
+from bwla_compiler.runtime.online import OnlineTransform
 
 
 class TransformedLinear(nn.Module):
@@ -19,7 +19,7 @@ class TransformedLinear(nn.Module):
         self.transform = transform
         weight = linear.get_parameter("weight").detach().movedim(in_axis, -1)
         bias = getattr(linear, "bias", None)
-        self.weight = nn.Parameter(_counter_rotated(weight, transform), requires_grad=False)
+        self.weight = nn.Parameter(counter_rotated(weight, transform), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ class TransformedLinear(nn.Module):
         return nn.functional.linear(self.transform(x), self.weight, self.bias)
 
 
-def _counter_rotated(weight: Tensor, transform: OnlineTransform) -> Tensor:
-    """Return W T^-T [out, in] in the dtype of W, through float64."""
+def counter_rotated(weight: Tensor, transform: OnlineTransform) -> Tensor:
+    """Return W T^-T [out, in] in the dtype of W, through float64: what undoes a transform T of the input."""
     scale, left, right = (None if f is None else f.to(torch.float64) for f in transform.factors())
     rows = weight.to(torch.float64)
     if scale is not None:

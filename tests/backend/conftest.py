@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from bwla_compiler.backend import entry, raw
+from bwla_compiler.backend import entry
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,5 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
         found.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(raw, "lower", keep)
     monkeypatch.setattr(entry, "lower", keep)
     return found

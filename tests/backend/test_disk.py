@@ -1,4 +1,4 @@
-"""Packed weights on disk: found by the next process, made anew where damaged, optional where nothing can be written."""
+"""Packed weights and plans on disk: found by the next process, made anew where damaged, warned of if not writable."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from bwla_compiler.backend import disk, variant
+from bwla_compiler.backend import disk, graph_key, raw, variant
 from bwla_compiler.backend.options import read_options
 from bwla_compiler.graph.plan import Plan
 from tests.backend import small
@@ -19,11 +19,11 @@ X = torch.linspace(-1, 1, 96).reshape(3, 32)
 
 SECOND_PROCESS = """
 import sys, torch
-from bwla_compiler.backend import raw, variant
+from bwla_compiler.backend import entry, raw, variant
 from tests.backend import small
 def refuse(*args, **kwargs): raise AssertionError("quantized again")
-variant.quantize_model = refuse
-raw.lower = lambda gm, inputs, mode: gm.forward
+variant.quantize_model = raw.make_plan = refuse
+entry.lower = lambda gm, inputs, mode: gm.forward
 with torch.no_grad():
     y = small.compiled(small.mlp(), cache=True)(torch.linspace(-1, 1, 96).reshape(3, 32))
 torch.save(y, sys.argv[1])
@@ -37,16 +37,16 @@ def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "packs"
 
 
-def run(model: nn.Module) -> torch.Tensor:
+def run(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
     torch._dynamo.reset()
     with torch.no_grad():
-        found: torch.Tensor = small.compiled(model, cache=True)(X)
+        found: torch.Tensor = small.compiled(model, cache=True)(x)
     return found
 
 
 def test_a_second_process_starts_from_the_disk(graphs: list[GraphModule], packs: Path, tmp_path: Path) -> None:
     expected = run(small.mlp())
-    assert len(list(packs.iterdir())) == 1
+    assert len(list(packs.iterdir())) == len(list(packs.with_name("plans").iterdir())) == 1
     result = tmp_path / "y.pt"
     environment = {**os.environ, "BWLA_CXX": "", "PYTHONPATH": os.pathsep.join(sys.path)}  # no kernels: torch serves
     subprocess.run([sys.executable, "-c", SECOND_PROCESS, str(result)], env=environment, check=True, timeout=300)
@@ -62,16 +62,44 @@ def test_the_same_weights_are_not_quantized_twice(
     assert torch.equal(run(small.mlp()), expected)
 
 
-def test_damaged_files_are_made_anew(graphs: list[GraphModule], packs: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("folder", ["packs", "plans"])
+def test_damaged_files_are_made_anew(
+    graphs: list[GraphModule], packs: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = run(small.mlp())
-    (pack,) = packs.iterdir()
-    whole = pack.read_bytes()
-    for damaged in (b"", b"nonsense", whole[: len(whole) // 2]):
-        pack.write_bytes(damaged)
+    (kept,) = packs.with_name(folder).iterdir()
+    whole = kept.read_bytes()
+    for damaged in (b"", b"nonsense", whole[: len(whole) // 2], b'{"plan": "{}", "reason": ""}'):
+        kept.write_bytes(damaged)
         caplog.clear()
         assert torch.equal(run(small.mlp()), expected)
-        assert f"{pack} is damaged and is made anew" in caplog.text
-        assert pack.read_bytes() == whole
+        assert f"{kept} is damaged and is made anew" in caplog.text
+        assert kept.read_bytes() == whole
+
+
+def test_a_graph_is_planned_anew_where_anything_that_planning_reads_differs(
+    graphs: list[GraphModule], packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Plan] = []
+    make_plan = raw.make_plan
+    monkeypatch.setattr(raw, "make_plan", lambda *a, **k: planned.append(make_plan(*a, **k)) or planned[-1])
+    shifted = small.mlp()
+    with torch.no_grad():
+        shifted[4].bias[3] += 1e-6
+    cases = [
+        small.mlp(),
+        shifted,
+        small.mlp().bfloat16(),
+        nn.Sequential(*list(small.mlp())[:1], nn.GELU(), *list(small.mlp())[2:]),
+    ]
+    for model in cases * 2:
+        run(model, X.to(next(model.parameters()).dtype))
+    assert len(planned) == len(cases), "each once, the second time from the disk"
+    run(small.mlp(), X[:2])
+    assert len(planned) == len(cases) + 1
+    monkeypatch.setattr(graph_key, "code_version", lambda: "another checkout")
+    run(small.mlp())
+    assert len(planned) == len(cases) + 2
 
 
 def test_a_folder_that_cannot_be_written_only_warns(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -13,10 +14,13 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from bwla_compiler.backend import compile_backend, lower
+from bwla_compiler.backend.compiled import TOLERANCE
 from bwla_compiler.backend.lower import inductor_passes
 from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.evaluate.verification import verify_rotations
 from bwla_compiler.passes import inductor_pass
 from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.backend import small
 
@@ -38,7 +42,7 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
         expected = model(tiny.ids(), use_cache=False).logits
         found = torch.compile(model, backend=compile_backend, fullgraph=True)(tiny.ids(), use_cache=False).logits
     # activations at the edge of two codes may round the other way after float32 sums in another order
-    assert float((found - expected).norm() / expected.norm()) < 0.02
+    assert float((found - expected).norm() / expected.norm()) < TOLERANCE
     (report,) = passes["post_grad_custom_pre_pass"].reports
     assert len(report.changed) == 8  # two blocks of four calls
     assert report.skipped == []
@@ -77,37 +81,50 @@ def test_four_lengths_are_two_graphs(name: str, graphs: list[torch.fx.GraphModul
     assert any(str(node.target).startswith("bwla.linear") for node in graphs[0].graph.nodes)
 
 
-class Adapted(nn.Module):
-    """A linear with a low-rank adapter in float beside it."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-        generator = torch.Generator().manual_seed(0)
-        self.down = nn.Parameter(torch.randn(2, linear.in_features, generator=generator))
-        self.up = nn.Parameter(torch.randn(linear.out_features, 2, generator=generator))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.linear(x) + x @ self.down.T @ self.up.T
-        return y
-
-
-def test_adapters_over_packed_linears(graphs: list[torch.fx.GraphModule]) -> None:
-    model = small.llama()
-    quantize_model(model, load_recipe("hadamard-rtn"), None)
-    attention = model.model.layers[0].self_attn
+def adapted(model: nn.Module) -> nn.Module:
+    """Return the model with LoRA adapters that PEFT trained elsewhere, as far as one can tell."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
+    found: nn.Module = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        bare = model(tiny.ids()).logits
-        attention.q_proj, attention.v_proj = Adapted(attention.q_proj), Adapted(attention.v_proj)
-        found = small.compiled(model)(tiny.ids()).logits
-        assert small.error(found, bare) > 0.01
-        assert small.error(found, model(tiny.ids()).logits) < 1e-5
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:  # zero at the start
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return found.eval()
 
 
-def test_peft_says_that_it_takes_no_packed_linears() -> None:
-    peft = pytest.importorskip("peft")
+def test_adapters_stay_in_floats_beside_packed_linears(graphs: list[torch.fx.GraphModule]) -> None:
+    model = adapted(small.llama())
+    with torch.no_grad():
+        floats = model(input_ids=tiny.ids()).logits
+        assert verify_rotations(model, seed=0).error < 1e-10  # float64: the adapters turn with the linears beside them
+        quantize_model(model, load_recipe("hadamard-rtn", {"weights.planes": 4, "activations.bits": 16}), None)
+        eager = model(input_ids=tiny.ids()).logits
+        with model.disable_adapter():
+            bare = model(input_ids=tiny.ids()).logits
+        found = small.compiled(model)(input_ids=tiny.ids()).logits
+    query = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(query.base_layer, PackedLinear)
+    assert type(query.lora_A["default"]) is nn.Linear
+    # four planes leave about a sixth; adapters lost or in a basis not theirs would be off by all they do, a half
+    assert small.error(eager, floats) < 0.25 < 0.4 < small.error(bare, floats)
+    assert small.error(found, eager) < 1e-5
+
+
+def test_a_raw_model_with_adapters(graphs: list[torch.fx.GraphModule]) -> None:
+    model = adapted(small.llama())
+    with torch.no_grad():
+        found = small.compiled(model, **small.PRECISE)(input_ids=tiny.ids()).logits
+        assert small.error(found, small.only_variant(model).quantized(input_ids=tiny.ids()).logits) < 1e-5
+        with model.disable_adapter():
+            bare = small.compiled(model, **small.PRECISE)(input_ids=tiny.ids()).logits
+        assert small.error(bare, found) > 0.1
+
+
+def test_peft_refuses_to_add_adapters_to_folded_linears() -> None:
     model = small.llama()
     quantize_model(model, load_recipe("hadamard-rtn"), None)
+    # an adapter trained beside the float linear would read another basis here
     with pytest.raises(ValueError, match=r"PackedLinear.*is not supported"):
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
@@ -117,7 +134,7 @@ import sys, torch
 import bwla_compiler.runtime.ops  # the operators that the package calls
 ids, expected = torch.load(sys.argv[2])
 found = torch._inductor.aoti_load_package(sys.argv[1])(ids)
-assert float((found - expected).norm() / expected.norm()) < 0.02
+print(float((found - expected).norm() / expected.norm()))
 """
 
 
@@ -140,4 +157,8 @@ def test_a_package_made_ahead_of_time_runs_in_a_new_process(tmp_path: Path) -> N
         program = torch.export.export(Logits(model), (ids,), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=package)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", EXPORT, package, example], env=environment, check=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORT, package, example], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < TOLERANCE

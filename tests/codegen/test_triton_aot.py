@@ -84,7 +84,7 @@ def test_matrix_kernels_on_amd(emit: Callable[[LinearKernel], Emitted]) -> None:
 def test_what_does_not_compile_is_an_error_with_the_compilers_words() -> None:
     emitted = emit_linear_dot(LINEAR)
     broken = dataclasses.replace(emitted, source=emitted.source.replace("total = total * 0.015625", "total = missing"))
-    with pytest.raises(BuildError, match="linear_dot .* does not compile for cuda:90"):
+    with pytest.raises(BuildError, match=r"linear_dot .* does not compile for cuda:90"):
         compile_kernel(broken, H100)
 
 
@@ -92,7 +92,7 @@ def test_what_does_not_compile_is_an_error_with_the_compilers_words() -> None:
     "text", ["", "gpu", "cuda", "cuda:9", "cuda:sm_90", "cuda:47", "hip:90", "hip:gfx", "rocm:gfx942"]
 )
 def test_targets_that_are_not_known(text: str) -> None:
-    with pytest.raises(BuildError, match="is not known: expected cpu, cuda:N with N one of 75, 80, .* or hip:gfx90a"):
+    with pytest.raises(BuildError, match=r"is not known: expected cpu, cuda:N with N one of 75, 80, .* or hip:gfx90a"):
         parse_target(text)
 
 
@@ -116,5 +116,6 @@ def test_the_interpreter_cannot_compile() -> None:
 
 
 def test_amd_opcodes_are_counted_and_other_lines_are_not() -> None:
-    text = "main:\n\ts_load_dwordx2 s[0:1], s[2:3]\n\tv_mfma_i32_16x16x32_i8 a, b\n; v_add\n\t.text\n\tds_read_b32 v0, v1\n"
+    text = "main:\n\ts_load_dwordx2 s[0:1], s[2:3]\n\tv_mfma_i32_16x16x32_i8 a, b\n; v_add\n\t.text\n"
+    text += "\tds_read_b32 v0, v1\n"
     assert triton_aot._GCN.findall(text) == ["s_load_dwordx2", "v_mfma_i32_16x16x32_i8", "ds_read_b32"]

@@ -14,7 +14,6 @@ from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
 from bwla_compiler.codegen.triton_spec import (
-    LARGEST_TILE,
     Emitted,
     Kind,
     LinearKernel,
@@ -22,8 +21,8 @@ from bwla_compiler.codegen.triton_spec import (
     dot_tile,
     gemv_tile,
     padded,
-    power_of_two,
 )
+from bwla_compiler.cost.factors import LARGEST_TILE, power_of_two
 from bwla_compiler.errors import BuildError
 from bwla_compiler.spec import TransformSpec
 

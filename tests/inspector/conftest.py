@@ -48,6 +48,7 @@ class Measured:
     weight_error: float | None = 0.4
     output_error: float | None = 0.1
     seconds: float = 0.5
+    tokens: object | None = None
 
 
 @dataclass(frozen=True)

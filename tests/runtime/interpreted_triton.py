@@ -5,7 +5,6 @@ Not collected by name, since TRITON_INTERPRET must be set before Triton is impor
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import pytest
@@ -15,10 +14,12 @@ from triton.runtime.errors import OutOfResources
 
 from bwla_compiler.codegen import triton_spec
 from bwla_compiler.codegen.triton_spec import Emitted, Kind
+from bwla_compiler.cost import factors
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
 from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.runtime.portable import Prologue
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/runtime/test_on_triton.py instead"
 assert os.environ.get("BWLA_KERNELS") == "triton"
@@ -26,20 +27,6 @@ assert ops.LIBRARY is not None
 
 FLOAT = 2e-6
 """Of the largest entry: float32 sums of up to 384 terms in another order than float64's."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A prologue, as the operators hand it on."""
-
-    kind: str = "none"
-    eps: float = 1e-5
-    gain: Tensor | None = None
-    shift: Tensor | None = None
-    gate: Tensor | None = None
-    scale: Tensor | None = None
-    left: Tensor | None = None
-    right: Tensor | None = None
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -155,7 +142,7 @@ def test_residuals_are_added_before_the_one_cast() -> None:
     members = [make_linear(64, 40), make_linear(64, 24, bias=True), make_linear(64, 9)]
     added = [None, torch.randn(4, 24, generator=seeded(6)), torch.randn(4, 9, generator=seeded(7)).bfloat16()]
     q, token_scale = portable.rounded(x, None, 8)
-    results = on_triton.fused(x, Steps(), members, added, None, 8)
+    results = on_triton.fused(x, Prologue(), members, added, None, 8)
     for got, member, residual in zip(results, members, added, strict=True):
         assert got.dtype == torch.bfloat16
         # bfloat16 has 8 bits; the interpreter truncates where devices round, hence a whole unit and not half of one
@@ -165,8 +152,8 @@ def test_residuals_are_added_before_the_one_cast() -> None:
 # ---------------------------------------------------------------- codes
 
 
-def rounded(x: Tensor, column_scale: Tensor | None, bits: int, steps: Steps | None = None) -> tuple[Tensor, Tensor]:
-    found = on_triton._rounded(x, steps or Steps(), column_scale, bits)
+def rounded(x: Tensor, column_scale: Tensor | None, bits: int, steps: Prologue | None = None) -> tuple[Tensor, Tensor]:
+    found = on_triton._rounded(x, steps or Prologue(), column_scale, bits)
     assert found.token_scale is not None
     assert found.code_sum is not None
     assert torch.equal(found.code_sum, found.values.sum(1).int())
@@ -215,11 +202,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def make_steps(kind: str, shape: Sequence[int], n1: int, n2: int, parts: str) -> Steps:
+def make_steps(kind: str, shape: Sequence[int], n1: int, n2: int, parts: str) -> Prologue:
     """Return a prologue with random tensors; parts: which of scale, left, right it has, by their first letters."""
     generator, n = seeded(9), n1 * n2
     norm = kind.endswith("_norm")
-    return Steps(
+    return Prologue(
         kind=kind,
         gain=torch.rand(n, generator=generator) + 0.5 if norm else None,
         shift=torch.randn(n, generator=generator) if kind == "layer_norm" else None,
@@ -230,7 +217,7 @@ def make_steps(kind: str, shape: Sequence[int], n1: int, n2: int, parts: str) ->
     )
 
 
-def prologue64(x: Tensor, steps: Steps) -> Tensor:
+def prologue64(x: Tensor, steps: Prologue) -> Tensor:
     """Return the prologue of x [tokens, n] in float64."""
     y = x.double()
     if steps.kind == "rms_norm":
@@ -254,7 +241,7 @@ def prologue64(x: Tensor, steps: Steps) -> Tensor:
     return matrix.reshape(x.shape)
 
 
-def check_codes(x: Tensor, steps: Steps, bits: int) -> None:
+def check_codes(x: Tensor, steps: Prologue, bits: int) -> None:
     """Hold codes against float64: each is the nearest integer, but for float32's error before it is rounded."""
     want = prologue64(x, steps)
     codes, scale = rounded(x, None, bits, steps)
@@ -292,11 +279,11 @@ def test_prologue_and_basis_together(kind: str) -> None:
 
 
 def test_factors_too_large_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_spec, "LARGEST_WHOLE", 16)
+    monkeypatch.setattr(factors, "LARGEST_WHOLE", 16)
     x = torch.randn(3, 600, generator=seeded(4))
     steps = make_steps("silu_mul", x.shape, 20, 30, "slr")
     check_codes(x, steps, 8)
-    basis = Steps(left=steps.left, right=steps.right)
+    basis = Prologue(left=steps.left, right=steps.right)
     assert relative(on_triton.transform(x, None, steps.left, steps.right), prologue64(x, basis)) < FLOAT
 
 
@@ -392,7 +379,7 @@ def test_operators_go_to_triton_and_leave_cpp_alone(monkeypatch: pytest.MonkeyPa
     left = torch.randn(6, 6, generator=seeded(2))
     z = torch.ops.bwla.transform(x.bfloat16(), None, left, None)
     assert z.dtype == torch.bfloat16
-    want = prologue64(x.bfloat16().view(6, 60), Steps(left=left))
+    want = prologue64(x.bfloat16().view(6, 60), Prologue(left=left))
     assert relative(z.view(6, 60), want) < 2**-7  # truncated to bfloat16 by the interpreter
     assert calls == ["prologue", "linear_dot", "prologue"]
     assert torch.ops.bwla.linear(x[:0], member.signs, member.scale, None, None, None, None, None, 8).shape == (0, 3, 20)
@@ -407,8 +394,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="right factor has shape \\[7, 5\\]: it must be square"):
         on_triton.transform(x, None, None, torch.randn(7, 5))
     with pytest.raises(ShapeError, match="prologue 'swish' is not known: expected one of none, rms_norm"):
-        on_triton.fused(x, Steps("swish"), [make_linear(60, 8)], [None], None, 8)
+        on_triton.fused(x, Prologue("swish"), [make_linear(60, 8)], [None], None, 8)
     with pytest.raises(ShapeError, match="gain \\[59\\]: expected \\[60\\]"):
-        on_triton.fused(x, Steps("rms_norm", gain=torch.ones(59)), [make_linear(60, 8)], [None], None, 8)
+        on_triton.fused(x, Prologue("rms_norm", gain=torch.ones(59)), [make_linear(60, 8)], [None], None, 8)
     with pytest.raises(ShapeError, match="gate \\[2, 30\\]: expected the shape of the input, \\[2, 60\\]"):
-        on_triton.fused(x, Steps("silu_mul", gate=torch.randn(2, 30)), [make_linear(60, 8)], [None], None, 8)
+        on_triton.fused(x, Prologue("silu_mul", gate=torch.randn(2, 30)), [make_linear(60, 8)], [None], None, 8)

@@ -2,17 +2,20 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 import torch
 
-from bwla_compiler.evaluate.zoo.run import ZooRow, zoo_row
+from bwla_compiler.zoo.extent import Extent
+from bwla_compiler.zoo.run import ZooRow, interrupted, zoo_rows
 
 Progress = Callable[[str, int, int], None]
+Job = Callable[[str, int], Iterable[ZooRow]]
 
 MAX_WORKERS = 2
 ROWS_A_PROCESS = 40
@@ -24,6 +27,7 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     name: str = ""
+    latest: ZooRow | None = None
     started: float = 0.0
     n_rows: int = 0
 
@@ -32,19 +36,21 @@ def run_zoo(
     names: Sequence[str],
     *,
     seed: int = 0,
-    limit_seconds: float = 120.0,
+    extent: Extent = Extent.NONE,
+    limit_seconds: float = 300.0,
     workers: int = 1,
     progress: Progress | None = None,
-    job: Callable[[str, int], ZooRow] | None = None,
+    job: Job | None = None,
 ) -> tuple[ZooRow, ...]:
     """Return the rows of architectures, in the order of their names.
 
-    limit_seconds: wall time that one may take; beyond it its process is ended and the row says so. workers:
-    processes side by side, 1 or 2. job: what makes a row of (name, seed), `zoo_row` by default; a function of a
-    module. progress: sees each name as it ends.
+    extent: how far each is compiled, see `zoo_rows`. limit_seconds: wall time that one may take; beyond it its process
+    is ended and the row says so. workers: processes side by side, 1 or 2. job: what gives the rows of (name, seed),
+    each in place of the one before, `zoo_rows` by default; a function of a module, or a partial of one. progress: sees
+    each name as it ends.
     """
     assert 1 <= workers <= MAX_WORKERS
-    job = job or _row
+    job = job or partial(zoo_rows, extent=extent)
     rows: dict[str, ZooRow] = {}
     waiting = list(dict.fromkeys(names))
     total = len(waiting)
@@ -69,11 +75,7 @@ def run_zoo(
     return tuple(rows[name] for name in dict.fromkeys(names))
 
 
-def _row(name: str, seed: int) -> ZooRow:
-    return zoo_row(name, seed=seed)
-
-
-def _start(job: Callable[[str, int], ZooRow], seed: int) -> _Worker:
+def _start(job: Job, seed: int) -> _Worker:
     context = get_context("spawn")  # a forked child would inherit torch's thread pool without its threads
     here, there = context.Pipe()
     process = context.Process(target=_work, args=(job, seed, there), daemon=True)
@@ -88,8 +90,8 @@ def _end(worker: _Worker) -> None:
     worker.pipe.close()
 
 
-def _work(job: Callable[[str, int], ZooRow], seed: int, pipe: Connection) -> None:
-    """In a worker: say that it is ready, then answer each name with a row."""
+def _work(job: Job, seed: int, pipe: Connection) -> None:
+    """In a worker: answer each name with its rows, and None after the last."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     while True:
@@ -97,13 +99,15 @@ def _work(job: Callable[[str, int], ZooRow], seed: int, pipe: Connection) -> Non
             name = pipe.recv()
         except EOFError:
             return
-        pipe.send(job(name, seed))
+        for row in job(name, seed):
+            pipe.send(row)
+        pipe.send(None)
 
 
 def _give(crew: list[_Worker], waiting: list[str]) -> None:
     for worker in crew:
         if waiting and not worker.name:
-            worker.name, worker.started = waiting.pop(0), time.perf_counter()
+            worker.name, worker.latest, worker.started = waiting.pop(0), None, time.perf_counter()
             worker.pipe.send(worker.name)
 
 
@@ -113,15 +117,16 @@ def _collect(worker: _Worker, limit_seconds: float) -> ZooRow | None:
         return None
     seconds = time.perf_counter() - worker.started
     try:
-        if worker.pipe.poll():
+        while worker.pipe.poll():
             row = worker.pipe.recv()
-            assert isinstance(row, ZooRow)
-            return row
+            if row is None:
+                return worker.latest
+            worker.latest = row
     except (EOFError, ConnectionResetError):
         worker.process.join()
-        code = worker.process.exitcode
-        return ZooRow(worker.name, "refused", reason=f"its process died with exit code {code}", seconds=seconds)
+        reason = f"its process died with exit code {worker.process.exitcode}"
+        return interrupted(worker.latest, worker.name, reason, seconds=seconds)
     if seconds <= limit_seconds:
         return None
     _end(worker)
-    return ZooRow(worker.name, "refused", reason=f"no result within {limit_seconds:g} s", seconds=seconds)
+    return interrupted(worker.latest, worker.name, f"no result within {limit_seconds:g} s", seconds=seconds)

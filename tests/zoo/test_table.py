@@ -1,7 +1,9 @@
+import dataclasses
 import json
 
-from bwla_compiler.evaluate.zoo.run import Kind, ZooRow
-from bwla_compiler.evaluate.zoo.table import summary, to_json, to_markdown, versions
+from bwla_compiler.zoo.compiled import Compiled, Packed
+from bwla_compiler.zoo.run import Kind, ZooRow
+from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
 
 KINDS = (
     Kind("model.layers.N.q_proj", "folded", "writers take the rotation", 2),
@@ -32,6 +34,25 @@ def test_markdown_holds_every_row_its_reasons_and_its_origin() -> None:
     assert "## Not built\n\n- **none**: ValueError: no" in text
     assert "`aten.topk.default`, in 1: good" in text
     assert all(row.name in text for row in ROWS)
+
+
+def test_compiled_models_have_a_section_and_counts() -> None:
+    made = Compiled("exact", "whole", n_graphs=1, n_lengths=2, error=0.004)
+    failed = Compiled("wrong", "door", "relative error 0.5", 1, 2, error=0.5, cached=False)
+    rows = (
+        dataclasses.replace(ROWS[0], packed=Packed(0.71, 1.7, 3.21), compiled=made, raw=failed),
+        dataclasses.replace(ROWS[1], compiled=Compiled("refused", "door", "quantizing: no|t")),
+        *ROWS[2:],
+    )
+    told = summary(rows)
+    assert "compiled in one graph 1 of 2 (50%), 1 of them the whole way; 0 wrong, 1 refused" in told
+    assert "compiled raw in one graph 0 of 1 (0%), 0 of them the whole way; 1 wrong" in told
+    text = to_markdown(rows, command="c", versions=VERSIONS)
+    assert "| good | 71% | 1.70, 3.21 | 1, 2 | exact, whole | 4e-03 | wrong, door, no cache |" in text
+    assert "| bad |  |  |  | refused, door |  |  |" in text
+    assert "- **bad**, refused: quantizing: no\\|t" in text
+    assert "- **good**, raw, wrong: relative error 0.5" in text
+    assert "## Quantized" not in to_markdown(ROWS, command="c", versions=VERSIONS)
 
 
 def test_sections_without_rows_are_left_out() -> None:

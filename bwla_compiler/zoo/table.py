@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import transformers
 
-from bwla_compiler.evaluate.zoo.run import Kind, Status, ZooRow
 from bwla_compiler.graph.plan import Decision
+from bwla_compiler.zoo.compiled import LENGTHS, RECIPE, TOLERANCES, Compiled, Verdict
+from bwla_compiler.zoo.run import Kind, Status, ZooRow
 
 _STATUSES: tuple[Status, ...] = ("exact", "wrong", "refused", "not built")
 
@@ -20,6 +21,18 @@ into the weights together with the gains of the norms, left the logits as they w
 input is rotated at no cost. *Partial*: the factor within a head folds, the one across heads is applied at run time.
 *Online*: the whole rotation is applied at run time. *Alone*: not quantized. *Quantized*: the share of the weights in
 matrix products that belongs to linears which are not left alone."""
+
+_VERDICTS: tuple[Verdict, ...] = ("exact", "wrong", "broken", "floats", "refused")
+
+_COMPILED_LEGEND = f"""\
+Each captured model was quantized with `{RECIPE}`, calibrated on its own samples, and called under
+`torch.compile(model, backend="bwla", fullgraph=True)` with {len(LENGTHS)} lengths of input. *Exact*: one graph, and the
+logits of the quantized model run eagerly, up to a relative error (by the norm) of {TOLERANCES["door"]:g} *at the door*,
+which is where Inductor would take over and the graph runs as it is, and of {TOLERANCES["whole"]:g} the *whole* way,
+where kernels sum in another order and an activation at the edge of two codes may round the other way. *Broken*: right,
+in several graphs. *Floats*: no packed weight would have been used. *Raw*: the float model compiled, which the backend
+quantizes on the way. *Quantized* counts the weights that were packed. *Bits* are true bits a weight, of the block
+linears and of the whole model. *Graphs* are those of the first call, and of the {len(LENGTHS)} lengths together."""
 
 
 def versions() -> dict[str, str]:
@@ -33,7 +46,21 @@ def summary(rows: Sequence[ZooRow]) -> str:
     built = len(rows) - found["not built"]
     captured = sum(row.captured for row in rows)
     counts = ", ".join(f"{found[status]} {status}" for status in _STATUSES[:3])
-    return f"{len(rows)} architectures: {built} built, {captured} captured; {counts}"
+    line = f"{len(rows)} architectures: {built} built, {captured} captured; {counts}"
+    packed, raw = ([x for x in tried if x is not None] for tried in ([r.compiled for r in rows], [r.raw for r in rows]))
+    tried = (("compiled", packed), ("compiled raw", raw))
+    return "; ".join([line, *(_tally(what, models) for what, models in tried if models)])
+
+
+def _tally(what: str, found: Sequence[Compiled]) -> str:
+    """Return how many of the models that were tried compiled in one graph, and what became of the others."""
+    counts = Counter(x.status for x in found)
+    whole = sum(x.depth == "whole" and x.status == "exact" for x in found)
+    others = ", ".join(f"{counts[v]} {v}" for v in _VERDICTS[1:] if counts[v] or v == "wrong")
+    share = counts["exact"] / len(found)
+    return (
+        f"{what} in one graph {counts['exact']} of {len(found)} ({share:.0%}), {whole} of them the whole way; {others}"
+    )
 
 
 def to_json(rows: Sequence[ZooRow], *, command: str, versions: dict[str, str]) -> str:
@@ -56,6 +83,8 @@ def to_markdown(rows: Sequence[ZooRow], *, command: str, versions: dict[str, str
         parts.append(_compared_table(compared))
         parts.append("## What does not fold, and why\n\n" + "\n".join(_reasons(row) for row in compared if _held(row)))
     parts += [_failures(rows, status) for status in _STATUSES[1:] if any(r.status == status for r in rows)]
+    if any(row.compiled for row in rows):
+        parts += _compiled_parts(rows)
     if unknown := _unknown(compared):
         parts.append(unknown)
     return "\n\n".join(parts) + "\n"
@@ -71,6 +100,36 @@ def _compared_table(rows: Iterable[ZooRow]) -> str:
         figures = [f"{row.share:.0%}", str(row.n_free), f"{row.error:.0e}"]
         lines.append("| " + " | ".join([row.name, row.architecture, *counts, *figures]) + " |")
     return "\n".join(lines)
+
+
+def _compiled_parts(rows: Sequence[ZooRow]) -> list[str]:
+    """Return the section on quantizing and compiling: legend, table, and what did not go as it should."""
+    lines = [
+        "| architecture | quantized | bits | graphs | compiled | error | raw |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
+    ]
+    failures = []
+    for row in rows:
+        if (found := row.compiled) is None:
+            continue
+        share, bits = ("", "")
+        if row.packed is not None:
+            share, bits = f"{row.packed.share:.0%}", f"{row.packed.linear_bits:.2f}, {row.packed.model_bits:.2f}"
+        graphs = f"{found.n_graphs}, {found.n_lengths}" if found.n_graphs else ""
+        error = "" if found.error is None else f"{found.error:.0e}"
+        raw = "" if row.raw is None else shown(row.raw)
+        lines.append("| " + " | ".join([row.name, share, bits, graphs, shown(found), error, raw]) + " |")
+        for what, x in (("", found), (", raw", row.raw)):
+            if x is not None and x.reason:
+                failures.append(f"- **{row.name}**{what}, {x.status}: {_cell(x.reason)}")
+    parts = ["## Quantized and compiled", _COMPILED_LEGEND, "\n".join(lines)]
+    return [*parts, "\n".join(failures)] if failures else parts
+
+
+def shown(found: Compiled) -> str:
+    """Return what became of a model in torch.compile in two or three words."""
+    way = "whole" if found.depth == "whole" else "door"
+    return f"{found.status}, {way}" + ("" if found.cached else ", no cache")
 
 
 def _held(row: ZooRow) -> list[Kind]:

@@ -33,6 +33,8 @@ GENERIC: dict[str, Any] = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 24,

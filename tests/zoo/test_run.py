@@ -3,12 +3,12 @@ import torch
 
 from bwla_compiler.errors import ModelError
 from bwla_compiler.evaluate.verification import verify_rotations
-from bwla_compiler.evaluate.zoo.models import MAX_PARAMETERS, architectures, known, tiny_model
-from bwla_compiler.evaluate.zoo.run import ZooRow, plain_reason, zoo_row
-from bwla_compiler.evaluate.zoo.table import summary
-from bwla_compiler.evaluate.zoo.values import FAMILIES, OMITTED
-from bwla_compiler.evaluate.zoo.workers import run_zoo
 from bwla_compiler.graph.plan import Expression, Linear
+from bwla_compiler.zoo.models import MAX_PARAMETERS, architectures, known, tiny_model
+from bwla_compiler.zoo.run import ZooRow, plain_reason, zoo_row
+from bwla_compiler.zoo.table import summary
+from bwla_compiler.zoo.values import FAMILIES, OMITTED
+from bwla_compiler.zoo.workers import run_zoo
 
 SMALL = ("llama", "gpt2", "mixtral")
 

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bwla_compiler.errors import ModelError
-from bwla_compiler.evaluate.zoo.values import values_of
+from bwla_compiler.zoo.values import values_of
 
 MAX_PARAMETERS = 5_000_000
 
