@@ -1,35 +1,57 @@
 """python -m benchmarks [NAME ...]: run measurements, show them as tables, append them to benchmarks/results."""
 
+import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time
-from benchmarks.record import record
+from benchmarks import compile_time, quality
+from benchmarks.record import RESULTS, record
 from bwla_compiler.inspector.progress import ProgressBars
 
-MEASUREMENTS = {"compile_time": compile_time.measure}
+Measure = Callable[[Callable[[str, int, int], None], argparse.Namespace], list[dict[str, Any]]]
+MEASUREMENTS: dict[str, Measure] = {
+    "compile_time": lambda progress, asked: compile_time.measure(progress),
+    "quality": lambda progress, asked: quality.measure(progress, seed=asked.seed, quick=asked.quick),
+}
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run the measurements named, or all; return the exit code."""
-    unknown = [name for name in names if name not in MEASUREMENTS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; all by default")
+    parser.add_argument("--seed", type=int, help="quality: a fresh model and split; else the embedded model")
+    parser.add_argument("--quick", action="store_true", help="quality: a few rows on less text")
+    asked = parser.parse_args(arguments)
+    unknown = [name for name in asked.names if name not in MEASUREMENTS]
     if unknown:
         print(f"error: no benchmark is called {unknown[0]!r}; there are: {', '.join(MEASUREMENTS)}", file=sys.stderr)
         return 2
     console = Console()
-    for name in names or MEASUREMENTS:
+    for name in asked.names or MEASUREMENTS:
         with ProgressBars(console) as progress:
-            rows = MEASUREMENTS[name](progress)
-        table = Table(title=name)
-        for column in rows[0]:
-            table.add_column(column.replace("_", " "), justify="left" if column == "way" else "right")
-        for row in rows:
-            table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()))
-        console.print(table)
-        console.print(f"written to {record(name, list(rows))}")
+            rows = MEASUREMENTS[name](progress, asked)
+        console.print(_table(name, rows))
+        label = f"{name}-{rows[0]['model']}" if name == "quality" else name
+        console.print(f"written to {record(label, list(rows))}")
+        if name == "quality":
+            drawn = quality.plot(rows, RESULTS / f"{label}.svg")
+            console.print(f"drawn to {drawn}" if drawn else "not drawn: pip install matplotlib")
     return 0
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=name)
+    shown = [column for column in rows[0] if column not in ("settings", "model", "seed", "fp_perplexity")]
+    for column in shown:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("way", "table") else "right")
+    for row in rows:
+        cells = (row[column] for column in shown)
+        table.add_row(*(f"{v:.3f}".rstrip("0").rstrip(".") if isinstance(v, float) else str(v) for v in cells))
+    return table
 
 
 if __name__ == "__main__":

@@ -425,8 +425,9 @@ def recipes(name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show thi
         out = _out()
         out.print(render_table(Table(found.name, ("field", "value"), tuple(_fields(found.to_dict())))))
         return
-    rows = tuple(row(r.name, r.purpose, Cell(r.source, "quiet")) for r in builtin_recipes().values())
-    _out().print(render_table(Table("", ("recipe", "what for", "source"), rows)))
+    from bwla_compiler.inspector.recipes import recipe_table
+
+    _out().print(render_table(recipe_table(builtin_recipes().values())))
 
 
 def _fields(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[Cell, ...]]:

@@ -19,12 +19,20 @@ from typing import Any, Literal
 from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 
+DATA_FREE = frozenset(("round", "paper"))
+SIMULATED = frozenset(("billm", "arb"))
+
 
 @dataclass(frozen=True)
 class Weights:
-    """planes: binary planes per weight, each with one scale per row; every plane costs a bit."""
+    """planes: binary planes per weight; every plane costs a bit.
+
+    scales: of each plane, one a "row", one a "row+column" (a row's times a column's), or one a row and "group" of
+    128 columns.
+    """
 
     planes: int = 1
+    scales: Literal["row", "row+column", "group"] = "row"
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,17 @@ class Activations:
 class Transform:
     """The rotation of a linear's input where it is not the identity.
 
-    kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). soft: posterior
-    means in place of signs in the E-step. start: of the fit. budget: the largest share of a group's modelled time
-    that its online transform may take when one token is decoded on `device` (of cost.devices), 1 for no limit; where
-    it would take more, blocks of channels get a Hadamard, or the input is not turned at all.
+    kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). online: False leaves an
+    input that no folded rotation reaches in its own basis. folded: False folds nothing, so that all inputs are
+    rotated online (then `residual` must be "online"). soft: posterior means in place of signs in the E-step.
+    start: of the fit. budget: the largest share of a group's modelled time that its online transform may take when
+    one token is decoded on `device` (of cost.devices), 1 for no limit; where it would take more, blocks of channels
+    get a Hadamard, or the input is not turned at all.
     """
 
     kind: Literal["none", "hadamard", "okt"] = "okt"
+    online: bool = True
+    folded: bool = True
     iterations: int = 30
     soft: bool = False
     start: Literal["hadamard", "identity"] = "hadamard"
@@ -69,19 +81,58 @@ class Target:
 
 @dataclass(frozen=True)
 class LowRank:
-    """PSP: an int8 low-rank pair beside the signs; rank = max(1, hidden // hidden_over) or 0 where that is 0."""
+    """PSP: an int8 low-rank pair beside the signs.
+
+    rank: of the pair; 0 ties it to the model's width: max(1, hidden // hidden_over), or none where hidden_over is 0.
+    """
 
     hidden_over: int = 64
+    rank: int = 0
     iterations: int = 4
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a pair at all."""
+        return self.rank > 0 or self.hidden_over > 0
+
+    def rank_for(self, in_features: int, out_features: int, *, hidden: int) -> int:
+        """Return the rank of one linear's pair; hidden: the model's width, 0 where it is not known.
+
+        Not tied to in_features, which would cost down projections most.
+        """
+        if not self.wanted:
+            return 0
+        width = hidden or min(in_features, out_features)
+        return min(self.rank or max(1, width // self.hidden_over), in_features, out_features)
 
 
 @dataclass(frozen=True)
 class Signs:
-    """How signs are chosen: "round" (sign of the weight), "gptq" (greedy feedback), "descent"."""
+    """How signs are chosen: "round" (sign of the weight), "gptq" (greedy feedback), "descent", or by a whole method.
 
-    method: Literal["round", "gptq", "descent"] = "descent"
+    "paper": the BWLA paper's data-free low-rank pair, row means, row and column scales. "billm" and "arb": BiLLM's
+    weights, and the same with ARB's refinements; no packed format holds these, so the weights stay floats and the
+    bytes that they would take are counted.
+    """
+
+    method: Literal["round", "gptq", "descent", "paper", "billm", "arb"] = "descent"
     sweeps: int = 4
     damping: float = 0.2
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Distillation of the float model into what is stored beside the signs, once all linears are packed.
+
+    steps: of gradient descent, each on one batch of calibration sequences; 0 is off. scales, diagonals, pairs, gains:
+    Adam's rate for row scales, online diagonals, low-rank pairs and norm gains, relative to their size; 0 keeps them.
+    """
+
+    steps: int = 0
+    scales: float = 0.01
+    diagonals: float = 0.003
+    pairs: float = 0.03
+    gains: float = 0.003
 
 
 @dataclass(frozen=True)
@@ -134,6 +185,7 @@ class Recipe:
     target: Target = Target()
     psp: LowRank = LowRank()
     signs: Signs = Signs()
+    tuning: Tuning = Tuning()
     calibration: Calibration = Calibration()
     head: Head = Head()
     overrides: tuple[Override, ...] = ()
@@ -144,7 +196,12 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe's algorithms look at activations."""
-        return self.target.drift or self.signs.method != "round" or self.psp.hidden_over > 0
+        return self.target.drift or self.signs.method not in DATA_FREE or self.tuning.steps > 0
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the weights stay floats, for no packed format holds them."""
+        return self.signs.method in SIMULATED
 
     def override_for(self, linear: str) -> "Recipe | None":
         """Return the recipe that holds for one linear, or None where an override keeps it as it is."""
@@ -167,6 +224,8 @@ def _check_ranges(recipe: Recipe) -> None:
         f"activations.bits = {bits}: must be 16, or 2 to 8": bits == 16 or 2 <= bits <= 8,
         f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
         f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
+        f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
+        "tuning's rates must be 0 or more": min(dataclasses.astuple(recipe.tuning)) >= 0,
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
         "calibration.sequences and calibration.length must be at least 1": min(
             recipe.calibration.sequences, recipe.calibration.length
@@ -177,11 +236,30 @@ def _check_ranges(recipe: Recipe) -> None:
             recipe.transform.device in DEVICES
         ),
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
+        "psp.rank must be 0 (tied to the width) or more": recipe.psp.rank >= 0,
+        'transform.folded = false needs residual = "online"': recipe.transform.folded or recipe.residual == "online",
         "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }
+    checks |= _combinations(recipe)
     for message, holds in checks.items():
         if not holds:
             raise RecipeError(f"recipe {recipe.name}: {message}")
+
+
+def _combinations(recipe: Recipe) -> dict[str, bool]:
+    """Return what the fits can do together."""
+    method, scales = recipe.signs.method, recipe.weights.scales
+    whole = method in SIMULATED | {"paper"}
+    return {
+        f"signs.method = {method!r} chooses planes and scales by itself: leave weights as they are": not whole
+        or recipe.weights == Weights(),
+        f"weights.scales = {scales!r} takes no low-rank pair beside it: set psp.hidden_over = 0 and psp.rank = 0": (
+            scales == "row" or not recipe.psp.wanted
+        ),
+        f"weights.scales = 'row+column' is fitted by signs.method = 'round' alone, in one plane, not by {method!r}": (
+            scales != "row+column" or (method == "round" and recipe.weights.planes == 1)
+        ),
+    }
 
 
 def _unknown(key: str, known: list[str], where: str) -> RecipeError:

@@ -335,6 +335,7 @@ def test_recipes_lists_and_shows(run: Run, api: FakeApi) -> None:
     assert code == 0
     assert "bwla-w1a6" in text
     assert "hadamard-rtn" in text
+    assert "3.00" in text  # what ARB-like weights take by formula
     code, text, _ = run("recipes", "rtn")
     assert ["activations.bits", "6"] in [line.split() for line in text.splitlines()]
 

@@ -27,6 +27,7 @@ QUICK = {
     "signs.sweeps": 1,
     "psp.iterations": 1,
     "transform.iterations": 1,
+    "tuning.steps": 0,
 }
 
 

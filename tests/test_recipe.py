@@ -24,6 +24,7 @@ PLAIN = {"name": "x", "source": "this test"}
 
 def test_builtin_recipes_carry_name_source_and_purpose() -> None:
     recipes = builtin_recipes()
+    assert {"gptq", "arb-rc", "arb-like", "billm-like", "bwla-paper", "bwla-folded"} <= set(recipes)
     assert {"rtn", "hadamard-rtn", "bwla-w1a6", "bwla-w1a8", "bwla-w1a4", "bwla-w1a16"} <= set(recipes)
     for name, recipe in recipes.items():
         assert recipe.name == name
@@ -40,6 +41,15 @@ def test_names_say_the_activation_bits() -> None:
 def test_needs_calibration() -> None:
     assert load_recipe("bwla-w1a6").needs_calibration
     assert not load_recipe("rtn").needs_calibration
+    assert not load_recipe("bwla-paper").needs_calibration
+    assert load_recipe("rtn", {"tuning.steps": 1}).needs_calibration
+
+
+def test_ranks_are_fixed_or_tied_to_the_width() -> None:
+    psp = load_recipe("bwla-w1a6", {"psp.hidden_over": 64}).psp
+    assert [psp.rank_for(1024, 512, hidden=h) for h in (256, 32, 0)] == [4, 1, 8]
+    assert load_recipe("bwla-w1a6", {"psp.rank": 8}).psp.rank_for(1024, 4, hidden=256) == 4
+    assert load_recipe("rtn").psp.rank_for(64, 64, hidden=64) == 0
 
 
 @pytest.mark.parametrize("name", sorted(builtin_recipes()))
@@ -61,6 +71,13 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "residual": "both"}, "must be one of 'folded', 'online', 'none'"),
         ({**PLAIN, "weights": {"planes": 0}}, "must be 1 to 4"),
         ({**PLAIN, "head": {"bits": 4}}, "must be 8 or 16"),
+        ({**PLAIN, "psp": {"rank": -1}}, "psp.rank must be 0"),
+        ({**PLAIN, "tuning": {"scales": -0.1}}, "rates must be 0 or more"),
+        ({**PLAIN, "tuning": {"steps": -1}}, "tuning.steps = -1"),
+        ({**PLAIN, "transform": {"folded": False}}, 'needs residual = "online"'),
+        ({**PLAIN, "weights": {"scales": "group"}}, "takes no low-rank pair"),
+        ({**PLAIN, "psp": {"hidden_over": 0}, "weights": {"scales": "row+column"}}, "'round' alone"),
+        ({**PLAIN, "signs": {"method": "billm"}, "weights": {"planes": 2}}, "by itself"),
         ({**PLAIN, "overrides": {"pattern": "*"}}, "expected a list"),
         ({**PLAIN, "overrides": [{"keep": True}]}, "'pattern' is required"),
     ],

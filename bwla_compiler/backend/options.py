@@ -43,6 +43,7 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None) -> Options
     """Return the options that torch.compile passed on. Raises RecipeError, naming the option and the remedy.
 
     Beside the fields of `Options`: activation_bits, and a recipe's fields by their dotted names ("psp.hidden_over").
+    A recipe's tuning is left out here unless "tuning.steps" is given: tune offline, with `bwla.quantize`.
     """
     if mode is not None and mode not in MODES:
         raise RecipeError(f"mode {mode!r} is not known; Inductor's modes: {', '.join(MODES)}")
@@ -50,10 +51,22 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None) -> Options
     changes = {key: given.pop(key) for key in list(given) if "." in key}
     if "activation_bits" in given:
         changes["activations.bits"] = given.pop("activation_bits")
-    recipe = load_recipe(given.pop("recipe", DEFAULT_RECIPE), changes)
+    recipe = _untuned(load_recipe(given.pop("recipe", DEFAULT_RECIPE), changes), changes)
+    if recipe.simulated:
+        raise RecipeError(
+            f"recipe {recipe.name}: no packed format holds its weights, so there is nothing to compile; "
+            "quantize with it to measure it, or compile with a bwla recipe"
+        )
     for key, value in given.items():
         _check(key, value)
     return Options(recipe=recipe, mode=mode, **{"verify": settings().verify, **given})
+
+
+def _untuned(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe without tuning unless the user asked for it here: the first call waits for the fit."""
+    if "tuning.steps" in changes or recipe.tuning.steps == 0:
+        return recipe
+    return dataclasses.replace(recipe, tuning=dataclasses.replace(recipe.tuning, steps=0))
 
 
 def _check(key: str, value: Any) -> None:

@@ -132,8 +132,10 @@ def _together(fits: Sequence[LinearFit], counts: Sequence[int], tokens: ExpertTo
     """Return one parameter's fit; errors are means over the experts by their tokens, over all alike without any."""
     shares = counts if sum(counts) else [1] * len(fits)
     total = sum(shares)
+    packed = tuple(fit.weight for fit in fits if isinstance(fit.weight, BinaryWeight))
+    assert len(packed) == len(fits), "experts are not simulated: quantize_model refuses that"
     return ExpertsFit(
-        tuple(fit.weight for fit in fits),
+        packed,
         weight_error=sum(n * fit.weight_error for n, fit in zip(shares, fits, strict=True)) / total,
         output_error=sum(n * fit.output_error for n, fit in zip(shares, fits, strict=True)) / total,
         tokens=tokens,

@@ -6,20 +6,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bwla_compiler.numerics.feedback import gptq_signs
-from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.numerics.billm import billm_bits, billm_weight
+from bwla_compiler.numerics.group_signs import descend_groups, round_groups
+from bwla_compiler.numerics.paper import split_as_paper
+from bwla_compiler.numerics.planes import BinaryWeight, SimulatedWeight
 from bwla_compiler.numerics.psp import hessian_error, split_group
+from bwla_compiler.numerics.row_column import round_rows_columns
 from bwla_compiler.numerics.signs import descend_signs, round_signs
 from bwla_compiler.numerics.stats import damped
 from bwla_compiler.numerics.target import drift_corrected
 from bwla_compiler.recipe import Recipe
+
+GROUP = 128
+"""Columns that share a scale where a recipe asks for groups: what the kernels take."""
 
 
 @dataclass(frozen=True)
 class LinearFit:
     """Planes and errors (see `report.LinearReport` for their meaning)."""
 
-    weight: BinaryWeight
+    weight: BinaryWeight | SimulatedWeight
     weight_error: float
     output_error: float
 
@@ -39,13 +45,41 @@ def fit_group(
         stacked = drift_corrected(stacked, gram, cross, damping=recipe.target.damping)
     targets = stacked.split(rows)
     hessian = torch.eye(stacked.shape[1]) if gram is None else damped(gram, recipe.signs.damping).float()
-    fitted = _first_planes(targets, hessian, recipe, rank)
-    for _ in range(recipe.weights.planes - 1):
-        fitted = _next_planes(targets, hessian, recipe, fitted)
+    fitted = _weights(targets, hessian, recipe, rank)
     return [_with_errors(target, weight, hessian) for target, weight in zip(targets, fitted, strict=True)]
 
 
-def _with_errors(target: Tensor, weight: BinaryWeight, hessian: Tensor) -> LinearFit:
+def _weights(
+    targets: Sequence[Tensor], hessian: Tensor, recipe: Recipe, rank: int
+) -> Sequence[BinaryWeight | SimulatedWeight]:
+    if recipe.signs.method == "paper":
+        return [_as_paper(target, recipe, rank) for target in targets]
+    if recipe.simulated:
+        return [_simulated(target, hessian, refined=recipe.signs.method == "arb") for target in targets]
+    fitted = _first_planes(targets, hessian, recipe, rank)
+    for _ in range(recipe.weights.planes - 1):
+        fitted = _next_planes(targets, hessian, recipe, fitted)
+    return fitted
+
+
+def _as_paper(target: Tensor, recipe: Recipe, rank: int) -> BinaryWeight:
+    generator = torch.Generator().manual_seed(0)  # the Gaussian start only has to be generic
+    found = split_as_paper(target, rank=rank, generator=generator, iterations=recipe.psp.iterations)
+    return BinaryWeight(
+        found.signs[None],
+        found.row_scale[None],
+        column_scale=found.column_scale,
+        low_rank_out=found.low_rank_out,
+        low_rank_in=found.low_rank_in,
+    )
+
+
+def _simulated(target: Tensor, hessian: Tensor, *, refined: bool) -> SimulatedWeight:
+    dense = billm_weight(target, hessian, refined=refined)
+    return SimulatedWeight(dense, n_bits=billm_bits(*target.shape, refined=refined))
+
+
+def _with_errors(target: Tensor, weight: BinaryWeight | SimulatedWeight, hessian: Tensor) -> LinearFit:
     error = target - weight.dense()
     return LinearFit(
         weight,
@@ -55,21 +89,27 @@ def _with_errors(target: Tensor, weight: BinaryWeight, hessian: Tensor) -> Linea
 
 
 def _signs(targets: Sequence[Tensor], hessian: Tensor, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Return (signs, scale) of each target; rows are independent, so they are chosen together."""
+    """Return (signs, scale [m, groups]) of each target; rows are independent, so they are chosen together."""
     stacked = torch.cat(list(targets))
-    if recipe.signs.method == "round":
-        signs, scale = round_signs(stacked)
-    elif recipe.signs.method == "gptq":
-        signs, scale = descend_signs(stacked, hessian, signs=gptq_signs(stacked, hessian), sweeps=0)
+    grouped, method = recipe.weights.scales == "group", recipe.signs.method
+    sweeps = recipe.signs.sweeps if method == "descent" else 0
+    if method == "round":
+        signs, scale = round_groups(stacked, group=GROUP) if grouped else round_signs(stacked)
+    elif grouped:
+        signs, scale = descend_groups(stacked, hessian, group=GROUP, sweeps=sweeps)
     else:
-        signs, scale = descend_signs(stacked, hessian, sweeps=recipe.signs.sweeps)
+        signs, scale = descend_signs(stacked, hessian, sweeps=sweeps)
     rows = [t.shape[0] for t in targets]
     return list(zip(signs.split(rows), scale.split(rows), strict=True))
 
 
 def _first_planes(targets: Sequence[Tensor], hessian: Tensor, recipe: Recipe, rank: int) -> list[BinaryWeight]:
+    if recipe.weights.scales == "row+column":
+        parts = (round_rows_columns(target) for target in targets)
+        return [BinaryWeight(signs[None], row[None], column_scale=column) for signs, row, column in parts]
     if rank == 0 or recipe.signs.method != "descent":
-        return [BinaryWeight(b[None], a[None]) for b, a in _signs(targets, hessian, recipe)]
+        size = GROUP if recipe.weights.scales == "group" else 0
+        return [BinaryWeight(b[None], a[None], group_size=size) for b, a in _signs(targets, hessian, recipe)]
     splits = split_group(targets, hessian, rank=rank, sweeps=recipe.signs.sweeps, iterations=recipe.psp.iterations)
     return [
         BinaryWeight(s.signs[None], s.scale[None], low_rank_out=s.low_rank_out, low_rank_in=s.low_rank_in)

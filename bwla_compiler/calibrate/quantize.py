@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from bwla_compiler.calibrate.fit import LinearFit, fit_group
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
+from bwla_compiler.calibrate.tune import tune
+from bwla_compiler.errors import GradientError, RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -27,7 +29,7 @@ from bwla_compiler.passes.quantize_ends import QuantizeEnds, head_names
 from bwla_compiler.passes.quantize_linears import QuantizeLinears, module_or_none
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import PackedExperts, PackedLinear
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, SimulatedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 from bwla_compiler.tokens import evaluating
 
@@ -52,11 +54,23 @@ def quantize_model(
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
     this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
     it was made for batches [BATCH, length] and the folds add no parameter. Deterministic given the seed.
-    Raises WeightError, CaptureError, PlanError or CalibrationError before anything is changed.
+    Raises WeightError, CaptureError, PlanError, RecipeError or CalibrationError before anything is changed.
     """
     with evaluating(model):
         check_weights(model)
-        return _Quantizer(model, recipe, tokens, plan or make_plan(model), graph, seed, progress).run()
+        plan = plan or make_plan(model)
+        _check_experts(plan, recipe)
+        return _Quantizer(model, recipe, tokens, plan, graph, seed, progress).run()
+
+
+def _check_experts(plan: Plan, recipe: Recipe) -> None:
+    """Raise RecipeError where experts would have to be packed in a form that they do not take."""
+    experts = next((x.name for x in plan.linears if x.experts), "")
+    if experts and (recipe.simulated or recipe.signs.method == "paper" or recipe.weights.scales != "row"):
+        raise RecipeError(
+            f"recipe {recipe.name}: experts ({experts}) take binary planes with one scale a row and no column scales; "
+            "give another recipe"
+        )
 
 
 class _Quantizer:
@@ -86,7 +100,10 @@ class _Quantizer:
         self.stream = self._open_stream()
         ends = QuantizeEnds(rotated=self.recipe.transform.kind != "none" and self.recipe.residual == "folded")
         self._groups()
+        teacher = self._teacher()
         self._pass(ends)
+        if teacher is not None:
+            self._tune(teacher)
         self.seconds["total"] = time.perf_counter() - start
         bits = measure_bits(self.model)
         return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
@@ -128,6 +145,35 @@ class _Quantizer:
             self._group(group)
             log.info("%s: %d linears", group.name, len(group.linears))
         self.progress("quantizing", len(groups), len(groups))
+
+    def _teacher(self) -> Callable[[int], Tensor] | None:
+        """Return what gives the float model's logits on a calibration batch; None where nothing is tuned."""
+        heads = head_names(self.model, self.plan)
+        if self.stream is None or self.recipe.tuning.steps == 0 or self.recipe.simulated or len(heads) != 1:
+            return None
+        stream, site = self.stream, self.nodes[heads[0]]
+        stream.advance(site.node)
+        head = self.model.get_submodule(heads[0])  # the float one, which the ends' codes are about to replace
+        hidden = [fp for fp, _ in stream.values(site.source)]
+        return lambda batch: stream.finish(batch, site.node, head(hidden[batch]))
+
+    def _tune(self, teacher: Callable[[int], Tensor]) -> None:
+        """Tune what is stored beside the signs; left out, with the reason, where gradients do not flow."""
+        assert self.stream is not None
+        start, report = time.perf_counter(), PassReport("tune")
+        known = dict(self.model.named_parameters())
+        gains = [known[norm.gain] for norm in self.plan.norms if norm.gain in known]
+        batches = self.stream.batches
+        try:
+            losses = tune(self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress)
+        except GradientError as error:
+            report.skip("all", f"no gradient: {error}")
+        else:
+            what = f"KL to the float model {losses[0]:.4f} nats a token before, {losses[-1]:.4f} at the last batch"
+            report.changed.append(("scales, low-rank pairs, norm gains", what))
+            log.info("tuned: %s", what)
+        report.seconds = self.seconds["tune"] = time.perf_counter() - start
+        self.passes.append(report)
 
     def _group(self, group: Group) -> None:
         start = time.perf_counter()
@@ -246,27 +292,21 @@ class _Quantizer:
         return fits
 
     def _rank(self, recipe: Recipe, linear: Linear) -> int:
-        """Rank of the low-rank pair: tied to the model's width, since one tied to in_features costs down_proj most."""
-        if recipe.psp.hidden_over == 0:
-            return 0
-        config = getattr(self.model, "config", None)
-        hidden = int(getattr(config, "hidden_size", 0)) or min(linear.in_features, linear.out_features)
-        if (
-            linear.experts
-        ):  # narrow matrices, of which there are many: a pair as wide as the model's would outweigh them
+        hidden = int(getattr(getattr(self.model, "config", None), "hidden_size", 0))
+        if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
             hidden = min(hidden, linear.in_features, linear.out_features)
-        rank = max(1, hidden // recipe.psp.hidden_over)
-        return min(rank, linear.in_features, linear.out_features)
+        return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
 
     def _linear_report(self, linear: Linear, fit: LinearFit | ExpertsFit, seconds: float) -> LinearReport:
         module = self.model.get_submodule(linear.name)
-        assert isinstance(module, (PackedLinear, PackedExperts))
+        assert isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear))
         kind = module.transform.spec.kind if module.transform is not None else "none"
+        folded = linear.decision == "folded" and self.recipe.transform.kind != "none"
         return LinearReport(
             name=linear.name,
             decision=linear.decision,
-            transform="folded" if kind == "none" and linear.decision == "folded" else kind,
-            rank=module.spec.rank,
+            transform="folded" if kind == "none" and folded else kind,
+            rank=0 if isinstance(module, SimulatedLinear) else module.spec.rank,
             true_bits=measure_bits(module).linears,
             weight_error=fit.weight_error,
             output_error=fit.output_error,

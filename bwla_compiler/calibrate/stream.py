@@ -91,8 +91,8 @@ class TwinStream:
 
     def pairs(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
         """Give a node's values in the fp and in the quantized stream, batch by batch, as [tokens, channels]."""
-        for fp, q in zip(self._fp, self._q, strict=True):
-            yield fp[node].flatten(0, -2), q[node].flatten(0, -2)
+        for fp, q in self.values(node):
+            yield fp.flatten(0, -2), q.flatten(0, -2)
 
     def values(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
         """Give a node's values in the fp and in the quantized stream, batch by batch, shaped as they are."""
@@ -102,6 +102,19 @@ class TwinStream:
     def computed(self, node: Node) -> bool:
         """Whether a node has run and its values are still there."""
         return node in self._fp[0]
+
+    def finish(self, batch: int, node: Node, value: Any) -> Any:
+        """Return the graph's first output in the fp stream on one batch, given the value of a node not yet run.
+
+        Nothing is kept: the streams stay where they are.
+        """
+        env = {**self._fp[batch], node: value}
+        for later in self.nodes[self._index[node] + 1 :]:
+            if later.op == "output":
+                first = next(iter(later.all_input_nodes))
+                return env[first] if first in env else self._shared[first]
+            env[later] = self._run(later, env)
+        return value
 
     def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
         if node.op == "get_attr":

@@ -64,6 +64,8 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds empty packed modules on meta before the weights arrive."""
 
     requires_calibration = True
+    simulated = False
+    """Whether the model's weights are floats that stand for a format which is not packed."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         with torch.device("meta"):
@@ -82,7 +84,12 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether save_pretrained works: yes."""
+        """Whether save_pretrained works: yes; raises CheckpointError where the model's recipe is simulated."""
+        if self.simulated:
+            raise CheckpointError(
+                "this model's weights are floats that stand for a format which is not packed: it can be measured, "
+                "but not saved; quantize with a recipe that is not simulated"
+            )
         return True
 
     @property
@@ -121,6 +128,7 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
         False  # a packed head shares codes by itself; transformers would look for a weight
     )
     model.hf_quantizer = BwlaQuantizer(config)
+    model.hf_quantizer.simulated = recipe.simulated
     model._weight_conversions = []  # save_pretrained would look for weights of experts to cut apart
     model.is_quantized = True
     model.quantization_method = METHOD

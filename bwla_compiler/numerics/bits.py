@@ -31,13 +31,14 @@ def claimed_bits(spec: LinearSpec) -> float:
     scales = -(-n_in // spec.group_size) if spec.scale_kind == "group" else 1
     bits = spec.planes * n_out * (n_in + SCALE_BITS * scales)
     bits += SCALE_BITS * n_in * (spec.scale_kind == "row+column")
-    bits += _transform_bits(spec)
+    bits += transform_bits(spec)
     bits += spec.rank * (FACTOR_BITS * (n_in + n_out) + SCALE_BITS)
     bits += SCALE_BITS * n_out * spec.bias
     return bits / (n_in * n_out)
 
 
-def _transform_bits(spec: LinearSpec) -> int:
+def transform_bits(spec: LinearSpec) -> int:
+    """Return all bits of a group's online transform: what `claimed_bits` spreads over its weights."""
     transform = spec.transform
     diagonal = SCALE_BITS * spec.in_features * transform.scaled
     if transform.kind != "kronecker":

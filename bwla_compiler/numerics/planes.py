@@ -127,3 +127,20 @@ class BinaryWeight:
             values: Tensor | None = getattr(self, name)
             if values is not None and not values.isfinite().all():
                 raise WeightError(f"{name} holds NaN or infinity")
+
+
+@dataclass(frozen=True)
+class SimulatedWeight:
+    """A weight that no packed format holds, as the floats dense_weight [out, in]; n_bits: all that it would take."""
+
+    dense_weight: Tensor
+    n_bits: int
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank pair: there is none."""
+        return 0
+
+    def dense(self) -> Tensor:
+        """Return the weight [out, in] float32."""
+        return self.dense_weight.float()

@@ -98,7 +98,7 @@ def _sweep(B: Tensor, WH: Tensor, BH: Tensor, H: Tensor, scale: Tensor, *, block
         rows = slice(low, low + block)
         # -R / a: dividing by a > 0 keeps every sign and spares a product per column
         gradient = torch.addcmul(BH[rows], WH[rows], inverse, value=-1)
-        signs = _visit_block(gradient, B[rows], H[rows, rows])
+        signs = visit_block(gradient, B[rows], H[rows, rows])
         delta = signs - B[rows]
         if delta.any():
             changed = True
@@ -107,7 +107,7 @@ def _sweep(B: Tensor, WH: Tensor, BH: Tensor, H: Tensor, scale: Tensor, *, block
     return changed
 
 
-def _visit_block(gradient: Tensor, signs: Tensor, H: Tensor) -> Tensor:
+def visit_block(gradient: Tensor, signs: Tensor, H: Tensor) -> Tensor:
     """Return the signs [b, m] after one sequential pass over b columns.
 
     gradient [b, m] = -R / a as it was before the block, overwritten; H [b, b]. A sign becomes that of minus the

@@ -93,17 +93,17 @@ def _transform(group: Group, plan: Plan, recipe: Recipe) -> TransformSpec:
 
 
 def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden: int, shifted: bool) -> LinearSpec:
-    rank = 0
-    if recipe.psp.hidden_over and recipe.signs.method == "descent":
-        width = hidden or min(linear.in_features, linear.out_features)
-        if linear.experts:
-            width = min(width, linear.in_features, linear.out_features)
-        rank = min(max(1, width // recipe.psp.hidden_over), linear.in_features, linear.out_features)
+    paper = recipe.signs.method == "paper"  # its pair carries the row means too
+    if linear.experts:
+        hidden = min(hidden or linear.in_features, linear.in_features, linear.out_features)
+    fitted = recipe.signs.method == "descent" or paper
+    rank = recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden) if fitted else 0
     return LinearSpec(
         in_features=linear.in_features,
         out_features=(linear.out_features,),
         planes=recipe.weights.planes,
-        rank=rank,
+        scale_kind="row+column" if paper else recipe.weights.scales,
+        rank=rank + paper,
         transform=transform,
         activation_bits=recipe.activations.bits,
         bias=linear.bias is not None or shifted,

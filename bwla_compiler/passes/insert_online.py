@@ -119,6 +119,10 @@ def skip_reason(linear: Linear, recipe: Recipe) -> str:
     if recipe.transform.kind == "none":
         return "the recipe does not rotate"
     bases = {leaf.basis for leaf in linear.input.leaves() if leaf.size > 1}
+    if not recipe.transform.online:
+        return "the recipe rotates only where it folds"
+    if not recipe.transform.folded:
+        return ""
     in_residual = bases == {RESIDUAL}
     if in_residual and recipe.residual == "none":
         return "the recipe leaves the residual stream's readers in their own basis"
@@ -132,7 +136,7 @@ def planned_transform(linears: Sequence[Linear], recipe: Recipe, *, scaled: bool
 
     scaled: whether a diagonal comes first. The share of time is modelled without the low-rank pair.
     """
-    sizes = factors_of(linears[0])
+    sizes = factors_of(linears[0], folded=recipe.transform.folded)
     kind: Literal["hadamard", "kronecker"] = "hadamard" if recipe.transform.kind == "hadamard" else "kronecker"
     spec = LinearSpec(
         linears[0].in_features,
@@ -144,10 +148,13 @@ def planned_transform(linears: Sequence[Linear], recipe: Recipe, *, scaled: bool
     return choose_transform(spec, budget=recipe.transform.budget, device=DEVICES[recipe.transform.device])
 
 
-def factors_of(linear: Linear) -> Factors:
-    """Return the Kronecker factors of a linear's input: across heads where a head's own factor is folded."""
+def factors_of(linear: Linear, *, folded: bool = True) -> Factors:
+    """Return the Kronecker factors of a linear's input: across heads where a head's own factor is folded.
+
+    folded: whether the recipe folds rotations at all.
+    """
     *outer, last = [leaf for leaf in linear.input.leaves() if leaf.size > 1]
-    heads_only = linear.decision == "partial" and linear.input.kind == "product"
+    heads_only = folded and linear.decision == "partial" and linear.input.kind == "product"
     if heads_only and last.basis and outer and not any(leaf.basis for leaf in outer):
         return Factors(linear.in_features // last.size, last.size, right_folded=True)
     n1, n2 = kronecker_factors(linear.in_features)

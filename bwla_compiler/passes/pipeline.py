@@ -21,6 +21,8 @@ def folding_passes(recipe: Recipe) -> tuple[Pass, ...]:
     """Return the passes that rewrite float weights once, before anything is fitted."""
     if recipe.transform.kind == "none":
         return ()
+    if not recipe.transform.folded:
+        return (Untie(), FoldNorms())
     return (Untie(), FoldNorms(), FoldRotations(residual=recipe.residual == "folded"))
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 from torch import nn
 
 from bwla_compiler.graph.plan import Linear
-from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.numerics.planes import BinaryWeight, SimulatedWeight
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
 from bwla_compiler.runtime.experts import PackedExperts, TransformedExperts
-from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.modules import PackedLinear, SimulatedLinear
 from bwla_compiler.runtime.transformed import TransformedLinear
 
 
@@ -18,11 +18,11 @@ from bwla_compiler.runtime.transformed import TransformedLinear
 class QuantizeLinears:
     """Replace linears by what was fitted for them: binary planes, scales, a low-rank pair.
 
-    weights: by linear, each [out, in] in the basis that the linear reads now; of experts, one each. activation_bits: by
-    linear.
+    A weight that no packed format holds becomes a simulated linear. weights: by linear, each [out, in] in the basis
+    that the linear reads now; of experts, one each. activation_bits: by linear.
     """
 
-    weights: Mapping[str, BinaryWeight | Sequence[BinaryWeight]]
+    weights: Mapping[str, BinaryWeight | SimulatedWeight | Sequence[BinaryWeight]]
     activation_bits: Mapping[str, int]
     name: ClassVar[str] = "quantize-linears"
 
@@ -33,7 +33,7 @@ class QuantizeLinears:
             if linear.name not in self.weights:
                 continue
             module = module_or_none(ctx.model, linear)
-            if isinstance(module, (PackedLinear, PackedExperts)):
+            if isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear)):
                 report.skip(linear.name, "already packed")
             else:
                 report.change(linear.name, ReplaceModule(linear.name, self._packed(linear.name, module)))
@@ -42,6 +42,9 @@ class QuantizeLinears:
     def _packed(self, name: str, module: nn.Module | None) -> nn.Module:
         weight, bits = self.weights[name], self.activation_bits[name]
         transform = module.transform if isinstance(module, (TransformedLinear, TransformedExperts)) else None
+        if isinstance(weight, SimulatedWeight):
+            bias = getattr(module, "bias", None)
+            return SimulatedLinear(weight, activation_bits=bits, transform=transform, bias=bias)
         if not isinstance(weight, BinaryWeight):
             return PackedExperts.from_binary(weight, activation_bits=bits, transform=transform)
         assert module is not None, f"{name} is no module"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.runtime.experts import PackedExperts
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
 
 BIAS = "bias"
 
@@ -16,8 +16,8 @@ def measure_bits(model: nn.Module) -> Bits:
     """Return true bits per weight of the block linears and of the whole model, and the model's bytes.
 
     Counted from the buffers and parameters that are saved; a tensor that several modules share counts once.
-    Linears left in floating point, routers and float experts included, count with their dtype. Biases count in the
-    model, not among the linears.
+    Linears left in floating point, routers and float experts included, count with their dtype, simulated ones with
+    the bytes that they would take. Biases count in the model, not among the linears.
     """
     seen: set[int] = set()
     n_bytes, n_weights = 0, 0
@@ -40,7 +40,7 @@ def measure_bits(model: nn.Module) -> Bits:
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Module]:
-    kinds = (nn.Linear, PackedLinear, PackedExperts, Int8Linear, TiedHead)
+    kinds = (nn.Linear, PackedLinear, SimulatedLinear, PackedExperts, Int8Linear, TiedHead)
     for module in model.modules():
         if isinstance(module, kinds) or type(module).__name__ == "Conv1D":
             yield module
@@ -66,7 +66,7 @@ def _n_weights(module: nn.Module) -> int:
 
 def _logical_weights(module: nn.Module) -> int:
     """Weights that a module stands for by itself, its children left out; a tied head has none of its own."""
-    if isinstance(module, (PackedLinear, Int8Linear)):
+    if isinstance(module, (PackedLinear, SimulatedLinear, Int8Linear)):
         bias = module.bias
         return int(module.in_features) * int(module.out_features) + (0 if bias is None else bias.numel())
     if isinstance(module, PackedExperts):
@@ -77,9 +77,13 @@ def _logical_weights(module: nn.Module) -> int:
 
 
 def _bytes(module: nn.Module, seen: set[int], *, skip: str = "") -> int:
-    total = 0
+    simulated = {
+        f"{name}.weight".lstrip("."): m for name, m in module.named_modules() if isinstance(m, SimulatedLinear)
+    }
+    total = sum(-(-m.n_bits // 8) for m in simulated.values())
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if (skip and name.rpartition(".")[2] == skip) or not isinstance(tensor, Tensor):
+        skipped = name in simulated or (skip and name.rpartition(".")[2] == skip)
+        if skipped or not isinstance(tensor, Tensor):
             continue
         key = id(tensor) if tensor.device.type == "meta" else tensor.data_ptr()
         if tensor.numel() == 0 or key in seen:

@@ -15,6 +15,7 @@ from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.runtime.simulated import SimulatedLinear
 from bwla_compiler.runtime.typed import register_typed, stand_in
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
@@ -24,6 +25,7 @@ __all__ = [
     "OnlineTransform",
     "PackedExperts",
     "PackedLinear",
+    "SimulatedLinear",
     "TiedHead",
     "set_activation_bits",
     "stored_bytes",
@@ -197,11 +199,11 @@ class PackedLinear(nn.Module):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Set the activation bits of all packed linears and experts: 2 to 8, or 16 for floats. Raises ShapeError for others."""
+    """Set the activation bits of packed linears and experts: 2 to 8, 16 for floats. Raises ShapeError for others."""
     if not (2 <= bits <= 8 or bits == FLOAT_BITS):
         raise ShapeError(f"activations of {bits} bits: expected 2 to 8, or {FLOAT_BITS}")
     for module in model.modules():
-        if isinstance(module, (PackedLinear, PackedExperts)):
+        if isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear)):
             module.activation_bits = bits
 
 

@@ -69,9 +69,15 @@ def test_names_and_values_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> N
     assert (options.free_weights, options.verify, options.cache) == (False, False, True)
 
 
+def test_a_simulated_recipe_has_nothing_to_compile() -> None:
+    with pytest.raises(RecipeError, match="recipe billm-like: no packed format"):
+        read_options({"recipe": "billm-like"}, None)
+
+
 def test_the_default_recipe_a_given_one_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("rtn")
-    assert read_options(None, None).recipe == load_recipe("bwla-w1a6")
+    assert read_options(None, None).recipe == load_recipe("bwla-w1a6", {"tuning.steps": 0})  # the first call waits
+    assert read_options({"tuning.steps": 5}, None).recipe == load_recipe("bwla-w1a6", {"tuning.steps": 5})
     assert read_options({"recipe": recipe}, None).recipe is recipe
     monkeypatch.setenv("BWLA_VERIFY", "1")
     assert read_options(None, None).verify

@@ -7,10 +7,10 @@ from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.errors import PlanError, WeightError
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.recipe import Recipe, load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
 from tests import tiny
 
-FAST = {"transform.iterations": 3, "psp.iterations": 1, "signs.sweeps": 2}
+FAST = {"transform.iterations": 3, "psp.iterations": 1, "signs.sweeps": 2, "tuning.steps": 0}
 
 
 def recipe(name: str = "bwla-w1a6", **changes: object) -> Recipe:
@@ -141,3 +141,35 @@ def test_a_graph_of_another_shape_is_not_used() -> None:
     plan = quantize_model(plain, recipe(), tokens()).plan
     quantize_model(given, recipe(), tokens(), plan=plan, graph=capture(tiny.make("llama")))
     assert torch.equal(logits(given), logits(plain))
+
+
+def test_the_paper_rotates_every_input_online_and_carries_row_means_and_column_scales() -> None:
+    model = tiny.make("qwen3")
+    report = quantize_model(model, recipe("bwla-paper"), None)
+    assert {x.transform for x in report.linears} == {"kronecker"}
+    down = model.model.layers[0].mlp.down_proj
+    assert down.spec.scale_kind == "row+column"
+    assert down.rank == 16 + 1
+    assert (down.transform.spec.left, down.transform.spec.right) == (True, True)
+
+
+def test_folded_alone_computes_nothing_online_and_groups_its_scales() -> None:
+    model = tiny.make("llama")
+    report = quantize_model(model, recipe("bwla-folded"), tokens())
+    assert all(m.transform is None for m in model.modules() if isinstance(m, PackedLinear))
+    assert {x.transform for x in report.linears} == {"folded", "none"}
+    plain = quantize_model(tiny.make("llama"), recipe("rtn", activations__bits=16), None)
+    assert sum(x.output_error for x in report.linears) < sum(x.output_error for x in plain.linears)
+
+
+@pytest.mark.parametrize("name", ["billm-like", "arb-like"])
+def test_simulated_recipes_count_what_they_would_store(name: str) -> None:
+    model = tiny.make("llama")
+    report = quantize_model(model, recipe(name), tokens())
+    linear = model.model.layers[0].mlp.down_proj
+    assert isinstance(linear, SimulatedLinear)
+    scales = (4 if name == "billm-like" else 8) * 16 * linear.out_features
+    expected = 2 + (scales + linear.in_features) / (linear.in_features * linear.out_features)
+    by_name = {x.name: x for x in report.linears}
+    # each linear's bits are rounded up to whole bytes
+    assert by_name["model.layers.0.mlp.down_proj"].true_bits == pytest.approx(expected, abs=1e-2)

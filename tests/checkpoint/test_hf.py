@@ -12,7 +12,7 @@ from bwla_compiler.errors import CheckpointError, PlanError
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 
-FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1}
+FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 1}
 
 
 def packed(name: str, folder: Path, recipe: str = "bwla-w1a6") -> nn.Module:
@@ -113,3 +113,13 @@ def test_a_folder_without_a_model_and_a_packed_model_quantized_again(tmp_path: P
     assert any(isinstance(m, PackedLinear) for m in model.modules())
     with pytest.raises(PlanError, match="already packed"):
         api.quantize(model)
+
+
+def test_a_simulated_model_is_measured_but_not_saved(tmp_path: Path) -> None:
+    model = tiny.make("llama")
+    tokens = tiny.ids(batch=8, length=16)
+    report = api.quantize(model, recipe="billm-like", calibration=tokens)
+    assert 2.5 < report.bits.linears < 3.5  # two planes; scales of 64 columns weigh more than of 128
+    assert report.bits.n_bytes < sum(b.numel() * b.element_size() for b in model.buffers())
+    with pytest.raises(CheckpointError, match="can be measured, but not saved"):
+        api.save(model, tmp_path / "m")

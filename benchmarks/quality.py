@@ -1,0 +1,179 @@
+"""Perplexity against true bits: every recipe on one model, baselines also with the help that ours has.
+
+Held-out perplexity at A16, A6 and A4 as a ratio to the float model's, with intervals from a bootstrap over held-out
+files, and at A6 on text of another kind (code). Every row is fitted on the same calibration sequences.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.quality_model import LENGTH, Subject, embedded, fresh
+from bwla_compiler.calibrate.quantize import BATCH, quantize_model
+from bwla_compiler.graph.capture import capture
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime.modules import set_activation_bits
+from bwla_compiler.tokens import evaluating
+
+Progress = Callable[[str, int, int], None]
+
+BITS = (16, 6, 4)
+SEQUENCES, FILES = 96, 24
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe with settings; table: "as published", "fair" (a baseline with our help), "ours"."""
+
+    way: str
+    recipe: str
+    table: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+HELP = {
+    "transform.kind": "hadamard",
+    "residual": "folded",
+    "smoothing.exponent": 0.5,
+    "target.drift": True,
+    "signs.damping": 0.2,
+}
+"""What a baseline can take of ours: rotations and smoothing before it, the drift-corrected target, the damping."""
+
+TUNED = {"tuning.steps": load_recipe("bwla-w1a6").tuning.steps}
+"""The last help, for weights that are packed."""
+
+ROWS = (
+    Row("rounding", "rtn", "as published"),
+    Row("Hadamard + rounding", "hadamard-rtn", "as published"),
+    Row("GPTQ", "gptq", "as published"),
+    Row("ARB row + column", "arb-rc", "as published"),
+    Row("BiLLM-like", "billm-like", "as published"),
+    Row("ARB-like", "arb-like", "as published"),
+    Row("BWLA, the paper's reading", "bwla-paper", "as published"),
+    Row("rounding", "rtn", "fair", HELP | TUNED),
+    Row("GPTQ", "gptq", "fair", HELP | TUNED),
+    Row("GPTQ, 2 planes", "gptq", "fair", HELP | TUNED | {"weights.planes": 2}),
+    Row("BiLLM-like", "billm-like", "fair", HELP),
+    Row("ARB-like", "arb-like", "fair", HELP),
+    Row("ours, folded alone", "bwla-folded", "ours"),
+    Row("ours, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0}),
+    Row("ours", "bwla-w1a6", "ours"),
+    Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
+    Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),
+    Row("ours, 2 planes, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0, "weights.planes": 2}),
+    Row("ours, 2 planes", "bwla-w1a6", "ours", {"weights.planes": 2}),
+)
+QUICK = ("rounding", "GPTQ", "BiLLM-like", "ours, no pair", "ours")
+"""Rows of a short run."""
+
+
+def measure(progress: Progress, *, seed: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
+    """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one."""
+    files = 8 if quick else FILES
+    subject = embedded(files=files) if seed is None else fresh(seed, files=files, progress=progress)
+    rows = [row for row in ROWS if not quick or row.way in QUICK]
+    return Table(subject, sequences=SEQUENCES, seed=seed or 0, progress=progress).run(rows)
+
+
+class Table:
+    """One subject's rows: the float model's losses are computed once, and one plan and graph serve all."""
+
+    def __init__(self, subject: Subject, *, sequences: int, seed: int, progress: Progress) -> None:
+        self.subject, self.seed, self.progress = subject, seed, progress
+        model = subject.load()
+        self.calibration = subject.calibration(sequences, seed=seed)
+        self.graph = capture(model, batch=BATCH, length=LENGTH)
+        self.plan = make_plan(model, graph=self.graph)
+        self.fp, self.fp_ood = nats(model, subject.windows), nats(model, subject.ood)
+
+    def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Fit and measure rows one after another."""
+        found = []
+        for done, row in enumerate(rows):
+            self.progress(f"quality, {self.subject.label}: {row.way}", done, len(rows))
+            found.append(self._measure(row))
+        self.progress("quality", len(rows), len(rows))
+        return found
+
+    def _measure(self, row: Row) -> dict[str, Any]:
+        model = self.subject.load()
+        recipe = load_recipe(row.recipe, row.settings)
+        report = quantize_model(model, recipe, self.calibration, plan=self.plan, graph=self.graph, seed=self.seed)
+        figures: dict[str, Any] = {
+            "way": row.way,
+            "table": row.table,
+            "recipe": row.recipe,
+            "settings": str(row.settings),
+            "model": self.subject.label,
+            "seed": self.seed,
+            "true_bits": round(report.bits.linears, 4),
+            "fp_perplexity": round(float(self.fp.mean().exp()), 3),
+        }
+        for bits in BITS:
+            set_activation_bits(model, bits)
+            low, middle, high = ratio(nats(model, self.subject.windows), self.fp, self.subject.files, seed=self.seed)
+            figures |= {f"a{bits}": round(middle, 4), f"a{bits}_95": f"{low:.3f}-{high:.3f}"}
+        set_activation_bits(model, 6)
+        code = nats(model, self.subject.ood)
+        figures["a6_ood"] = round(ratio(code, self.fp_ood, self.subject.ood_files, seed=self.seed)[1], 4)
+        return figures | {"fit_seconds": round(report.seconds["total"], 1)}
+
+
+def nats(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the mean loss of each window [n] float64, in nats per token."""
+    found = []
+    with evaluating(model):
+        for rows in windows.split(BATCH):
+            logits = model(input_ids=rows[:, :-1]).logits.float()
+            losses = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+            found.append(losses.double().view(len(rows), -1).mean(1))
+    return torch.cat(found)
+
+
+def ratio(quantized: Tensor, fp: Tensor, files: Tensor, *, seed: int) -> tuple[float, float, float]:
+    """Return (2.5%, value, 97.5%) of the perplexity ratio exp(mean(quantized - fp)), whole files drawn with return.
+
+    quantized, fp [n] nats of windows; files [n] the number of each one's file.
+    """
+    _, owner = files.unique(return_inverse=True)
+    n_files = int(owner.max()) + 1
+    sums = torch.zeros(n_files, dtype=torch.float64).index_add_(0, owner, quantized - fp)
+    counts = torch.zeros(n_files, dtype=torch.float64).index_add_(0, owner, torch.ones_like(fp))
+    drawn = torch.randint(0, n_files, (RESAMPLES, n_files), generator=torch.Generator().manual_seed(seed))
+    means = (sums[drawn].sum(1) / counts[drawn].sum(1)).exp()
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, float((sums.sum() / counts.sum()).exp()), high
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
+    """Draw the ratio against true bits at each activation width as SVG; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    marks = {"as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "ours": ("D", "tab:red")}
+    for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True), BITS, strict=True):
+        for table, (marker, color) in marks.items():
+            chosen = sorted((r for r in rows if r["table"] == table), key=lambda r: r["true_bits"])
+            x, y = [r["true_bits"] for r in chosen], [r[f"a{bits}"] for r in chosen]
+            spans = [tuple(map(float, r[f"a{bits}_95"].split("-"))) for r in chosen]
+            error = [[max(0.0, v - s[0]) for v, s in zip(y, spans, strict=True)],
+                     [max(0.0, s[1] - v) for v, s in zip(y, spans, strict=True)]]  # fmt: skip
+            axes.errorbar(x, y, yerr=error, fmt=marker, color=color, capsize=2, label=table, markersize=5)
+        axes.set_yscale("log")
+        axes.set_xlabel("true bits a weight")
+        axes.set_title(f"A{bits}")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("perplexity over the float model's")
+    figure.axes[0].legend()
+    figure.savefig(path)
+    return path

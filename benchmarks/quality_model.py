@@ -1,0 +1,118 @@
+"""Models and texts of the quality table: the embedded model, or a fresh one trained on a fresh split by seed."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from bwla_compiler.demo import DemoConfig, load_demo
+from bwla_compiler.demo.corpus import Document, read_corpus, source_files
+from bwla_compiler.demo.store import ensure
+from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
+from bwla_compiler.demo.train import new_model, train
+from bwla_compiler.settings import settings
+
+Progress = Callable[[str, int, int], None]
+
+LENGTH = 256
+WINDOWS_A_FILE = 6
+"""At most, so that one long file does not decide."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float model and its texts.
+
+    load(): a new copy. train: stream of tokens int64. windows, files: of held-out prose, [n, LENGTH + 1] int64 and the
+    number of each one's file [n]; ood: the same of code.
+    """
+
+    label: str
+    load: Callable[[], Qwen3ForCausalLM]
+    train: Tensor
+    windows: Tensor
+    files: Tensor
+    ood: Tensor
+    ood_files: Tensor
+
+    def calibration(self, sequences: int, *, seed: int) -> Tensor:
+        """Return sequences drawn from the training text, [sequences, LENGTH] int64."""
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(0, self.train.numel() - LENGTH, (sequences, 1), generator=generator)
+        return self.train[starts + torch.arange(LENGTH)]
+
+
+def embedded(*, files: int) -> Subject:
+    """Return the embedded model with its own split."""
+    loaded, corpus = load_demo("demo:"), read_corpus()
+    texts = _held_out(loaded.tokenizer, corpus.test, corpus.ood, files=files)
+    stream = encode_documents(loaded.tokenizer, corpus.train)
+    return Subject("demo", lambda: load_demo("demo:").model, stream, *texts)
+
+
+def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
+    """Return a model of the embedded one's architecture, trained and split by this seed; cached."""
+    config = DemoConfig(seed=seed)
+    corpus = read_corpus()
+    held_out, kept = _split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
+    held = {document.name for document in held_out}
+    key = hashlib.sha256(repr((corpus.sha256, asdict(config))).encode()).hexdigest()[:16]
+    build = lambda folder: _build(folder, kept, config, progress)  # noqa: E731
+    folder = ensure(settings().cache / "quality" / f"seed{seed}-{key}", build)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in source_files() if name in held]
+    texts = _held_out(tokenizer, held_out, code, files=files)
+    stream = load_file(folder / "tokens.safetensors")["train"].to(torch.int64)
+    load = lambda: Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
+    return Subject(f"seed{seed}", load, stream, *texts)
+
+
+def _split(documents: Sequence[Document], seed: int, *, fraction: float) -> tuple[list[Document], list[Document]]:
+    """Return (held out, kept): files in an order drawn by the seed are held out until they hold their fraction."""
+    order = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{d.name}".encode()).hexdigest())
+    wanted, taken, held_out = fraction * sum(len(d.text) for d in documents), 0, []
+    longest = wanted / 4  # one long file is no sample
+    for document in order:
+        if taken < wanted and len(document.text) <= longest:
+            held_out.append(document)
+            taken += len(document.text)
+    names = {d.name for d in held_out}
+    return held_out, [d for d in documents if d.name not in names]
+
+
+def _build(folder: Path, documents: Sequence[Document], config: DemoConfig, progress: Progress) -> dict[str, Any]:
+    tokenizer = train_tokenizer(documents, config.vocab_size)
+    stream = encode_documents(tokenizer, documents)
+    model = new_model(config, len(tokenizer))
+    training = train(model, stream, config=config, progress=progress)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file({"train": stream.to(torch.int32)}, folder / "tokens.safetensors")
+    return asdict(training)
+
+
+def _held_out(
+    tokenizer: PreTrainedTokenizerFast, prose: Sequence[Document], code: Sequence[Document], *, files: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_windows(tokenizer, prose, files=files), *_windows(tokenizer, code, files=files))
+
+
+def _windows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], *, files: int) -> tuple[Tensor, Tensor]:
+    """Return whole windows [n, LENGTH + 1] of at most so many files, evenly spaced in each, and their files [n]."""
+    windows, owners = [], []
+    for number, document in enumerate(documents):
+        stream = encode_documents(tokenizer, [document])
+        whole = (stream.numel() - 1) // LENGTH
+        if whole == 0 or len(set(owners)) == files:
+            continue
+        count = min(whole, WINDOWS_A_FILE)
+        for start in (torch.arange(count) * whole // count * LENGTH).tolist():
+            windows.append(stream[start : start + LENGTH + 1])
+            owners.append(number)
+    return torch.stack(windows), torch.tensor(owners)

@@ -1,0 +1,71 @@
+"""The quality table: intervals over files, splits by seed, a row measured, and the plot."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import quality, quality_model
+from benchmarks.quality import ROWS, Row, Table, ratio
+from bwla_compiler.demo.corpus import Document
+from tests import tiny
+
+
+def test_the_ratio_is_that_of_perplexities_and_its_interval_holds_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fp = torch.rand(30, generator=generator, dtype=torch.float64) + 3
+    files = torch.arange(30) // 5
+    quantized = fp + 0.1 + 0.02 * torch.randn(30, generator=generator, dtype=torch.float64)
+    low, middle, high = ratio(quantized, fp, files, seed=0)
+    assert middle == pytest.approx(math.exp(quantized.mean()) / math.exp(fp.mean()))
+    assert low < middle < high < middle + 0.05
+    assert ratio(quantized, fp, files, seed=0) == (low, middle, high)
+
+
+def test_one_file_that_differs_widens_the_interval() -> None:
+    fp, files = torch.zeros(12, dtype=torch.float64), torch.arange(12) // 3
+    even, odd = torch.full((12,), 0.1, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+    odd[:3] = 0.4
+    low, _, high = ratio(even, fp, files, seed=0)
+    assert high - low < 1e-12  # rounding
+    low, middle, high = ratio(odd, fp, files, seed=0)
+    assert low == pytest.approx(1)
+    assert high > middle + 0.1
+
+
+def test_splits_follow_the_seed_and_share_no_file() -> None:
+    documents = [Document(f"f{i}", "x" * (50 + i)) for i in range(100)]
+    splits = [quality_model._split(documents, seed, fraction=0.1) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+    held_out, kept = splits[0]
+    assert sorted(d.name for d in held_out + kept) == sorted(d.name for d in documents)
+    assert 0.1 <= sum(len(d.text) for d in held_out) / sum(len(d.text) for d in documents) < 0.13
+
+
+def test_recipes_of_all_rows_load_and_every_baseline_has_a_fair_row() -> None:
+    for row in ROWS:
+        quality.load_recipe(row.recipe, row.settings)
+    published = {r.way for r in ROWS if r.table == "as published"}
+    assert {"rounding", "GPTQ", "BiLLM-like", "ARB-like"} <= published & {r.way for r in ROWS if r.table == "fair"}
+    assert set(quality.QUICK) <= {r.way for r in ROWS}
+
+
+def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "LENGTH", 16)
+    monkeypatch.setattr(quality_model, "LENGTH", 16)
+    windows, files = tiny.ids(batch=8, length=17), torch.arange(8) // 2
+    subject = quality_model.Subject(
+        "tiny", lambda: tiny.make("llama"), tiny.ids(batch=1, length=400)[0], windows, files, windows, files
+    )
+    told: list[str] = []
+    table = Table(subject, sequences=8, seed=0, progress=lambda label, done, total: told.append(label))
+    rows = table.run([Row("rounding", "rtn", "as published"), Row("BiLLM-like", "billm-like", "fair")])
+    assert [row["way"] for row in rows] == ["rounding", "BiLLM-like"]
+    assert rows[0].keys() == rows[1].keys()
+    assert all(row["a16"] > 0 and row["true_bits"] > 1 for row in rows)
+    assert told == ["quality, tiny: rounding", "quality, tiny: BiLLM-like", "quality"]
+    pytest.importorskip("matplotlib")
+    path = quality.plot(rows, tmp_path / "plot.svg")
+    assert path is not None
+    assert path.read_text("utf-8").startswith("<?xml")

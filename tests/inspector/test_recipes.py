@@ -1,0 +1,38 @@
+"""The table of recipes: bits by formula are those that quantizing counts."""
+
+import pytest
+
+from bwla_compiler.inspector import recipes
+from bwla_compiler.inspector.recipes import nominal_bits, recipe_table
+from bwla_compiler.recipe import builtin_recipes, load_recipe
+
+
+def test_every_recipe_has_a_row_with_bits_and_source() -> None:
+    table = recipe_table(builtin_recipes().values())
+    assert [cells[0].text for cells in table.rows] == list(builtin_recipes())
+    assert all(float(cells[2].text) >= 1 and cells[3].text for cells in table.rows)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("rtn", 1 + 16 / 4096),  # scales of down are rarer, the difference is in the tolerance
+        ("billm-like", 2.5),
+        ("arb-like", 3.0),
+        ("bwla-folded", 1 + 16 / 128),
+    ],
+)
+def test_bits_are_those_of_the_formula(name: str, expected: float) -> None:
+    assert nominal_bits(load_recipe(name)) == pytest.approx(expected, abs=2e-3)
+
+
+def test_ranks_planes_and_rotations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = {
+        key: nominal_bits(load_recipe("bwla-w1a6", {key: value}))
+        for key, value in {"psp.rank": 128, "weights.planes": 2, "residual": "online", "name": "same"}.items()
+    }
+    assert bits["psp.rank"] > bits["name"] + 0.15
+    assert bits["weights.planes"] == pytest.approx(bits["name"] + 1, abs=0.01)
+    assert bits["residual"] > bits["name"]
+    monkeypatch.setattr(recipes, "GROUPS", recipes.GROUPS[:1])  # {q, k, v} alone: nothing is online
+    assert nominal_bits(load_recipe("hadamard-rtn")) == pytest.approx(1 + 16 / 4096)
