@@ -63,6 +63,8 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "head": {"bits": 4}}, "must be 8 or 16"),
         ({**PLAIN, "overrides": {"pattern": "*"}}, "expected a list"),
         ({**PLAIN, "overrides": [{"keep": True}]}, "'pattern' is required"),
+        ({"name": "x", "source": "y", "transform": {"budget": 1.5}}, "transform.budget = 1.5: must be 0 to 1"),
+        ({"name": "x", "source": "y", "transform": {"device": "abacus"}}, "must be one of h100-sxm"),
     ],
 )
 def test_bad_tables_are_refused(table: dict[str, object], message: str) -> None:
