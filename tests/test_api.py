@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 import bwla_compiler as bwla
+from bwla_compiler import api
 from bwla_compiler.errors import CalibrationError, CheckpointError, RecipeError
 from tests import tiny
 
@@ -52,6 +55,27 @@ def test_unknown_recipes_and_settings_are_refused_with_a_suggestion() -> None:
 def test_a_folder_that_is_not_there_is_one_clear_error() -> None:
     with pytest.raises(CheckpointError, match="nowhere-at-all"):
         bwla.load("nowhere-at-all/model")
+
+
+def test_a_config_is_enough_for_plan_and_cost(tmp_path: Path) -> None:
+    model = tiny.make("llama-tied")
+    model.config.architectures = ["LlamaForCausalLM"]  # type: ignore[union-attr]
+    model.config.save_pretrained(tmp_path)  # type: ignore[union-attr,operator]
+    for source in (tmp_path, tmp_path / "config.json"):
+        empty = api.skeleton(source).model
+        assert {p.device.type for p in empty.parameters()} == {"meta"}
+    plan = bwla.plan(empty)
+    assert plan == bwla.plan(model)
+    costs = [api.cost(m, plan=plan) for m in (empty, model)]
+    assert costs[0] == costs[1]
+    assert costs[0].recipe == "bwla-w1a6"
+
+
+def test_a_config_that_describes_no_causal_lm_is_one_clear_error(tmp_path: Path) -> None:
+    for text in ("{", '{"model_type": "nothing"}', '{"model_type": "clip"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="config does not describe a causal LM"):
+            api.skeleton(tmp_path)
 
 
 def test_generating_without_a_tokenizer_says_so() -> None:

@@ -80,6 +80,8 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "signs": {"method": "billm"}, "weights": {"planes": 2}}, "by itself"),
         ({**PLAIN, "overrides": {"pattern": "*"}}, "expected a list"),
         ({**PLAIN, "overrides": [{"keep": True}]}, "'pattern' is required"),
+        ({"name": "x", "source": "y", "transform": {"budget": 1.5}}, "transform.budget = 1.5: must be 0 to 1"),
+        ({"name": "x", "source": "y", "transform": {"device": "abacus"}}, "must be one of h100-sxm"),
     ],
 )
 def test_bad_tables_are_refused(table: dict[str, object], message: str) -> None:

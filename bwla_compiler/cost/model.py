@@ -39,11 +39,16 @@ NOTHING = TransformSpec()
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A spec and how many groups of the model have it. name: of all, as "layers.{0-35}.mlp.down_proj"."""
+    """A spec and how many groups of the model have it. name: of its linears, as "gate_proj, up_proj".
+
+    experts, used: matrices of each member, and those that one token takes; spec is that of one.
+    """
 
     name: str
     spec: LinearSpec
     count: int = 1
+    experts: int = 1
+    used: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,20 @@ class ModelShape:
     float_bytes: int = MODEL_FLOAT // 8
 
     @cached_property
-    def stages(self) -> tuple[tuple[str, Stage, bool], ...]:
-        """(name, stage, whether a token runs on one unit) of all parts, expressions of M, B and C."""
-        found = []
+    def stages(self) -> tuple[tuple[str, Stage, sp.Expr | None], ...]:
+        """(name, stage, its rows where each runs on one unit) of all parts, expressions of M, B and C."""
+        found: list[tuple[str, Stage, sp.Expr | None]] = []
         for group in self.groups:
-            values = dict(zip(SYMBOLS, sizes(group.spec, bias_bytes=self.float_bytes), strict=True))
+            numbers = sizes(group.spec, bias_bytes=self.float_bytes, n_experts=group.experts, n_used=group.used)
+            values = dict(zip(SYMBOLS, numbers, strict=True))
             cost = symbolic_cost()
-            for stage, whole in ((cost.prologue, True), (cost.product, False)):
-                found.append((group.name, _times(_substituted(stage, values), group.count), whole))
-        found += [(table.name, table_stage(table, float_bytes=self.float_bytes), False) for table in self.tables]
-        found += [(kept.name, kept_stage(kept, float_bytes=self.float_bytes), False) for kept in self.kept]
-        found += [(ATTENTION, attention_stage(shape), False) for shape in self.attention]
+            for stage, rows in ((cost.prologue, M * group.used), (cost.product, None)):
+                found.append((group.name, _times(_substituted(stage, values), group.count), rows))
+        found += [(table.name, table_stage(table, float_bytes=self.float_bytes), None) for table in self.tables]
+        found += [(kept.name, kept_stage(kept, float_bytes=self.float_bytes), None) for kept in self.kept]
+        found += [(ATTENTION, attention_stage(shape), None) for shape in self.attention]
         rest = sp.Integer(self.rest * self.float_bytes)
-        found.append(("rest", Stage(rest, rest, sp.Integer(0), sp.Integer(0)), False))
+        found.append(("rest", Stage(rest, rest, sp.Integer(0), sp.Integer(0)), None))
         return tuple(found)
 
     @property
@@ -133,8 +139,8 @@ class ModelShape:
         """Return the modelled seconds of a step of `tokens` tokens (a decoding step, one a sequence, if None)."""
         values = {M: tokens or batch, B: batch, C: context, **dict(zip(PEAKS, peaks(device), strict=True))}
         total = 0.0
-        for _, stage, whole in self.stages:
-            memory, compute = memory_seconds(stage), compute_seconds(stage, whole=whole)
+        for _, stage, rows in self.stages:
+            memory, compute = memory_seconds(stage), compute_seconds(stage, rows=rows)
             total += max(float(memory.subs(values)), float(compute.subs(values)))
         return total
 
@@ -148,7 +154,7 @@ class ModelShape:
         stages = [stage for name, stage, _ in self.stages if context or name != ATTENTION]
         step = {B: M, C: context}
         memory = sum(memory_seconds(stage) for stage in stages).subs({**step, **at_peak})
-        compute = sum(compute_seconds(stage, whole=False) for stage in stages).subs({**step, **at_peak})
+        compute = sum(compute_seconds(stage) for stage in stages).subs({**step, **at_peak})
         return _crossing(sp.expand(memory - compute))
 
 
@@ -209,7 +215,10 @@ def attention_stage(shape: AttentionShape) -> Stage:
 
 def float_shape(shape: ModelShape) -> ModelShape:
     """Return the same model with nothing quantized: what the modelled gain is over."""
-    kept = tuple(KeptShape(g.name, g.count * g.spec.in_features * sum(g.spec.out_features)) for g in shape.groups)
+    kept = tuple(
+        KeptShape(g.name, g.count * g.experts * g.spec.in_features * sum(g.spec.out_features), g.experts, g.used)
+        for g in shape.groups
+    )
     tables: Sequence[TableShape] = [
         TableShape(t.name, t.rows, t.width, MODEL_FLOAT, t.looked_up, t.shared, bias=t.bias) for t in shape.tables
     ]

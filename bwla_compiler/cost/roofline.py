@@ -18,11 +18,17 @@ from bwla_compiler.spec import FLOAT_BITS, LinearSpec
 M = sp.Symbol("M", positive=True)
 """Tokens of a step."""
 
-n_in, n_out, members, planes, rank, n1, n2, diagonal, scales, columns, bias, rounded = SYMBOLS = sp.symbols(
-    "n_in n_out members planes rank n1 n2 diagonal scales columns bias rounded", integer=True, nonnegative=True
+n_in, n_out, members, planes, rank, n1, n2, diagonal, scales, columns, bias, rounded, experts, used = SYMBOLS = (
+    sp.symbols(
+        "n_in n_out members planes rank n1 n2 diagonal scales columns bias rounded experts used",
+        integer=True,
+        nonnegative=True,
+    )
 )
 """Sizes of a group: n_out over all members; rank of each member; n1, n2 are 0 for a factor that is absent; scales a row
-and plane; bias in bytes an output; diagonal (before the transform), columns (scales of columns), rounded 1 or 0."""
+and plane; bias in bytes an output; diagonal (before the transform), columns (scales of columns), rounded 1 or 0.
+experts: how many matrices each member has, and how many of them a token takes; both 1 for a plain linear. Each of a
+token's rows counts as a row of its own, also where experts share it."""
 
 bandwidth, int8_peak, float_peak, units = PEAKS = sp.symbols("bandwidth int8_peak float_peak units", positive=True)
 
@@ -83,26 +89,34 @@ def symbolic_cost() -> SymbolicCost:
     16 bit. Each plane is a product in int8 (in floats where activations are not rounded); the prologue is float. A
     seeded Hadamard costs what a fitted factor does: it is stored and applied in the same way.
     """
+    rows = M * used
     present = sp.Piecewise((1, n1 + n2 + diagonal + rounded > 0), (0, True))
     width = FLOAT_BYTES - rounded  # bytes of what the product reads
     prologue = Stage(
         stored=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2),
-        moved=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2) + M * n_in * (FLOAT_BYTES + width) * present,
+        moved=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2) + rows * n_in * (FLOAT_BYTES + width) * present,
         int8_ops=sp.Integer(0),
-        float_ops=M * n_in * (2 * n1 + 2 * n2 + diagonal),
+        float_ops=rows * n_in * (2 * n1 + 2 * n2 + diagonal),
     )
+    return SymbolicCost(prologue, _product(read=sp.Min(1, rows / experts)))
+
+
+def _product(*, read: sp.Expr) -> Stage:
+    """Return the stage of the products. read: the share of the experts' weights that a step reads."""
+    rows = M * used
+    width = FLOAT_BYTES - rounded
     signs = planes * n_out * sp.ceiling(n_in / 8)
-    row_scales = 2 * planes * n_out * scales + members
-    pair = rank * (members * n_in + n_out) + members * (2 * rank + sp.Min(1, rank))
-    weights = signs + row_scales + members * columns * (2 * n_in + 1) + pair + bias * n_out
-    ops = 2 * M * (planes * n_in * n_out + rank * (members * n_in + n_out))
-    product = Stage(
+    pair = rank * (members * n_in + n_out + 2 * members)
+    one = signs + 2 * planes * n_out * scales + 2 * members * columns * n_in + pair + bias * n_out
+    exponents = members * (1 + columns + sp.Min(1, rank))  # one a tensor, whatever the number of experts
+    weights = experts * one + exponents
+    ops = 2 * rows * (planes * n_in * n_out + rank * (members * n_in + n_out))
+    return Stage(
         stored=weights,
-        moved=weights + M * (n_in * width + FLOAT_BYTES * n_out),
+        moved=weights * read + rows * (n_in * width + FLOAT_BYTES * n_out),
         int8_ops=ops * rounded,
         float_ops=ops * (1 - rounded),
     )
-    return SymbolicCost(prologue, product)
 
 
 def _factor(side: sp.Symbol) -> sp.Expr:
@@ -115,13 +129,14 @@ def memory_seconds(stage: Stage) -> sp.Expr:
     return stage.moved / bandwidth
 
 
-def compute_seconds(stage: Stage, *, whole: bool) -> sp.Expr:
+def compute_seconds(stage: Stage, *, rows: sp.Expr | None = None) -> sp.Expr:
     """Return the seconds that a stage's operations take.
 
-    whole: a token's work runs on one of the device's units, as the fused prologue does (one program a token).
+    rows: given where the work on a row runs on one of the device's units, as the fused prologue does (one program a
+    row), so that fewer rows than units leave some idle.
     """
     seconds = stage.int8_ops / int8_peak + stage.float_ops / float_peak
-    return seconds * units / sp.Min(M, units) if whole else seconds
+    return seconds if rows is None else seconds * units / sp.Min(rows, units)
 
 
 @cache
@@ -129,8 +144,8 @@ def symbolic_seconds() -> tuple[sp.Expr, sp.Expr]:
     """Return the seconds of prologue and product, expressions of M, SYMBOLS and PEAKS."""
     cost = symbolic_cost()
     return (
-        sp.Max(memory_seconds(cost.prologue), compute_seconds(cost.prologue, whole=True)),
-        sp.Max(memory_seconds(cost.product), compute_seconds(cost.product, whole=False)),
+        sp.Max(memory_seconds(cost.prologue), compute_seconds(cost.prologue, rows=M * used)),
+        sp.Max(memory_seconds(cost.product), compute_seconds(cost.product)),
     )
 
 
@@ -138,17 +153,23 @@ def symbolic_seconds() -> tuple[sp.Expr, sp.Expr]:
 def symbolic_crossover() -> sp.Expr:
     """Return the M at which the product's operations take as long as its bytes; not positive where they never do.
 
-    Both grow linearly: a + b M bytes against c M operations, so that M = a / (c bandwidth / peak - b).
+    Both grow linearly: a + b M bytes against c M operations, so that M = a / (c bandwidth / peak - b). Of experts all
+    are read at such M.
     """
-    product = symbolic_cost().product
-    difference = memory_seconds(product) - compute_seconds(product, whole=False)
+    product = _product(read=sp.Integer(1))
+    difference = memory_seconds(product) - compute_seconds(product)
     fixed, slope = difference.subs(M, 0), sp.diff(difference, M)
     return sp.simplify(-fixed / slope)
 
 
-def region_cost(spec: LinearSpec, *, tokens: int, device: Device, bias_bytes: int = 4) -> RegionCost:
-    """Return the modelled cost of a group for a step of `tokens` tokens. bias_bytes: of one entry of a bias."""
-    values = (*sizes(spec, bias_bytes=bias_bytes), *peaks(device))
+def region_cost(
+    spec: LinearSpec, *, tokens: int, device: Device, bias_bytes: int = 4, n_experts: int = 1, n_used: int = 1
+) -> RegionCost:
+    """Return the modelled cost of a group for a step of `tokens` tokens.
+
+    bias_bytes: of one entry of a bias. n_experts, n_used: matrices of each member, and those that a token takes.
+    """
+    values = (*sizes(spec, bias_bytes=bias_bytes, n_experts=n_experts, n_used=n_used), *peaks(device))
     stored, moved, ops, prologue, product, crossover = _compiled()(tokens, *values)
     return RegionCost(
         stored=int(stored),
@@ -161,7 +182,7 @@ def region_cost(spec: LinearSpec, *, tokens: int, device: Device, bias_bytes: in
     )
 
 
-def sizes(spec: LinearSpec, *, bias_bytes: int = 4) -> tuple[int, ...]:
+def sizes(spec: LinearSpec, *, bias_bytes: int = 4, n_experts: int = 1, n_used: int = 1) -> tuple[int, ...]:
     """Return the values of SYMBOLS for a spec."""
     transform = spec.transform
     per_row = -(-spec.in_features // spec.group_size) if spec.scale_kind == "group" else 1
@@ -178,6 +199,8 @@ def sizes(spec: LinearSpec, *, bias_bytes: int = 4) -> tuple[int, ...]:
         int(spec.scale_kind == "row+column"),
         bias_bytes * spec.bias,
         int(spec.activation_bits < FLOAT_BITS),
+        n_experts,
+        n_used,
     )
 
 

@@ -73,14 +73,25 @@ def cost_report(shape: ModelShape, *, recipe: str = "", context: int = 2048) -> 
         turning = sum(g.count * g.seconds[device.name] * g.shares[device.name] for g in groups)
         crossovers = [shape.crossover(device, context=tokens) for tokens in (context, 0)]
         devices.append(
-            DeviceCost(device.name, seconds, before / seconds, turning / seconds, *crossovers, device.source)
+            DeviceCost(
+                device=device.name,
+                seconds=seconds,
+                gain=before / seconds,
+                prologues=turning / seconds,
+                crossover=crossovers[0],
+                weights_crossover=crossovers[1],
+                source=device.source,
+            )
         )
     return CostReport(recipe, context, shape.stored, plain.stored, groups, tuple(devices), shape.unknown)
 
 
 def _group_cost(group: GroupShape) -> GroupCost:
     spec, t = group.spec, group.spec.transform
-    costs = {name: region_cost(spec, tokens=1, device=device) for name, device in DEVICES.items()}
+    costs = {
+        name: region_cost(spec, tokens=1, device=device, n_experts=group.experts, n_used=group.used)
+        for name, device in DEVICES.items()
+    }
     factors = " x ".join(str(n) if there else f"1[{n}]" for n, there in ((t.n1, t.left), (t.n2, t.right)))
     return GroupCost(
         name=group.name,

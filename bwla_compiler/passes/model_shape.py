@@ -1,7 +1,8 @@
 """What the cost model knows of a model: a packed one as it is, a float one as a recipe would leave it."""
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from bwla_compiler.passes.fold_rotations import RESIDUAL
 from bwla_compiler.passes.group_specs import NamedSpec, packed_specs, planned_specs, shifted_linears
 from bwla_compiler.passes.quantize_ends import embedding_names, head_names
 from bwla_compiler.recipe import Recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, TiedHead
+from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedExperts, TiedHead
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
@@ -36,16 +37,20 @@ def planned_shape(model: nn.Module, plan: Plan, recipe: Recipe, *, float_bytes: 
         rest.pop(f"{name}.weight", None)
         rest.pop(f"{name}.bias", None)
     kept = tuple(_kept(model, plan, rest))
+    experts = {linear.name: linear.experts for linear in plan.linears}
     for shape in kept:
         rest.pop(shape.name)
     n_rest = sum(parameter.numel() for parameter in rest.values())
     attention, unknown = attention_shapes(getattr(model, "config", None))
-    return ModelShape(_groups(specs), tables, kept, attention, n_rest, unknown, float_bytes)
+    groups = _groups(specs, experts=experts, used=_used_experts(model))
+    return ModelShape(groups, tables, kept, attention, n_rest, unknown, float_bytes)
 
 
 def packed_shape(model: nn.Module, *, float_bytes: int = 2) -> ModelShape:
     """Return the shape of a packed model: its modules as they are."""
-    specs = packed_specs(model)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    specs = [*packed_specs(model), *(((name,), module.spec) for name, module in packed.items())]
+    experts = {name: module.n_experts for name, module in packed.items()}
     tables = tuple(_packed_tables(model))
     rest = dict(model.named_parameters())
     kept = [
@@ -57,27 +62,35 @@ def packed_shape(model: nn.Module, *, float_bytes: int = 2) -> ModelShape:
         rest.pop(name, None)
     attention, unknown = attention_shapes(getattr(model, "config", None))
     n_rest = sum(parameter.numel() for parameter in rest.values())
-    return ModelShape(_groups(specs), tables, tuple(kept), attention, n_rest, unknown, float_bytes)
+    groups = _groups(specs, experts=experts, used=_used_experts(model))
+    return ModelShape(groups, tables, tuple(kept), attention, n_rest, unknown, float_bytes)
 
 
-def _groups(specs: Iterable[NamedSpec]) -> tuple[GroupShape, ...]:
-    """Return one entry per spec and kind of linears: q, k and v of all layers are one."""
-    alike: dict[tuple[str, LinearSpec], int] = {}
+def _groups(specs: Iterable[NamedSpec], *, experts: Mapping[str, int], used: int) -> tuple[GroupShape, ...]:
+    """Return one entry per spec and kind of linears: q, k and v of all layers are one. experts: of those that have."""
+    alike: dict[tuple[str, LinearSpec, int], int] = {}
     for names, spec in specs:
         label = ", ".join(name.rpartition(".")[2] for name in names)
-        alike[label, spec] = alike.get((label, spec), 0) + 1
-    return tuple(GroupShape(label, spec, count) for (label, spec), count in alike.items())
+        key = (label, spec, experts.get(names[0], 0))
+        alike[key] = alike.get(key, 0) + 1
+    return tuple(
+        GroupShape(label, spec, count, max(1, n), min(used, n) if n else 1) for (label, spec, n), count in alike.items()
+    )
 
 
-def _kept(model: nn.Module, plan: Plan, rest: dict[str, nn.Parameter]) -> Iterator[KeptShape]:
+def _used_experts(model: nn.Module) -> int:
+    """Return how many experts a token takes; all, for a config that does not tell."""
+    text = _text_config(getattr(model, "config", None))
+    names = ("num_experts_per_tok", "moe_top_k", "moe_topk", "num_experts_per_token", "top_k_experts")
+    return next((n for n in (int(getattr(text, name, 0) or 0) for name in names) if n), sys.maxsize)
+
+
+def _kept(model: nn.Module, plan: Plan, rest: Mapping[str, nn.Parameter]) -> Iterator[KeptShape]:
     """Yield the weights of linears that are left alone; those of experts with how many of them a token takes."""
-    used = int(getattr(_text_config(getattr(model, "config", None)), "num_experts_per_tok", 0) or 0)
-    for name in dict.fromkeys(linear.parameter for linear in plan.linears if linear.parameter in rest):
-        weight = rest[name]
-        if weight.ndim == 3 and 0 < used <= weight.shape[0]:
-            yield KeptShape(name, weight.numel(), weight.shape[0], used)
-        else:
-            yield KeptShape(name, weight.numel())
+    for linear in {x.parameter: x for x in plan.linears if x.parameter in rest}.values():
+        experts = max(1, linear.experts)
+        n_weights = rest[linear.parameter].numel()
+        yield KeptShape(linear.parameter, n_weights, experts, min(experts, _used_experts(model)))
 
 
 # ---------------------------------------------------------------- embeddings and heads

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bwla_compiler.cost import roofline
 from bwla_compiler.cost.devices import DEVICES, Device
 from bwla_compiler.cost.roofline import region_cost, symbolic_cost, symbolic_crossover
-from bwla_compiler.runtime.modules import PackedLinear, stored_bytes
+from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, stored_bytes
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
 H100 = DEVICES["h100-sxm"]
@@ -86,6 +86,25 @@ def test_stored_bytes_are_those_of_the_modules(spec: LinearSpec) -> None:
     assert region_cost(spec, tokens=1, device=H100).stored == stored_bytes(whole)
 
 
+@given(specs(), st.integers(1, 5))
+@settings(deadline=None, max_examples=15)
+def test_stored_bytes_of_experts_are_those_of_the_modules(spec: LinearSpec, n_experts: int) -> None:
+    spec = dataclasses.replace(spec, out_features=spec.out_features[:1], bias=False)
+    module = PackedExperts(spec, n_experts, device="meta")
+    cost = region_cost(spec, tokens=1, device=H100, n_experts=n_experts)
+    assert cost.stored == stored_bytes(module)
+
+
+def test_experts_are_read_as_far_as_tokens_take_them() -> None:
+    spec = LinearSpec(64, (96,), activation_bits=16)
+    one = 96 * 8 + 2 * 96
+    for tokens, read in ((1, 2), (3, 6), (4, 8), (100, 8)):
+        cost = region_cost(spec, tokens=tokens, device=H100, n_experts=8, n_used=2)
+        assert cost.bytes == int((8 * one + 1) * read / 8 + 2 * tokens * (2 * 64 + 2 * 96))
+        assert cost.ops == 2 * 2 * tokens * 64 * 96
+    assert cost.stored == 8 * one + 1
+
+
 def test_decode_is_bound_by_memory_and_prefill_by_compute() -> None:
     spec = LinearSpec(4096, (4096,))
     assert region_cost(spec, tokens=1, device=H100).bound == "memory"
@@ -104,7 +123,7 @@ def test_float_activations_run_at_the_float_peak() -> None:
 
 
 def test_expressions_can_be_differentiated_and_agree_with_the_numbers() -> None:
-    stored = symbolic_cost().stored.subs(roofline.members, 1)
+    stored = symbolic_cost().stored.subs({roofline.members: 1, roofline.experts: 1})
     first, second = (stored.subs(roofline.rank, r) for r in (1, 2))
     assert sp.simplify(second - first - (roofline.n_in + roofline.n_out + 2)) == 0
     costs = [region_cost(LinearSpec(64, (96,), rank=r), tokens=5, device=H100) for r in (1, 2)]
@@ -113,8 +132,12 @@ def test_expressions_can_be_differentiated_and_agree_with_the_numbers() -> None:
 
 def test_the_crossover_is_where_both_times_are_equal() -> None:
     product = symbolic_cost().product
-    memory, compute = roofline.memory_seconds(product), roofline.compute_seconds(product, whole=False)
-    assert sp.simplify((memory - compute).subs(roofline.M, symbolic_crossover())) == 0
+    memory, compute = roofline.memory_seconds(product), roofline.compute_seconds(product)
+    plain = {roofline.experts: 1, roofline.used: 1, roofline.M: symbolic_crossover().subs(roofline.experts, 1)}
+    values = dict(zip(roofline.SYMBOLS, roofline.sizes(LinearSpec(4096, (512,), rank=8)), strict=True))
+    peaks = dict(zip(roofline.PEAKS, roofline.peaks(H100), strict=True))
+    difference = ((memory - compute) / compute).subs(plain).subs(values).subs(peaks)
+    assert abs(float(difference)) < 1e-12  # rounding of float64 peaks
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)

@@ -11,6 +11,7 @@ from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.model_shape import attention_shapes, packed_shape, planned_shape
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.bits import measure_bits
+from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
 QUICK = {"signs.sweeps": 1, "psp.iterations": 1, "transform.iterations": 1}
@@ -22,6 +23,8 @@ QUICK = {"signs.sweeps": 1, "psp.iterations": 1, "transform.iterations": 1}
         ("llama-tied", "bwla-w1a6", {**QUICK, "transform.budget": 0.05}),
         ("opt", "hadamard-rtn", {"weights.planes": 2}),
         pytest.param("qwen3", "bwla-w1a6", QUICK, marks=pytest.mark.exhaustive),
+        pytest.param("mixtral", "bwla-w1a6", QUICK, marks=pytest.mark.exhaustive),
+        pytest.param("gpt_oss", "hadamard-rtn", {}, marks=pytest.mark.exhaustive),
         pytest.param("gpt2", "hadamard-rtn", {}, marks=pytest.mark.exhaustive),
         pytest.param("llama-tied", "rtn", {}, marks=pytest.mark.exhaustive),
         pytest.param("llama-tied", "hadamard-rtn", {"tied": "untie"}, marks=pytest.mark.exhaustive),
@@ -29,11 +32,12 @@ QUICK = {"signs.sweeps": 1, "psp.iterations": 1, "transform.iterations": 1}
     ],
 )
 def test_modelled_bytes_are_the_saved_ones(architecture: str, recipe: str, settings: dict[str, object]) -> None:
-    model = tiny.make(architecture)
+    model = tiny.make(architecture) if architecture in tiny.CONFIGS else tiny_model(architecture)
     chosen = load_recipe(recipe, settings)
     plan = make_plan(model)
     planned = planned_shape(model, plan, chosen, float_bytes=4)
-    quantize_model(model, chosen, tiny.ids(batch=2, length=16) if chosen.needs_calibration else None, plan=plan)
+    tokens = tiny.ids(batch=2, length=16) % model.config.vocab_size  # type: ignore[union-attr,operator]
+    quantize_model(model, chosen, tokens if chosen.needs_calibration else None, plan=plan)
     n_bytes = measure_bits(model).n_bytes
     assert planned.stored == n_bytes
     assert packed_shape(model, float_bytes=4).stored == n_bytes
