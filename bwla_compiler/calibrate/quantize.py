@@ -104,8 +104,10 @@ class _Quantizer:
         usable = self.tokens[: self.tokens.shape[0] // batch * batch]
         graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
-        self.nodes = site_modules(self.model, analysis)
-        calls = [Call(site.node, site.source, name) for name, site in self.nodes.items()]
+        sites = site_modules(self.model, analysis)
+        # a linear that is called more than once is fitted to the inputs of its first call
+        self.nodes = {name: calls[0] for name, calls in sites.items()}
+        calls = [Call(site.node, site.source, name) for name, found in sites.items() for site in found]
         return TwinStream(graph, self.model, usable.split(batch), calls)
 
     def _graph(self, batch: int, length: int) -> GraphModule:
