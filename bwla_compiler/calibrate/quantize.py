@@ -123,8 +123,10 @@ class _Quantizer:
         usable = self.tokens[: self.tokens.shape[0] // batch * batch]
         graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
-        self.nodes = site_modules(self.model, analysis)
-        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in self.nodes.items()]
+        sites = site_modules(self.model, analysis)
+        # a linear that is called more than once is fitted to the inputs of its first call
+        self.nodes = {name: calls[0] for name, calls in sites.items()}
+        calls = [Call(x.node, x.source, name, x.n_experts, x.offsets) for name, found in sites.items() for x in found]
         stream = TwinStream(graph, self.model, usable.split(batch), calls)
         keep_routing(stream, self.nodes.values())
         return stream
