@@ -7,9 +7,9 @@ from torch.fx import GraphModule
 from bwla_compiler.backend import compile_backend
 from bwla_compiler.backend.raw import variants_of
 from bwla_compiler.calibrate.quantize import quantize_model
-from bwla_compiler.evaluate.zoo.models import tiny_model
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedExperts
+from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 from tests.backend import small
 
