@@ -24,6 +24,9 @@ Progress = Callable[[str, int, int], None]
 RECIPES: dict[str, str] = {"rtn": "rtn", "hadamard-rtn": "hadamard-rtn", "bwla": "bwla-w1a6"}
 """Rows of the table: the weights of each are fitted once, its activations set per column."""
 
+TUNING_STEPS = 12
+"""Half of the recipe's: what the two minutes of the main job leave time for."""
+
 ACTIVATION_BITS = (16, 8, 6, 4)
 STAGES = 1 + len(RECIPES) * (1 + len(ACTIVATION_BITS))
 """Steps of a comparison: the float model's perplexity, and each row's fit and perplexities."""
@@ -64,6 +67,7 @@ def compare(name: str, progress: Progress, *, texts: Texts, folder: Path) -> Com
     for row, recipe in RECIPES.items():
         packed = api.load(name).model
         chosen = load_recipe(recipe)
+        chosen = load_recipe(chosen, {"tuning.steps": min(TUNING_STEPS, chosen.tuning.steps)})
         report = quantize_model(packed, chosen, calibration, plan=plan, graph=graph, progress=stages.next())
         attach(packed, recipe=report.recipe, plan=plan, bits=report.bits)
         n_bytes = _save(packed, folder / saved_name(name, row))

@@ -14,7 +14,7 @@ from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
-from bwla_compiler.errors import GradientError, RecipeError
+from bwla_compiler.errors import RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -167,11 +167,14 @@ class _Quantizer:
         gains = [known[norm.gain] for norm in self.plan.norms if norm.gain in known]
         batches = self.stream.batches
         try:
-            losses = tune(self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress)
-        except GradientError as error:
-            report.skip("all", f"no gradient: {error}")
+            first, last = tune(
+                self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress
+            )
+        except RuntimeError as error:  # GradientError, and what autograd raises of models that edit in place
+            report.skip("all", f"left as fitted: {error}")
+            log.warning("not tuned, left as fitted: %s", error)
         else:
-            what = f"KL to the float model {losses[0]:.4f} nats a token before, {losses[-1]:.4f} at the last batch"
+            what = f"KL to the float model on the first batch: {first:.4f} nats a token, then {last:.4f}"
             report.changed.append(("scales, low-rank pairs, norm gains", what))
             log.info("tuned: %s", what)
         report.seconds = self.seconds["tune"] = time.perf_counter() - start

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
+from bwla_compiler.errors import GradientError
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import BinaryWeight, unpack_signs
 from bwla_compiler.passes.apply import replace_module
@@ -36,31 +37,51 @@ def tune(
     tuning: Tuning,
     gains: Sequence[nn.Parameter],
     progress: Progress | None = None,
-) -> list[float]:
-    """Tune a packed model in place and return each step's loss, in nats per token.
+) -> tuple[float, float]:
+    """Tune a packed model in place; return the loss on the first batch before and after, in nats per token.
 
     batches: tokens int64 [sequences, length], visited in turn. teacher(i): logits [sequences, length, vocabulary] of
     the float model on batch i. gains: parameters of norms. Deterministic. Memory: the signs as floats, and one
-    batch's activations. Raises GradientError where a packed module of another kind is on the way.
+    batch's activations. Raises GradientError where a packed module of another kind is on the way, or where the loss
+    did not fall; the model is then as it was.
     """
-    losses = []
-    with _frozen(model), _tunable(model) as students, torch.enable_grad():
-        optimizer = _optimizer(students, gains, tuning)
+
+    def loss_on(which: int) -> Tensor:
+        with torch.no_grad():
+            expected = teacher(which)
+        return _divergence(expected, model(input_ids=batches[which]).logits)
+
+    with _frozen(model), _kept(gains), _tunable(model) as students, torch.enable_grad():
+        optimizer, first = _optimizer(students, gains, tuning), math.nan
         for step in range(tuning.steps):
-            which = step % len(batches)
             rate = min(1.0, (step + 1) / WARMUP) * _cosine(step / tuning.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["full_rate"]
-            with torch.no_grad():
-                expected = teacher(which)
-            loss = _divergence(expected, model(input_ids=batches[which]).logits)
+            loss = loss_on(step % len(batches))
+            first = loss.item() if step == 0 else first
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
             if progress:
                 progress("tuning", step + 1, tuning.steps)
-    return losses
+        with torch.no_grad():
+            last = loss_on(0).item()
+        if not last < first:
+            raise GradientError(f"the loss went from {first:.4f} to {last:.4f} nats a token; lower the tuning's rates")
+    return first, last
+
+
+@contextmanager
+def _kept(gains: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give norm gains their values back where tuning fails."""
+    before = [gain.detach().clone() for gain in gains]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for gain, values in zip(gains, before, strict=True):
+                gain.copy_(values)
+        raise
 
 
 @contextmanager

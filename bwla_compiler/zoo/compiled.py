@@ -25,7 +25,7 @@ Verdict = Literal["exact", "wrong", "broken", "floats", "refused"]
 Depth = Literal["door", "whole"]
 
 RECIPE = "bwla-w1a6"
-CALIBRATION = {"calibration.sequences": 8, "calibration.length": 16}
+CALIBRATION = {"tuning.steps": 0, "calibration.sequences": 8, "calibration.length": 16}
 """A tiny model's quality is of no interest: enough tokens for every step to have its numbers."""
 
 BATCH = 2

@@ -59,13 +59,13 @@ def test_the_stand_ins_compute_what_the_packed_modules_do() -> None:
 
 
 def test_where_gradients_do_not_flow_tuning_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> list[float]:
+    def refuse(*args: object, **kwargs: object) -> tuple[float, float]:
         raise GradientError("a packed module")
 
     monkeypatch.setattr("bwla_compiler.calibrate.quantize.tune", refuse)
     model, report = quantized("llama", steps=2)
     (done,) = (p for p in report.passes if p.name == "tune")
-    assert done.skipped == [("all", "no gradient: a packed module")]
+    assert done.skipped == [("all", "left as fitted: a packed module")]
     assert torch.isfinite(logits(model)).all()
 
 
@@ -75,3 +75,13 @@ def test_an_interrupt_puts_the_packed_modules_back() -> None:
     with pytest.raises(KeyboardInterrupt), tuning_module._tunable(model):
         raise KeyboardInterrupt
     assert torch.equal(logits(model), expected)
+
+
+def test_a_loss_that_does_not_fall_leaves_the_model_as_fitted() -> None:
+    plain, _ = quantized("llama", steps=0)
+    wild, report = quantized("llama", steps=2, tuning__scales=9.0, tuning__gains=9.0)
+    (done,) = (p for p in report.passes if p.name == "tune")
+    assert not done.changed
+    assert "lower the tuning's rates" in done.skipped[0][1]
+    after = wild.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in plain.state_dict().items())
