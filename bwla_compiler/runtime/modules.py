@@ -114,7 +114,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A tensor without values for code that asks for dtype or shape: [out, in] on meta, of the model's dtype."""
+        """For code that asks for dtype, device or shape: [out, in] of the model's dtype, all NaN."""
         return stand_in(self)
 
     @property

@@ -12,11 +12,11 @@ def register_typed(
 
 
 def stand_in(module: nn.Module) -> Tensor:
-    """Return a weight without values [out, in] of a packed module: shape and dtype, on the meta device.
+    """Return what stands for the weight [out, in] of a packed module: shape, dtype and device, one NaN for all values.
 
-    Models ask `linear.weight.dtype` before they call a linear. Who computes with it gets what has no values either.
+    Models ask `linear.weight.dtype` before they call a linear. Who computes with the values gets NaN: there are none.
     """
     embedding = hasattr(module, "num_embeddings")
     names = ("num_embeddings", "embedding_dim") if embedding else ("out_features", "in_features")
-    typed = module.get_buffer("typed")
-    return torch.empty([int(getattr(module, name)) for name in names], dtype=typed.dtype, device="meta")
+    sizes = [int(getattr(module, name)) for name in names]
+    return module.get_buffer("typed").new_full((), float("nan")).expand(sizes)

@@ -36,4 +36,4 @@ def test_casting_the_model_casts_what_is_told_and_no_code(packed: nn.Module) -> 
 
 def test_the_stand_in_is_not_saved_and_has_no_values(packed: nn.Module) -> None:
     assert not [name for name in packed.state_dict() if name.endswith(("typed", ".weight")) and "norm" not in name]
-    assert (torch.ones(1, packed.lm_head.in_features) @ packed.lm_head.weight.T).is_meta
+    assert (torch.ones(1, packed.lm_head.in_features) @ packed.lm_head.weight.T).isnan().all()
