@@ -47,20 +47,19 @@ def summary(rows: Sequence[ZooRow]) -> str:
     captured = sum(row.captured for row in rows)
     counts = ", ".join(f"{found[status]} {status}" for status in _STATUSES[:3])
     line = f"{len(rows)} architectures: {built} built, {captured} captured; {counts}"
-    packed, raw = ([x for x in tried if x is not None] for tried in ([r.compiled for r in rows], [r.raw for r in rows]))
-    tried = (("compiled", packed), ("compiled raw", raw))
-    return "; ".join([line, *(_tally(what, models) for what, models in tried if models)])
+    packed = [row.compiled for row in rows if row.compiled is not None]
+    raw = [row.raw for row in rows if row.raw is not None]
+    tried = (("compiled", packed, captured), ("compiled raw", raw, len(raw)))
+    return "; ".join([line, *(_tally(what, models, total) for what, models, total in tried if models)])
 
 
-def _tally(what: str, found: Sequence[Compiled]) -> str:
-    """Return how many of the models that were tried compiled in one graph, and what became of the others."""
+def _tally(what: str, found: Sequence[Compiled], total: int) -> str:
+    """Return how many of the models in question compiled in one graph, and what became of the others."""
     counts = Counter(x.status for x in found)
     whole = sum(x.depth == "whole" and x.status == "exact" for x in found)
+    share = f"{counts['exact']} of {total} ({counts['exact'] / max(1, total):.1%}), {whole} of them the whole way"
     others = ", ".join(f"{counts[v]} {v}" for v in _VERDICTS[1:] if counts[v] or v == "wrong")
-    share = counts["exact"] / len(found)
-    return (
-        f"{what} in one graph {counts['exact']} of {len(found)} ({share:.0%}), {whole} of them the whole way; {others}"
-    )
+    return f"{what} in one graph {share}; {others}"
 
 
 def to_json(rows: Sequence[ZooRow], *, command: str, versions: dict[str, str]) -> str:
