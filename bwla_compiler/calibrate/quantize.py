@@ -106,8 +106,11 @@ class _Quantizer:
         usable = self.tokens[: self.tokens.shape[0] // batch * batch]
         graph = self._graph(batch, usable.shape[1])
         analysis = analyse(graph)
-        self.nodes = site_modules(self.model, analysis)
-        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in self.nodes.items()]
+        sites = site_modules(self.model, analysis)
+        # a linear that is called more than once is fitted to the inputs of its first call
+        self.nodes = {name: calls[0] for name, calls in sites.items()}
+        named = ((name, site) for name, calls in sites.items() for site in calls)
+        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in named]
         stream = TwinStream(graph, self.model, usable.split(batch), calls)
         keep_routing(stream, self.nodes.values())
         return stream

@@ -4,6 +4,7 @@ Analysis and plan take time in proportion to the graph, a hundredth of what its 
 analysed one by one: nothing has to be proven of their likeness.
 """
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -29,9 +30,13 @@ _FREEDOM: dict[SpaceFreedom, Freedom] = {
 }
 
 
+LINEAR_CLASSES = frozenset({"Conv1D", "FalconLinear"})
+"""Classes of transformers, by name, that compute what nn.Linear does: Conv1D with its weight as [in, out]."""
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear: nn.Linear, or transformers' Conv1D (weight [in, out])."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    """Whether a module is a plain linear: nn.Linear itself, or one of LINEAR_CLASSES. Others may do more."""
+    return type(module) is nn.Linear or type(module).__name__ in LINEAR_CLASSES
 
 
 def _is_adapter(model: nn.Module, name: str) -> bool:
@@ -75,7 +80,7 @@ class _Planner:
         self.model, self.analysis = model, analysis
         self.names = self._weight_names()
         self.basis_names: dict[Space, str] = {}
-        self.calls = Counter(site.weight for site in analysis.sites.values())
+        self.calls = self._calls()
         self.routers = routers(analysis)
         experts = [(self.names[s.weight], s.n_experts) for s in analysis.sites.values() if s.n_experts]
         self.expert_calls = Counter(name for name, _ in experts)
@@ -100,14 +105,14 @@ class _Planner:
         return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def plan(self) -> Plan:
-        sites = list(self.analysis.sites.values())
+        sites = [calls[0] for calls in self.calls.values()]
         if not sites:
             raise PlanError(
                 f"{type(self.model).__name__} has no linears with weights of their own: nothing to quantize. "
                 "Is it a causal LM with nn.Linear or Conv1D layers?"
             )
         self._name_bases(sites)
-        groups = self._groups(sites)
+        groups = self._groups()
         linears = tuple(self._linear(site, groups) for site in sites)
         return Plan(
             model=type(self.model).__name__,
@@ -158,12 +163,38 @@ class _Planner:
 
     # ---- linears and their groups
 
-    def _groups(self, sites: list[Site]) -> dict[Node, list[Site]]:
-        """Linears by the tensor they read, views that keep the channels looked through."""
-        found: dict[Node, list[Site]] = {}
-        for site in sites:
-            found.setdefault(self._root_of(site.source), []).append(site)
+    def _calls(self) -> dict[str, list[Site]]:
+        """Return the calls of each linear, by its weight, in the order of the graph."""
+        found: dict[str, list[Site]] = {}
+        for site in self.analysis.sites.values():
+            found.setdefault(site.weight, []).append(self._with_bias(site))
         return found
+
+    def _with_bias(self, site: Site) -> Site:
+        """Return a site that ends where its module does: after the bias, where that is added by itself."""
+        bias = getattr(self._owner(self.names[site.weight]), "bias", None)
+        if site.bias is not None or bias is None or len(site.node.users) != 1:
+            return site
+        adding = next(iter(site.node.users))
+        added = [self.analysis.parameter_of(n) for n in adding.all_input_nodes if n is not site.node]
+        if adding.target not in ops.SUM or len(added) != 1 or added[0] not in self.names:
+            return site
+        own = self.model.get_parameter(self.names[added[0]]) is bias
+        return dataclasses.replace(site, node=adding, bias=added[0]) if own else site
+
+    def _groups(self) -> dict[str, list[str]]:
+        """Return each weight's group: all that read one input, views that keep the channels looked through.
+
+        A linear that is called more than once, each time among others, is a group of its own.
+        """
+        by_input: dict[Node, list[str]] = {}
+        for site in self.analysis.sites.values():
+            by_input.setdefault(self._root_of(site.source), []).append(site.weight)
+        found: dict[str, list[list[str]]] = {}
+        for site in self.analysis.sites.values():
+            found.setdefault(site.weight, []).append(by_input[self._root_of(site.source)])
+        alone = {weight for weight, groups in found.items() if any(g != groups[0] for g in groups)}
+        return {w: [w] if w in alone else [x for x in g[0] if x not in alone] for w, g in found.items()}
 
     def _root_of(self, node: Node) -> Node:
         channels = self.analysis.shape(node)[-1]
@@ -175,14 +206,13 @@ class _Planner:
             node = source
         return node
 
-    def _linear(self, site: Site, groups: dict[Node, list[Site]]) -> Linear:
+    def _linear(self, site: Site, groups: dict[str, list[str]]) -> Linear:
         value = self.analysis.parameters[site.weight]
         source, target = value.axes[site.in_axis], value.axes[site.out_axis]
         name = self._module(site.weight)
         decision, reason = self._decision(site, source)
-        alike = groups[self._root_of(site.source)]
         # a router may come first, and no transform is put before it
-        first = next((s for s in alike if self._refusal(s) == ""), alike[0])
+        first = next((w for w in groups[site.weight] if self._refusal(self.calls[w][0]) == ""), groups[site.weight][0])
         return Linear(
             name=name,
             parameter=self.names[site.weight],
@@ -193,7 +223,7 @@ class _Planner:
             out_features=target.size,
             decision=decision,
             reason=reason,
-            group=self._module(first.weight),
+            group=self._module(first),
             block=block_of(name),
             input=self.expression(source),
             output=self.expression(target),
@@ -218,7 +248,6 @@ class _Planner:
     def _refusal(self, site: Site) -> str:
         """Return why a linear is left alone, or ""."""
         module = self._owner(self.names[site.weight])
-        calls = self.calls[site.weight]
         if site.n_experts and (refusal := self._experts_refusal(site, module)):
             return refusal
         if self._is_router(site, module):
@@ -227,7 +256,7 @@ class _Planner:
             return f"its weight belongs to a {type(module).__name__}, not to a plain linear"
         if _is_adapter(self.model, self.names[site.weight]):
             return "an adapter beside a quantized linear keeps its precision"
-        return f"called {calls} times: one weight, several inputs" if calls > 1 else ""
+        return ""
 
     def _experts_refusal(self, site: Site, module: nn.Module) -> str:
         """Return why the experts of a module cannot be packed, or ""; they are packed together or not at all."""
@@ -279,7 +308,7 @@ class _Planner:
 
     def _pinned_bases(self, linears: tuple[Linear, ...]) -> Iterable[Basis]:
         """One entry per linear whose input is pinned: the reasons that the inspector shows."""
-        for site, linear in zip(self.analysis.sites.values(), linears, strict=True):
+        for (site, *_), linear in zip(self.calls.values(), linears, strict=True):
             axis = self.analysis.parameters[site.weight].axes[site.in_axis]
             held = [x for x in leaves(axis) if x.size > 1 and x.freedom == SpaceFreedom.PINNED]
             if held:
@@ -306,10 +335,7 @@ class _Planner:
                     yield Axis(self.names[own], i, self.expression(space))
 
 
-def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, Site]:
-    """Return the linears of a captured graph by module name (the first call of each)."""
+def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, list[Site]]:
+    """Return the calls of each linear of a captured graph by module name, in the order of the graph."""
     planner = _Planner(model, analysis)
-    found: dict[str, Site] = {}
-    for site in analysis.sites.values():
-        found.setdefault(planner._module(site.weight), site)
-    return found
+    return {planner._module(weight): calls for weight, calls in planner.calls.items()}

@@ -31,6 +31,7 @@ def index_rule(a: Analysis, node: Any) -> bool:
 
 
 def index_select_rule(a: Analysis, node: Any) -> bool:
+    """Entries of an axis by their numbers: that axis is pinned."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -45,6 +46,7 @@ def _with_axis(value: Value, at: int, axes: list[Space]) -> Value:
 
 
 def select_rule(a: Analysis, node: Any) -> bool:
+    """One entry of an axis by its number: the axis is pinned and gone."""
     value = a.value(node.args[0])
     if value is None or take_lanes(a, node):
         return value is not None
@@ -55,6 +57,7 @@ def select_rule(a: Analysis, node: Any) -> bool:
 
 
 def unbind_rule(a: Analysis, node: Any) -> bool:
+    """The entries of an axis, one by one: the axis is pinned and gone."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -91,6 +94,7 @@ def along_rule(a: Analysis, node: Any) -> bool:
 
 
 def triangle_rule(a: Analysis, node: Any) -> bool:
+    """Half of a matrix masked by zeros: its two axes are pinned."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -101,11 +105,13 @@ def triangle_rule(a: Analysis, node: Any) -> bool:
 
 
 def masked_fill_rule(a: Analysis, node: Any) -> bool:
+    """A choice between a tensor and a number."""
     source, mask, fill = node.args[:3]
     return _choose(a, node, mask, fill, source)
 
 
 def where_rule(a: Analysis, node: Any) -> bool:
+    """A choice between two tensors, or a tensor and a number."""
     return _choose(a, node, *node.args[:3])
 
 

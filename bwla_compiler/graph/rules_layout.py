@@ -26,6 +26,7 @@ def same_rule(a: Analysis, node: Any) -> bool:
 
 
 def negation_rule(a: Analysis, node: Any) -> bool:
+    """-x lives where x does."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -34,6 +35,7 @@ def negation_rule(a: Analysis, node: Any) -> bool:
 
 
 def view_rule(a: Analysis, node: Any) -> bool:
+    """A split or merge of axes makes Kronecker products; of one with lanes, direct sums."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -103,6 +105,7 @@ def _gather(split: list[Space], wanted: list[int], reason: str) -> list[Space]:
 
 
 def permute_rule(a: Analysis, node: Any) -> bool:
+    """The axes in another order."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -118,6 +121,7 @@ def permute_rule(a: Analysis, node: Any) -> bool:
 
 
 def unsqueeze_rule(a: Analysis, node: Any) -> bool:
+    """A new axis of one entry."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -141,6 +145,7 @@ def squeeze_rule(a: Analysis, node: Any) -> bool:
 
 
 def expand_rule(a: Analysis, node: Any) -> bool:
+    """The same numbers again along an axis, which is pinned."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -195,6 +200,7 @@ def _copies(axis: Space, times: int, product: list[Space]) -> Space:
 
 
 def cat_rule(a: Analysis, node: Any) -> bool:
+    """Joined along an axis: the direct sum there, one space each along the others."""
     tensors = [t for t in node.args[0] if t.meta["val"].numel() > 0]
     known = _joined(a, tensors)
     if not known:
@@ -207,6 +213,7 @@ def cat_rule(a: Analysis, node: Any) -> bool:
 
 
 def stack_rule(a: Analysis, node: Any) -> bool:
+    """Joined along a new axis, which is pinned; one space each along the others."""
     known = _joined(a, node.args[0])
     if not known:
         return False
@@ -253,6 +260,7 @@ def pad_rule(a: Analysis, node: Any) -> bool:
 
 
 def slice_rule(a: Analysis, node: Any) -> bool:
+    """A part of an axis is a part of a direct sum."""
     value = a.value(node.args[0])
     if value is None or take_lanes(a, node):
         return value is not None
@@ -297,6 +305,7 @@ def slice_scatter_rule(a: Analysis, node: Any) -> bool:
 
 
 def split_rule(a: Analysis, node: Any) -> bool:
+    """The parts of an axis are those of a direct sum."""
     value = a.value(node.args[0])
     if value is None:
         return False
@@ -313,6 +322,7 @@ def split_rule(a: Analysis, node: Any) -> bool:
 
 
 def getitem_rule(a: Analysis, node: Any) -> bool:
+    """One of several results."""
     source, index = node.args
     items = a.values[source].items if source in a.values else []
     if not isinstance(index, int) or index >= len(items):

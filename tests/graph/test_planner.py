@@ -176,15 +176,19 @@ def test_a_gain_read_by_something_else_stays_and_says_so() -> None:
     assert "residual" not in {b.name for b in plan.free}
 
 
-def test_a_weight_with_two_inputs_is_left_alone() -> None:
-    class Twice(Toy):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-            x = self.embed(input_ids)
-            return self.last(self.first(x) + self.first(F.silu(x)))
+class Twice(Toy):
+    """One linear of two inputs, once beside another linear and once not."""
 
-    linear = make_plan(Twice()).linears[0]
-    assert linear.decision == "alone"
-    assert "called 2 times" in linear.reason
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.embed(input_ids)
+        return self.last(self.first(x) + self.middle(x) + self.first(F.silu(x)))  # type: ignore[misc]
+
+
+def test_a_linear_that_is_called_twice_is_planned_once_and_a_group_of_its_own() -> None:
+    plan = make_plan(Twice(nn.Linear(12, 12)))
+    assert [x.name for x in plan.linears] == ["first", "middle", "last"]
+    assert [(g.name, g.linears) for g in plan.groups] == [(n, (n,)) for n in ("first", "middle", "last")]
+    assert plan.linear("first").decision == "online"  # its second input is pinned
 
 
 def test_sizes_that_depend_on_data_are_refused_by_name() -> None:
