@@ -85,12 +85,23 @@ def _absorb_gain(a: Analysis, node: Any) -> bool:
         return False
     readers = a.linear_readers(node)
     if isinstance(readers, str):
-        a.kept.append((parameter[0], f"{node.name}: {readers}"))
+        a.kept.append((parameter[0], f"{node.name}: {readers}{_of_a_sum(node)}"))
         return False
     a.pin_all(gain, f"{node.name}: a gain")
     a.absorptions.append(Absorption(node, x, parameter[0], parameter[1], None, readers))
     a.values[node] = Value(list(a.values[x].axes))
     return True
+
+
+def _of_a_sum(node: Any) -> str:
+    """Return what is to be said of a gain that feeds a sum, as one after a sublayer does; "" for others.
+
+    R diag(g) is no diag(g') R, and before the norm the gain would change what the norm divides by. The product can
+    be rotated online instead, which takes a transform for each such gain and spares one for each group of readers:
+    two against two in a layer of Gemma or OLMo-2, and the readers' are fitted to their weights.
+    """
+    feeds = any(user.target in ops.SUM for user in node.users)
+    return "; to rotate it online takes as many transforms as its readers do" if feeds else ""
 
 
 def power_rule(a: Analysis, node: Any) -> bool:

@@ -230,10 +230,26 @@ SUMMARY = {
 """Of more architectures: what folds, is partial, online, left alone."""
 
 
+LANES = {
+    "falcon": ("query_key_value dense_h_to_4h lm_head", "self_attention.dense", "dense_4h_to_h", ""),
+    "persimmon": ("query_key_value dense_h_to_4h lm_head", "self_attn.dense", "dense_4h_to_h", ""),
+    "deepseek_v3": ("a_proj b_proj kv_a_proj_with_mqa gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
+}
+"""Queries, keys and values in lanes of one view, or put together slice by slice: values turn by themselves."""
+
+
+@pytest.mark.parametrize("name", ["falcon", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(LANES)[1:])])
+def test_values_turn_where_heads_are_stored_in_lanes(name: str) -> None:
+    check_summary(make_plan(tiny_model(name)), LANES[name])
+
+
 @pytest.mark.parametrize("name", SUMMARY)
 def test_readers_of_the_residual_fold_in_more_architectures(name: str) -> None:
-    plan = make_plan(tiny_model(name))
-    for decision, suffixes in zip(("folded", "partial", "online", "alone"), SUMMARY[name], strict=True):
+    check_summary(make_plan(tiny_model(name)), SUMMARY[name])
+
+
+def check_summary(plan: Plan, summary: tuple[str, str, str, str]) -> None:
+    for decision, suffixes in zip(("folded", "partial", "online", "alone"), summary, strict=True):
         found = [x for x in plan.linears if x.decision == decision]
         for suffix in suffixes.split():
             assert any(x.name.endswith(suffix) for x in found), f"{suffix} is not {decision}"

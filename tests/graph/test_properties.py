@@ -26,7 +26,7 @@ def _check(data: st.DataObject, *, most: int) -> None:
     assert error <= EXACT
 
 
-@settings(max_examples=150, **QUIETLY)  # type: ignore[arg-type]
+@settings(max_examples=60, **QUIETLY)  # type: ignore[arg-type]
 @given(st.data())
 def test_what_is_free_may_be_rotated(data: st.DataObject) -> None:
     _check(data, most=10)
