@@ -26,7 +26,7 @@ Depth = Literal["door", "whole"]
 
 RECIPE = "bwla-w1a6"
 CALIBRATION = {"tuning.steps": 0, "calibration.sequences": 8, "calibration.length": 16}
-"""A tiny model's quality is of no interest: enough tokens for every step to have its numbers."""
+"""A tiny model's quality is of no interest: enough tokens for every step to have its numbers, and no tuning."""
 
 BATCH = 2
 LENGTHS = (11, 7, 13)
