@@ -126,7 +126,8 @@ class _Quantizer:
         sites = site_modules(self.model, analysis)
         # a linear that is called more than once is fitted to the inputs of its first call
         self.nodes = {name: calls[0] for name, calls in sites.items()}
-        calls = [Call(x.node, x.source, name, x.n_experts, x.offsets) for name, found in sites.items() for x in found]
+        named = ((name, site) for name, calls in sites.items() for site in calls)
+        calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in named]
         stream = TwinStream(graph, self.model, usable.split(batch), calls)
         keep_routing(stream, self.nodes.values())
         return stream

@@ -80,6 +80,7 @@ class _Planner:
         self.model, self.analysis = model, analysis
         self.names = self._weight_names()
         self.basis_names: dict[Space, str] = {}
+        self.calls = self._calls()
         self.routers = routers(analysis)
         experts = [(self.names[s.weight], s.n_experts) for s in analysis.sites.values() if s.n_experts]
         self.expert_calls = Counter(name for name, _ in experts)
@@ -105,7 +106,7 @@ class _Planner:
         return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def plan(self) -> Plan:
-        sites = [calls[0] for calls in self.calls().values()]
+        sites = [calls[0] for calls in self.calls.values()]
         if not sites:
             raise PlanError(
                 f"{type(self.model).__name__} has no linears with weights of their own: nothing to quantize. "
@@ -163,7 +164,7 @@ class _Planner:
 
     # ---- linears and their groups
 
-    def calls(self) -> dict[str, list[Site]]:
+    def _calls(self) -> dict[str, list[Site]]:
         """Return the calls of each linear, by its weight, in the order of the graph."""
         found: dict[str, list[Site]] = {}
         for site in self.analysis.sites.values():
@@ -308,7 +309,7 @@ class _Planner:
 
     def _pinned_bases(self, linears: tuple[Linear, ...]) -> Iterable[Basis]:
         """One entry per linear whose input is pinned: the reasons that the inspector shows."""
-        for (site, *_), linear in zip(self.calls().values(), linears, strict=True):
+        for (site, *_), linear in zip(self.calls.values(), linears, strict=True):
             axis = self.analysis.parameters[site.weight].axes[site.in_axis]
             held = [x for x in leaves(axis) if x.size > 1 and x.freedom == SpaceFreedom.PINNED]
             if held:
@@ -338,4 +339,4 @@ class _Planner:
 def site_modules(model: nn.Module, analysis: Analysis) -> dict[str, list[Site]]:
     """Return the calls of each linear of a captured graph by module name, in the order of the graph."""
     planner = _Planner(model, analysis)
-    return {planner._module(weight): calls for weight, calls in planner.calls().items()}
+    return {planner._module(weight): calls for weight, calls in planner.calls.items()}

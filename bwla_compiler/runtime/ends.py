@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What code that asks for shape, dtype or device gets: [out, in] without values."""
+        """For code that asks for dtype, device or shape: [out, in] of the model's dtype, all NaN."""
         return stand_in(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Int8Embedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What code that asks for shape, dtype or device gets: [rows, width] without values."""
+        """For code that asks for dtype, device or shape: [rows, width] of the model's dtype, all NaN."""
         return stand_in(self)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ child of the same name, and the module's forward one of those here (`adopt`).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -152,8 +152,8 @@ def _check_alike(weights: Sequence[BinaryWeight]) -> None:
     groups = first.scale.shape[2]
     if groups > 1 and (first.columns_per_scale() != GROUP or first.column_scale is not None):
         raise ShapeError(
-            f"{groups} groups of {first.columns_per_scale()} columns: kernels take one scale a row (and column scales), "
-            f"or groups of {GROUP} columns without column scales"
+            f"{groups} groups of {first.columns_per_scale()} columns: kernels take one scale a row, with or without "
+            f"column scales, or groups of {GROUP} columns without"
         )
 
 
@@ -175,10 +175,19 @@ class TransformedExperts(nn.Module):
 
 
 def float_products(x: Tensor, experts: Tensor, weight: Tensor) -> Tensor:
-    """Return each row times its experts' matrices: x [N, in], experts [N] or [N, k], weight [E, out, in] float."""
+    """Return each row times its experts' matrices: x [N, in], experts [N] or [N, k], weight [E, out, in] float.
+
+    In a compiled graph, whose sizes may not depend on the routing, each row takes a copy of its matrix.
+    """
     chosen = experts.flatten()
-    y = x.new_zeros(chosen.shape[0], weight.shape[1])
     choices = chosen.shape[0] // max(1, x.shape[0])
+    if torch.compiler.is_compiling():
+        own = weight[chosen.clamp(0, weight.shape[0] - 1)]
+        rows = x.repeat_interleave(choices, 0).to(weight.dtype)
+        inside = ((chosen >= 0) & (chosen < weight.shape[0]))[:, None]
+        products = torch.where(inside, (own @ rows[:, :, None])[:, :, 0], 0.0)
+        return products.to(x.dtype).view(*experts.shape, weight.shape[1])
+    y = x.new_zeros(chosen.shape[0], weight.shape[1])
     for expert in chosen.unique().tolist():
         if 0 <= expert < weight.shape[0]:
             rows = (chosen == expert).nonzero()[:, 0]
@@ -194,7 +203,7 @@ def adopt(owner: nn.Module) -> None:
 
     Raises ShapeError for a module whose way of calling its experts is not known.
     """
-    forwards = {"routed": _routed, "batched": _batched}
+    forwards: dict[str, Callable[..., Tensor]] = {"routed": _routed, "batched": _batched}
     form = experts_form(owner)
     if not form:
         raise ShapeError(f"{type(owner).__name__}: its way of calling its experts is not known")
@@ -222,14 +231,15 @@ def _batched(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _project(self: Any, name: str, x: Tensor, experts: Tensor) -> Tensor:
-    """Return x times the experts' matrices of one name, plus their biases: packed, transformed, or still a parameter."""
+    """Return x times the experts' matrices of one name, plus biases: packed, transformed, or still a parameter."""
     projection = getattr(self, name)
+    y: Tensor
     if isinstance(projection, nn.Module):
-        y: Tensor = projection(x, experts)
+        y = projection(x, experts)
     else:
         transposed = getattr(self, "is_transposed", experts_form(self) == "batched")
         y = float_products(x, experts, projection.mT if transposed else projection)
     if not getattr(self, "has_bias", False):
         return y
-    bias = getattr(self, f"{name}_bias")
+    bias: Tensor = getattr(self, f"{name}_bias")
     return y + bias[experts.clamp(0, bias.shape[0] - 1)].to(y.dtype)

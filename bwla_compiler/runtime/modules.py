@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What code that asks for shape, dtype or device gets: [out, in] without values."""
+        """For code that asks for dtype, device or shape: [out, in] of the model's dtype, all NaN."""
         return stand_in(self)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
-from bwla_compiler.runtime import compiled, triton_layout
+from bwla_compiler.runtime import compiled, expert_products, triton_layout
 from bwla_compiler.runtime.halves import DECODED
 from bwla_compiler.settings import chosen_kernels
 
@@ -77,7 +77,8 @@ def operators() -> NativeOperators | None:
 
 def forget(tensor: Tensor) -> None:
     """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
-    for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, DECODED):
+    experts = (expert_products.PACKED_EXPERTS, expert_products.PACKED_EXPERT_SCALES)
+    for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, *experts, DECODED):
         cache.forget(tensor)
     triton_layout.forget(tensor)
     found = operators() if wanted() else None

@@ -12,13 +12,11 @@ def register_typed(
 
 
 def stand_in(module: nn.Module) -> Tensor:
-    """Return what a packed module gives as its weight [out, in]: shape, dtype and device are right, every entry is NaN.
+    """Return what stands for the weight [out, in] of a packed module: shape, dtype and device, one NaN for all values.
 
-    Models ask a weight for its dtype or device before they call the module; who computes with it is to see it. One
-    entry of memory.
+    Models ask `linear.weight.dtype` before they call a linear. Who computes with the values gets NaN: there are none.
     """
     embedding = hasattr(module, "num_embeddings")
     names = ("num_embeddings", "embedding_dim") if embedding else ("out_features", "in_features")
-    typed = module.get_buffer("typed")
-    nothing = torch.full((1, 1), torch.nan, dtype=typed.dtype, device=typed.device)
-    return nothing.expand([int(getattr(module, name)) for name in names])
+    sizes = [int(getattr(module, name)) for name in names]
+    return module.get_buffer("typed").new_full((), float("nan")).expand(sizes)

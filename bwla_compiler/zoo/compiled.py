@@ -55,11 +55,11 @@ class Compiled:
     """What became of a model in torch.compile.
 
     status: "exact" where one graph gave the eager logits, "broken" where several did, "wrong" where the logits
-    differ, "floats" where float weights would have served, "refused" where nothing compiled. depth: "whole" through
-    Inductor, "door" up to it. reason: why it is not exact. n_graphs: of the first call. n_lengths: of calls with
-    three lengths, two where nothing is compiled needlessly. breaks: why the graph broke. error: largest of the calls,
-    relative, by the norm. cached: whether the calls return a cache, as they do unless the model itself fails then.
-    seconds: wall time.
+    differ, "floats" where float weights would have served, "refused" where nothing compiled. depth: "whole" where the
+    first graph went through Inductor, "door" where all went up to it. reason: why it is not exact. n_graphs: of the
+    first call. n_lengths: of calls with three lengths, two where nothing is compiled needlessly. breaks: why the graph
+    broke. error: largest of the calls, relative, by the norm. cached: whether the calls return a cache, as they do
+    unless the model itself fails then. seconds: wall time.
     """
 
     status: Verdict
@@ -163,11 +163,15 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def _counting(graphs: list[bool], depth: Depth) -> Callable[..., Callable[..., Any]]:
-    """Return the backend, which notes of each graph whether it calls packed linears."""
+    """Return the backend, which notes of each graph whether it calls packed linears.
+
+    The whole way is for the first graph alone: a compilation takes most of a minute.
+    """
 
     def hand_over(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -> Callable[..., Any]:
         graphs.append(_calls_packed(gm))
-        return lower(gm, example_inputs, mode=mode) if depth == "whole" else gm.forward
+        through = depth == "whole" and len(graphs) == 1
+        return lower(gm, example_inputs, mode=mode) if through else gm.forward
 
     def bwla(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         return compile_backend(gm, example_inputs, hand_over=hand_over, **options)

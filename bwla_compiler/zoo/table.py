@@ -28,11 +28,11 @@ _COMPILED_LEGEND = f"""\
 Each captured model was quantized with `{RECIPE}`, calibrated on its own samples, and called under
 `torch.compile(model, backend="bwla", fullgraph=True)` with {len(LENGTHS)} lengths of input. *Exact*: one graph, and the
 logits of the quantized model run eagerly, up to a relative error (by the norm) of {TOLERANCES["door"]:g} *at the door*,
-which is where Inductor would take over and the graph runs as it is, and of {TOLERANCES["whole"]:g} the *whole* way,
-where kernels sum in another order and an activation at the edge of two codes may round the other way. *Broken*: right,
-in several graphs. *Floats*: no packed weight would have been used. *Raw*: the float model compiled, which the backend
-quantizes on the way. *Quantized* counts the weights that were packed. *Bits* are true bits a weight, of the block
-linears and of the whole model. *Graphs* are those of the first call, and of the {len(LENGTHS)} lengths together."""
+which is where Inductor would take over and the graph runs as it is, and of {TOLERANCES["whole"]:g} the *whole* way
+(the first length alone), where kernels sum in another order and an activation at the edge of two codes may round the
+other way. *Broken*: right, in several graphs. *Floats*: no packed weight would have been used. *Raw*: the float model
+compiled, which the backend quantizes on the way. *Quantized* counts the weights that were packed. *Bits* are true bits
+a weight, of the block linears and of the whole model. *Graphs* are those of the first call, and of the {len(LENGTHS)} lengths together."""
 
 
 def versions() -> dict[str, str]:
@@ -47,20 +47,19 @@ def summary(rows: Sequence[ZooRow]) -> str:
     captured = sum(row.captured for row in rows)
     counts = ", ".join(f"{found[status]} {status}" for status in _STATUSES[:3])
     line = f"{len(rows)} architectures: {built} built, {captured} captured; {counts}"
-    packed, raw = ([x for x in tried if x is not None] for tried in ([r.compiled for r in rows], [r.raw for r in rows]))
-    tried = (("compiled", packed), ("compiled raw", raw))
-    return "; ".join([line, *(_tally(what, models) for what, models in tried if models)])
+    packed = [row.compiled for row in rows if row.compiled is not None]
+    raw = [row.raw for row in rows if row.raw is not None]
+    tried = (("compiled", packed, captured), ("compiled raw", raw, len(raw)))
+    return "; ".join([line, *(_tally(what, models, total) for what, models, total in tried if models)])
 
 
-def _tally(what: str, found: Sequence[Compiled]) -> str:
-    """Return how many of the models that were tried compiled in one graph, and what became of the others."""
+def _tally(what: str, found: Sequence[Compiled], total: int) -> str:
+    """Return how many of the models in question compiled in one graph, and what became of the others."""
     counts = Counter(x.status for x in found)
     whole = sum(x.depth == "whole" and x.status == "exact" for x in found)
+    share = f"{counts['exact']} of {total} ({counts['exact'] / max(1, total):.1%}), {whole} of them the whole way"
     others = ", ".join(f"{counts[v]} {v}" for v in _VERDICTS[1:] if counts[v] or v == "wrong")
-    share = counts["exact"] / len(found)
-    return (
-        f"{what} in one graph {counts['exact']} of {len(found)} ({share:.0%}), {whole} of them the whole way; {others}"
-    )
+    return f"{what} in one graph {share}; {others}"
 
 
 def to_json(rows: Sequence[ZooRow], *, command: str, versions: dict[str, str]) -> str:

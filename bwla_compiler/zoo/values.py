@@ -50,7 +50,7 @@ GENERIC: dict[str, Any] = {
 
 OMITTED: dict[str, tuple[str, ...]] = {
     "falcon": ("head_dim",),
-    "prophetnet": ("num_hidden_layers",),
+    "prophetnet": ("num_hidden_layers", "decoder_layers"),
     "xlnet": ("max_position_embeddings",),
     "xlstm": ("v_head_dim",),
 }
@@ -69,6 +69,16 @@ _VISION: dict[str, Any] = {
     "out_hidden_size": 64,
 }
 """An image tower that the text never passes through, as small as it goes."""
+
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "adapter_out_dim": 64,
+    "per_layer_config": {},
+}
+"""A tower of vision or sound beside the text, as small as it goes."""
 
 _GEMMA_TEXT: dict[str, Any] = {
     "hidden_size_per_layer_input": 16,
@@ -94,7 +104,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
-            "dots3_note",
             "dots3_note_text",
             "glm4_moe_lite",
             "glm_moe_dsa",
@@ -104,16 +113,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ),
         _LATENT,
     ),
+    "blt": {
+        "patch_in_forward": False,
+        "encoder_hash_byte_group_size": [3],
+        "encoder_hash_byte_group_vocab": 64,
+        "patcher_config": GENERIC,
+        "encoder_config": GENERIC | {"hidden_size_global": 64},
+        "decoder_config": GENERIC | {"hidden_size_global": 64},
+        "global_config": GENERIC,
+    },
     "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note": {
+        "text_config": GENERIC | _LATENT,
+        "vision_config": _TOWER | {"mlp_layer_types": ["dense"], "moe_intermediate_size": 16, "adapter_in_dim": 32},
+        "audio_config": _TOWER | {"adapter_input_size": 32},
     },
     "dots1": {"n_shared_experts": 1},
     "emu3": _MULTIMODAL,
     "gemma3": _MULTIMODAL,
     "gemma3n_text": _GEMMA_TEXT,
-    "gemma4": {"text_config": GENERIC | _GEMMA_TEXT, "vision_config": _VISION, "audio_config": None},
+    "gemma4": {
+        "text_config": GENERIC | _GEMMA_TEXT,
+        "vision_config": _TOWER | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 16},
+        "audio_config": None,
+    },
+    "gemma4_unified": {
+        "text_config": GENERIC | _GEMMA_TEXT,
+        "vision_config": _TOWER | {"mm_embed_dim": 64, "mm_posemb_size": 8, "output_proj_dims": 64},
+        "audio_config": None,
+    },
     "gemma4_text": _GEMMA_TEXT,
     "git": {"vision_config": _VISION},
     "got_ocr2": _MULTIMODAL,
@@ -126,9 +159,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": GENERIC | {"cross_attention_layers": [1]},
         "vision_config": _VISION | {"num_global_layers": 1, "max_num_tiles": 4, "vision_output_dim": 32},
     },
+    "moss_transcribe_diarize": {
+        "text_config": GENERIC,
+        "audio_config": {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "max_source_positions": 32,
+            "num_mel_bins": 16,
+        },
+    },
+    "phi4_multimodal": {
+        "vision_config": _VISION | {"feature_layer": -1, "crop_size": 32},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 32,
+        },
+    },
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "qwen3_5": _MULTIMODAL,
     "qwen3_5_moe": _MULTIMODAL,
+    "qwen4_exp": _MULTIMODAL,
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "local"],

@@ -3,8 +3,10 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -94,14 +96,15 @@ def _work(job: Job, seed: int, pipe: Connection) -> None:
     """In a worker: answer each name with its rows, and None after the last."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    while True:
-        try:
-            name = pipe.recv()
-        except EOFError:
-            return
-        for row in job(name, seed):
-            pipe.send(row)
-        pipe.send(None)
+    with redirect_stderr(StringIO()):  # rows say what goes wrong; the backend's own bars would fight with the caller's
+        while True:
+            try:
+                name = pipe.recv()
+            except EOFError:
+                return
+            for row in job(name, seed):
+                pipe.send(row)
+            pipe.send(None)
 
 
 def _give(crew: list[_Worker], waiting: list[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.numerics.planes import pack_signs
-from bwla_compiler.runtime import compiled, ops, reference
+from bwla_compiler.runtime import compiled, native, ops, reference
 
 EXPERTS = torch.ops.bwla.experts
 assert ops.LIBRARY is not None
@@ -111,6 +111,9 @@ def test_an_edit_of_the_signs_is_seen() -> None:
     before = run(x, chosen, packed, 16)
     packed[0].bitwise_not_()
     torch.testing.assert_close(run(x, chosen, packed, 16), -before)
+    packed[0].data.bitwise_not_()  # which no count of edits tells
+    native.forget(packed[0])
+    torch.testing.assert_close(run(x, chosen, packed, 16), before)
 
 
 def test_bad_operands_are_named() -> None:

@@ -45,8 +45,8 @@ def test_compiled_models_have_a_section_and_counts() -> None:
         *ROWS[2:],
     )
     told = summary(rows)
-    assert "compiled in one graph 1 of 2 (50%), 1 of them the whole way; 0 wrong, 1 refused" in told
-    assert "compiled raw in one graph 0 of 1 (0%), 0 of them the whole way; 1 wrong" in told
+    assert "compiled in one graph 1 of 2 (50.0%), 1 of them the whole way; 0 wrong, 1 refused" in told
+    assert "compiled raw in one graph 0 of 1 (0.0%), 0 of them the whole way; 1 wrong" in told
     text = to_markdown(rows, command="c", versions=VERSIONS)
     assert "| good | 71% | 1.70, 3.21 | 1, 2 | exact, whole | 4e-03 | wrong, door, no cache |" in text
     assert "| bad |  |  |  | refused, door |  |  |" in text
