@@ -224,8 +224,8 @@ SUMMARY = {
     "mpt": ("Wqkv up_proj lm_head", "out_proj", "down_proj", ""),
     "granite": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
     "olmo": ("q_proj k_proj v_proj gate_proj up_proj lm_head", "o_proj", "down_proj", ""),
-    "mixtral": ("q_proj k_proj v_proj lm_head", "o_proj", "", "mlp.gate gate_up_proj experts.down_proj"),
-    "qwen3_moe": ("q_proj k_proj v_proj lm_head", "o_proj", "", "mlp.gate gate_up_proj experts.down_proj"),
+    "mixtral": ("q_proj k_proj v_proj gate_up_proj lm_head", "o_proj", "experts.down_proj", "mlp.gate"),
+    "qwen3_moe": ("q_proj k_proj v_proj gate_up_proj lm_head", "o_proj", "experts.down_proj", "mlp.gate"),
 }
 """Of more architectures: what folds, is partial, online, left alone."""
 
