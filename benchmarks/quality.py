@@ -26,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 BITS = (16, 6, 4)
 SEQUENCES, FILES = 96, 24
 RESAMPLES = 2000
+FLOOR = 1e-3
+"""Least excess of a ratio over 1 that the plot shows."""
 
 
 @dataclass(frozen=True)
@@ -154,26 +156,37 @@ def ratio(quantized: Tensor, fp: Tensor, files: Tensor, *, seed: int) -> tuple[f
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
-    """Draw the ratio against true bits at each activation width as SVG; None where matplotlib is not installed."""
+    """Draw what perplexity loses against true bits at each activation width; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
     except ImportError:
         return None
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     marks = {"as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "ours": ("D", "tab:red")}
-    for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True), BITS, strict=True):
+    for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True, sharey=True), BITS, strict=True):
         for table, (marker, color) in marks.items():
-            chosen = sorted((r for r in rows if r["table"] == table), key=lambda r: r["true_bits"])
-            x, y = [r["true_bits"] for r in chosen], [r[f"a{bits}"] for r in chosen]
-            spans = [tuple(map(float, r[f"a{bits}_95"].split("-"))) for r in chosen]
-            error = [[max(0.0, v - s[0]) for v, s in zip(y, spans, strict=True)],
-                     [max(0.0, s[1] - v) for v, s in zip(y, spans, strict=True)]]  # fmt: skip
+            chosen = [r for r in rows if r["table"] == table]
+            x, y, error = [r["true_bits"] for r in chosen], *_excess(chosen, bits)
             axes.errorbar(x, y, yerr=error, fmt=marker, color=color, capsize=2, label=table, markersize=5)
-        axes.set_yscale("log")
+            for row, place, value in zip(chosen, x, y, strict=True):
+                axes.annotate(row["way"], (place, value), (6, 3), textcoords="offset points", fontsize=6, color=color)
+        axes.set_yscale("log")  # of the ratio less 1, so that what is near the float model stays apart
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 + value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("true bits a weight")
         axes.set_title(f"A{bits}")
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("perplexity over the float model's")
-    figure.axes[0].legend()
+    figure.axes[0].legend(loc="upper right")
     figure.savefig(path)
     return path
+
+
+def _excess(rows: Sequence[dict[str, Any]], bits: int) -> tuple[list[float], list[list[float]]]:
+    """Return the ratios less 1, at least FLOOR, and how far their intervals reach below and above."""
+    values = [max(FLOOR, row[f"a{bits}"] - 1) for row in rows]
+    spans = [[max(FLOOR, float(end) - 1) for end in row[f"a{bits}_95"].split("-")] for row in rows]
+    below = [max(0.0, value - span[0]) for value, span in zip(values, spans, strict=True)]
+    above = [max(0.0, span[1] - value) for value, span in zip(values, spans, strict=True)]
+    return values, [below, above]

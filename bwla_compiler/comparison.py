@@ -91,7 +91,14 @@ class _Stages:
     def next(self) -> Progress:
         """Begin the next stage and return what it reports to."""
         before, self.begun = 100 * self.begun, self.begun + 1
-        return lambda label, done, total: self.progress(self.name, before + 100 * done // max(1, total), 100 * STAGES)
+        reached = 0
+
+        def tell(label: str, done: int, total: int) -> None:
+            nonlocal reached
+            reached = max(reached, 100 * done // max(1, total))  # a stage of several counts never goes back
+            self.progress(self.name, before + reached, 100 * STAGES)
+
+        return tell
 
 
 def _perplexities(model: nn.Module, tokens: Tensor, stages: _Stages) -> dict[str, float]:
