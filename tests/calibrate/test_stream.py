@@ -10,7 +10,7 @@ from tests import tiny
 
 def open_stream(model: nn.Module, batches: list[torch.Tensor]) -> tuple[TwinStream, dict]:
     graph = capture(model, batch=batches[0].shape[0], length=batches[0].shape[1])
-    sites = site_modules(model, analyse(graph))
+    sites = {name: calls[0] for name, calls in site_modules(model, analyse(graph)).items()}
     return TwinStream(graph, model, batches, [Call(s.node, s.source, n) for n, s in sites.items()]), sites
 
 

@@ -34,7 +34,7 @@ def test_the_share_counts_what_is_left_alone(rows: dict[str, ZooRow]) -> None:
     assert rows["llama"].share == 1.0
     assert rows["gpt2"].share == 1.0
     model = tiny_model("mixtral")
-    held = [p for n, p in model.named_parameters() if p.ndim == 3 or n.endswith("mlp.gate.weight")]
+    held = [p for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")]  # the routers
     all_products = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n]
     left = sum(p.numel() for p in held) / sum(p.numel() for p in all_products)
     assert rows["mixtral"].share == pytest.approx(1 - left)
@@ -43,9 +43,10 @@ def test_the_share_counts_what_is_left_alone(rows: dict[str, ZooRow]) -> None:
 
 def test_linears_of_one_role_are_one_kind(rows: dict[str, ZooRow]) -> None:
     kinds = {kind.name: kind for kind in rows["mixtral"].kinds}
-    experts = kinds["model.layers.N.mlp.experts.gate_up_proj"]
-    assert (experts.decision, experts.count) == ("alone", 2)
-    assert "MixtralExperts" in experts.reason
+    router = kinds["model.layers.N.mlp.gate"]
+    assert (router.decision, router.count) == ("alone", 2)
+    assert "a router" in router.reason
+    assert kinds["model.layers.N.mlp.experts.gate_up_proj"].decision == "folded"
     assert kinds["model.layers.N.self_attn.q_proj"].decision == "folded"
 
 
