@@ -55,6 +55,7 @@ def test_the_demo_writes_every_figure_that_it_promises(tmp_path: Path, monkeypat
     assert len(set(shares)) > 2 * len(comparison.RECIPES)
 
 
+@pytest.mark.exhaustive
 def test_decode_speed_is_measured_way_by_way() -> None:
     floats, packed = tiny.make("qwen3"), tiny.make("qwen3")
     api.quantize(packed, recipe="rtn")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -12,12 +11,13 @@ from bwla_compiler.backend import compile_backend
 from bwla_compiler.backend.raw import variants_of
 from bwla_compiler.backend.variant import Variant
 from tests import tiny
+from tests.wider import wider
 
 OPTIONS = {"recipe": "hadamard-rtn", "calibration": "none", "cache": False}
 DIFFERENT = ("llama", "phi3", "gpt2", "opt")
 ARCHITECTURES = [
     *DIFFERENT,
-    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in tiny.SEVEN if name not in DIFFERENT),
+    *wider(*(name for name in tiny.SEVEN if name not in DIFFERENT)),
 ]
 """The seven first architectures; those whose graphs are much like Llama's are left to the exhaustive run."""
 

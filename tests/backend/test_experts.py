@@ -12,10 +12,11 @@ from bwla_compiler.runtime.modules import PackedExperts
 from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 from tests.backend import small
+from tests.wider import wider
 
 RAW = [
     "mixtral",
-    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt_oss", "llama4_text")),
+    *wider("gpt_oss", "llama4_text"),
 ]
 """Sorted rows; with biases that stay in the graph; batches of one matrix each."""
 

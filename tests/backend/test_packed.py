@@ -23,6 +23,7 @@ from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.backend import small
+from tests.wider import wider
 
 
 def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
@@ -31,7 +32,7 @@ def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", *wider("llama-tied")])
 def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = inductor_passes()
     monkeypatch.setattr(lower, "inductor_passes", lambda: passes)
@@ -138,7 +139,7 @@ print(float((found - expected).norm() / expected.norm()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_package_made_ahead_of_time_runs_in_a_new_process(tmp_path: Path) -> None:
     class Logits(nn.Module):
         def __init__(self, model: nn.Module) -> None:

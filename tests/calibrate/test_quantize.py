@@ -9,6 +9,7 @@ from bwla_compiler.graph.capture import capture
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
 from tests import tiny
+from tests.wider import wider
 
 FAST = {"transform.iterations": 3, "psp.iterations": 1, "signs.sweeps": 2, "tuning.steps": 0}
 
@@ -83,6 +84,7 @@ def test_residual_online_puts_a_transform_in_every_group() -> None:
     assert {x.transform for x in report.linears} == {"kronecker"}
 
 
+@pytest.mark.exhaustive
 def test_a_second_plane_lowers_the_error_and_costs_a_bit() -> None:
     one, two = (
         quantize_model(tiny.make("llama"), recipe(weights__planes=planes, psp__hidden_over=0), tokens())
@@ -125,7 +127,7 @@ class _Bare(nn.Module):
         return self.embed(input_ids)
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.exhaustive), "llama-tied"])
+@pytest.mark.parametrize("name", ["llama-tied", *wider("llama")])
 def test_a_graph_that_fits_spares_a_capture_and_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, spared = tiny.make(name), tiny.make(name)
     graph = capture(tiny.make(name), batch=BATCH, length=tokens().shape[1])
@@ -153,6 +155,7 @@ def test_the_paper_rotates_every_input_online_and_carries_row_means_and_column_s
     assert (down.transform.spec.left, down.transform.spec.right) == (True, True)
 
 
+@pytest.mark.exhaustive
 def test_folded_alone_computes_nothing_online_and_groups_its_scales() -> None:
     model = tiny.make("llama")
     report = quantize_model(model, recipe("bwla-folded"), tokens())

@@ -19,6 +19,7 @@ from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedExperts
 from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
+from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1}
 SAMPLED = ("mixtral", "gpt_oss")
@@ -140,7 +141,7 @@ def test_a_reload_gives_bit_equal_logits(name: str, recipe: str, tmp_path: Path)
     assert torch.equal(logits(api.load(tmp_path / "again").model), logits(model))
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["mixtral", *wider("gpt_oss")])
 def test_online_transforms_change_nothing(name: str) -> None:
     model = tiny_model(name)
     expected = logits(model)
@@ -167,6 +168,6 @@ def test_an_override_keeps_one_weight_of_the_experts(tmp_path: Path) -> None:
     assert torch.equal(logits(api.load(tmp_path).model), logits(model))
 
 
-@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("gpt_oss",))])
+@pytest.mark.parametrize("name", ["mixtral", *wider("gpt_oss")])
 def test_rotations_stay_exact(name: str) -> None:
     assert verify_rotations(tiny_model(name)).passed

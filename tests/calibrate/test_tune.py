@@ -11,6 +11,7 @@ from bwla_compiler.errors import GradientError
 from bwla_compiler.runtime.modules import Int8Linear, PackedLinear, TiedHead
 from tests import tiny
 from tests.calibrate.test_quantize import logits, recipe, relative, tokens
+from tests.wider import wider
 
 
 def quantized(name: str, *, steps: int, base: str = "bwla-w1a6", **changes: object) -> tuple[nn.Module, QuantizeReport]:
@@ -19,7 +20,7 @@ def quantized(name: str, *, steps: int, base: str = "bwla-w1a6", **changes: obje
     return model, report
 
 
-@pytest.mark.parametrize("name", ["llama-tied", pytest.param("gpt2", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["llama-tied", *wider("gpt2")])
 def test_tuning_moves_the_logits_towards_the_float_model_and_keeps_signs_and_bits(name: str) -> None:
     reference = logits(tiny.make(name))
     plain, plain_report = quantized(name, steps=0)
@@ -40,7 +41,7 @@ def test_tuning_is_deterministic() -> None:
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("base", ["bwla-folded", "bwla-paper", "rtn"])
+@pytest.mark.parametrize("base", ["bwla-paper", *wider("bwla-folded", "rtn")])
 def test_group_and_column_scales_and_no_rotation_are_tuned_too(base: str) -> None:
     reference = logits(tiny.make("llama"))
     plain, tuned = (quantized("llama", steps=steps, base=base, activations__bits=8)[0] for steps in (0, 24))

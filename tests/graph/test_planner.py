@@ -8,6 +8,7 @@ from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of, make_plan
 from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
+from tests.wider import wider
 
 GATED = {"q_proj": "folded", "k_proj": "folded", "v_proj": "folded", "o_proj": "partial"} | {
     "gate_proj": "folded",
@@ -238,7 +239,7 @@ LANES = {
 """Queries, keys and values in lanes of one view, or put together slice by slice: values turn by themselves."""
 
 
-@pytest.mark.parametrize("name", ["falcon", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(LANES)[1:])])
+@pytest.mark.parametrize("name", ["falcon", *wider(*list(LANES)[1:])])
 def test_values_turn_where_heads_are_stored_in_lanes(name: str) -> None:
     check_summary(make_plan(tiny_model(name)), LANES[name])
 

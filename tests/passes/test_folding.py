@@ -15,6 +15,7 @@ from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import load_recipe
 from tests import tiny
+from tests.wider import wider
 
 EXACT = 1e-12
 """Relative logit error in float64: rounding is about 1e-15 a layer, a fold in the wrong place 1e-2 or more."""
@@ -58,7 +59,7 @@ def test_untie_twice_is_once(llama: nn.Module) -> None:
     assert report.skipped == [("lm_head", "already has a tensor of its own")]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", *wider("llama", "gemma2")])
 def test_fold_norms_moves_the_gains_and_changes_nothing(name: str) -> None:
     model = tiny.make(name, dtype=torch.float64)
     ctx = context(model)

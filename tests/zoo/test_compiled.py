@@ -15,6 +15,7 @@ from bwla_compiler.zoo.extent import Extent
 from bwla_compiler.zoo.models import architectures, tiny_model
 from bwla_compiler.zoo.run import SAMPLE
 from bwla_compiler.zoo.workers import run_zoo
+from tests.wider import wider
 
 VOCABULARY = 16
 
@@ -115,7 +116,7 @@ def quantized(name: str) -> nn.Module:
 
 
 # tied without a basis that turns; the other asks its head for a dtype and keeps states in place of keys
-@pytest.mark.parametrize("name", ["bloom", pytest.param("mamba", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", ["bloom", *wider("mamba")])
 def test_packed_models_compile_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "LENGTHS", (11,))
     found = compile_packed(quantized(name), depth="door")

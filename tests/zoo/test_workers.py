@@ -40,6 +40,7 @@ def test_a_hang_and_a_crash_cost_a_row_each() -> None:
     assert [told[1:] for told in seen] == [(i, 5) for i in range(1, 6)]
 
 
+@pytest.mark.exhaustive
 def test_two_workers_keep_the_order_of_the_names() -> None:
     names = tuple("abcdef")
     assert tuple(row.name for row in run_zoo(names, workers=2, limit_seconds=120, job=job)) == names
