@@ -20,6 +20,7 @@ from bwla_compiler.errors import BuildError, PlanError
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.spec import LinearSpec, TransformSpec
 from tests import tiny
+from tests.wider import wider
 
 QUICK = {
     "calibration.sequences": 2,
@@ -68,7 +69,7 @@ def test_members_that_share_an_input_are_one_spec() -> None:
     assert down.spec.transform.online
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "opt"])
+@pytest.mark.parametrize("architecture", ["opt", *wider("gemma2")])
 def test_a_model_without_values_has_the_same_specs(architecture: str) -> None:
     recipe = load_recipe("bwla-w1a6")
     with torch.device("meta"):

@@ -11,16 +11,8 @@ from bwla_compiler.backend import compile_backend
 from bwla_compiler.backend.raw import variants_of
 from bwla_compiler.backend.variant import Variant
 from tests import tiny
-from tests.wider import wider
 
 OPTIONS = {"recipe": "hadamard-rtn", "calibration": "none", "cache": False}
-DIFFERENT = ("llama", "phi3", "gpt2", "opt")
-ARCHITECTURES = [
-    *DIFFERENT,
-    *wider(*(name for name in tiny.SEVEN if name not in DIFFERENT)),
-]
-"""The seven first architectures; those whose graphs are much like Llama's are left to the exhaustive run."""
-
 PRECISE = {**OPTIONS, "weights.planes": 4, "activation_bits": 16}
 """Four planes and float activations: near enough to the float model for a wrong basis to stand out."""
 

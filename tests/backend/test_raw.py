@@ -16,6 +16,7 @@ from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.kronecker import haar
 from tests import tiny
 from tests.backend import small
+from tests.wider import ARCHITECTURES
 
 SAME = 1e-5
 """The same operations in the same order; room for matrix products of other shapes."""
@@ -28,7 +29,7 @@ UNFOLDED = {
 }
 
 
-@pytest.mark.parametrize("name", small.ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_four_lengths_are_two_graphs_of_one_folded_copy(name: str, graphs: list[GraphModule]) -> None:
     model = small.architecture(name)
     fast = small.compiled(model)

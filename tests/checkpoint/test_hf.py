@@ -11,6 +11,7 @@ from bwla_compiler import api
 from bwla_compiler.errors import CheckpointError, PlanError
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
+from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 1}
 
@@ -28,7 +29,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(tiny.ids(seed=4)).logits
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", *wider("opt", "phi3")])
 def test_a_reload_gives_bit_equal_logits_and_no_float_linear(name: str, tmp_path: Path) -> None:
     model = packed(name, tmp_path)
     again = api.load(tmp_path).model

@@ -6,9 +6,10 @@ import torch
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.graph.planner import make_plan
 from tests import tiny
+from tests.wider import ARCHITECTURES
 
 
-@pytest.mark.parametrize("name", tiny.SEVEN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rotations_change_nothing(name: str) -> None:
     model = tiny.make(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -5,9 +5,10 @@ from torch import nn
 from bwla_compiler.errors import CaptureError
 from bwla_compiler.graph.capture import attribute, capture, input_shape, lift_casts, rebind
 from tests import tiny
+from tests.wider import ARCHITECTURES
 
 
-@pytest.mark.parametrize("name", tiny.SEVEN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_captured_graph_computes_the_models_logits(name: str) -> None:
     model = tiny.make(name)
     graph = capture(model)
