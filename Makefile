@@ -29,17 +29,17 @@ demo: setup  ## the main job on the embedded models: table, report.html (minutes
 	$(BIN)/bwla-compile demo --html report.html
 
 test: setup lint  ## lint, types and the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not exhaustive" --durations=30
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not exhaustive" --durations=30
 
 test-all: setup lint  ## the same with the wider samples: every architecture, every combination
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 gate: setup lint  ## lint, and every kernel against its reference on each ISA that this machine runs
-	$(BIN)/python -m pytest -n $(WORKERS) tests/codegen tests/runtime
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime
 
 bench: setup  ## time the kernels and models on this machine
 	$(BIN)/python -m benchmarks
