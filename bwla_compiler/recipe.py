@@ -130,12 +130,14 @@ class Signs:
 class Tuning:
     """Distillation of the float model into what is stored beside the signs, once all linears are packed.
 
-    steps: of gradient descent, each on one batch of calibration sequences; 0 is off. scales, diagonals, pairs, gains:
-    Adam's rate for row scales, online diagonals, low-rank pairs and norm gains, relative to their size; 0 keeps them.
-    signs: rate of the signs' latent numbers, see `calibrate.student`; 0 keeps the signs, and their memory at a bit.
+    steps: of gradient descent, each on so many calibration sequences; 0 is off. scales, diagonals, pairs, gains: Adam's
+    rate for row scales, online diagonals, low-rank pairs and norm gains, relative to their size; 0 keeps them. signs:
+    how far chance alone would carry a sign's latent number over all steps, in units of its start; 0 keeps the signs,
+    and their memory at a bit (see `calibrate.student`).
     """
 
     steps: int = 0
+    sequences: int = 4
     scales: float = 0.01
     diagonals: float = 0.003
     pairs: float = 0.03
@@ -233,6 +235,7 @@ def _check_ranges(recipe: Recipe) -> None:
         f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
         f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
+        "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,
         "tuning's rates must be 0 or more": min(dataclasses.astuple(recipe.tuning)) >= 0,
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
         "calibration.sequences and calibration.length must be at least 1": min(

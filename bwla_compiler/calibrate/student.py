@@ -75,7 +75,8 @@ class Diagonal(nn.Module):
 class Planes:
     """The signs [planes, out, in] of one linear: bits, and where they learn a latent float16 each.
 
-    rate: how far a latent, 1 at the start, moves a step, over the gradient's root mean square in its row.
+    rate: how far a latent, 1 at the start, moves a step, over its gradient's expected size: the root mean square of its
+    row times that of its column, over that of all (the second moments of Adafactor, 1804.04235).
     """
 
     def __init__(self, packed: Tensor, in_features: int, *, learn: bool) -> None:
@@ -106,9 +107,11 @@ class Planes:
     def learn(self, gradient: Tensor) -> None:
         """Move the latents against the gradient [out, in] of the weight; the scales, being positive, keep its sign."""
         if self.latent is not None and self.rate > 0:
-            size = gradient.square().mean(1, keepdim=True).sqrt_()
-            tiny = torch.finfo(size.dtype).tiny
-            self.latent.sub_(gradient.mul_(self.rate / size.clamp_min(tiny)))
+            squares = gradient.square()
+            rows, columns = squares.mean(1, keepdim=True), squares.mean(0)
+            tiny = torch.finfo(gradient.dtype).tiny
+            gradient.mul_(columns.clamp_min(tiny).rsqrt_()).mul_(rows.clamp_min(tiny).rsqrt_())
+            self.latent.sub_(gradient.mul_(self.rate * rows.mean().sqrt()))
 
 
 class _Product(torch.autograd.Function):

@@ -5,6 +5,7 @@ norm gains go down the gradient of KL(float || quantized), activations rounded a
 bit is added. Scales alone were tuned so by EfficientQAT (2407.11062) and NanoQuant (2602.06694).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,28 +41,28 @@ def tune(
 ) -> tuple[float, float]:
     """Tune a packed model in place; return the loss on the first batch before and after, in nats per token.
 
-    batches: tokens int64 [sequences, length], visited in turn. teacher(i): logits [sequences, length, vocabulary] of
-    the float model on batch i. gains: parameters of norms. Deterministic. Memory: the signs as floats, and one
-    batch's activations. Raises GradientError where a packed module of another kind is on the way, or where the loss
-    did not fall; the model is then as it was.
+    batches: tokens int64 [sequences, length], visited in turn, tuning.sequences at a time. teacher(i): logits
+    [sequences, length, vocabulary] of the float model on batch i. gains: parameters of norms. Deterministic. Memory:
+    see `calibrate.student`; and one step's activations, or where these are many those of one block. Raises
+    GradientError where a packed module of another kind is on the way, or where the loss did not fall; the model is
+    then as it was.
     """
 
-    def loss_on(which: int) -> Tensor:
-        with torch.no_grad():
-            expected = teacher(which)
-        loss: Tensor = _Divergence.apply(model(input_ids=batches[which], use_cache=False).logits, expected)  # type: ignore[no-untyped-call]
+    def loss_on(tokens: Tensor, expected: Tensor) -> Tensor:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        loss: Tensor = _Divergence.apply(logits, expected)  # type: ignore[no-untyped-call]
         return loss
 
     with ExitStack() as scope:
         scope.enter_context(_frozen(model))
         scope.enter_context(_kept(gains))
         found = scope.enter_context(students(model, learn_signs=tuning.signs > 0))
-        scope.enter_context(_recomputed(model, found, n_tokens=batches[0].numel()))
+        scope.enter_context(_recomputed(model, found, n_tokens=batches[0][: tuning.sequences].numel()))
         scope.enter_context(torch.enable_grad())
         optimizer, first = _optimizer(found, gains, tuning), math.nan
-        for step in range(tuning.steps):
+        for step, lesson in zip(range(tuning.steps), _lessons(batches, teacher, tuning.sequences), strict=False):
             _set_rates(optimizer, found, tuning, step)
-            loss = loss_on(step % len(batches))
+            loss = loss_on(*lesson)
             first = loss.item() if step == 0 else first
             optimizer.zero_grad()
             loss.backward()
@@ -69,10 +70,20 @@ def tune(
             if progress:
                 progress("tuning", step + 1, tuning.steps)
         with torch.no_grad():
-            last = loss_on(0).item()
+            last = loss_on(*next(_lessons(batches, teacher, tuning.sequences))).item()
         if not last < first:
             raise GradientError(f"the loss went from {first:.4f} to {last:.4f} nats a token; lower the tuning's rates")
     return first, last
+
+
+def _lessons(
+    batches: Sequence[Tensor], teacher: Callable[[int], Tensor], sequences: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give tokens and the float model's logits, so many sequences at a time, round and round."""
+    for which in itertools.cycle(range(len(batches))):
+        with torch.no_grad():
+            expected = teacher(which)
+        yield from zip(batches[which].split(sequences), expected.split(sequences), strict=True)
 
 
 @contextmanager
@@ -119,11 +130,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, found: Sequence[Student], tuning: Tuning, step: int) -> None:
-    rate = min(1.0, (step + 1) / WARMUP) * _cosine(step / tuning.steps)
+    schedule = [min(1.0, (i + 1) / WARMUP) * _cosine(i / tuning.steps) for i in range(tuning.steps)]
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["full_rate"]
+        group["lr"] = schedule[step] * group["full_rate"]
     for student in found:
-        student.planes.rate = rate * tuning.signs
+        student.planes.rate = tuning.signs * schedule[step] / math.hypot(*schedule)
 
 
 def _cosine(done: float) -> float:
@@ -170,8 +181,8 @@ def _optimizer(found: Sequence[Student], gains: Sequence[nn.Parameter], tuning: 
         )
         if parameters and rate
     ]
-    for parameters, _ in tuned:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    wanted = [*(p for parameters, _ in tuned for p in parameters), *(scales if tuning.signs else ())]
+    for parameter in wanted:  # of the scales also where they stay: without any, no backward pass would reach the signs
+        parameter.requires_grad_(True)
     groups = [{"params": parameters, "full_rate": rate} for parameters, rate in tuned]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
