@@ -49,7 +49,7 @@ HELP = {
 }
 """What a baseline can take of ours: rotations and smoothing before it, the drift-corrected target, the damping."""
 
-TUNED = {"tuning.steps": load_recipe("bwla-w1a6").tuning.steps}
+TUNED = {f"tuning.{key}": getattr(load_recipe("bwla-w1a6").tuning, key) for key in ("steps", "signs")}
 """The last help, for weights that are packed."""
 
 ROWS = (

@@ -130,10 +130,10 @@ class Signs:
 class Tuning:
     """Distillation of the float model into what is stored beside the signs, once all linears are packed.
 
-    steps: of gradient descent, each on so many calibration sequences; 0 is off. scales, diagonals, pairs, gains: Adam's
-    rate for row scales, online diagonals, low-rank pairs and norm gains, relative to their size; 0 keeps them. signs:
-    how far chance alone would carry a sign's latent number over all steps, in units of its start; 0 keeps the signs,
-    and their memory at a bit (see `calibrate.student`).
+    steps: of gradient descent, each on so many calibration sequences; 0 is off. scales, diagonals, pairs, gains,
+    biases: Adam's rate for row scales, online diagonals, low-rank pairs, norm gains and linears' biases, relative to
+    their size; 0 keeps them. signs: how far chance alone would carry a sign's latent number over all steps, in units of
+    its start; 0 keeps the signs, and their memory at a bit (see `calibrate.student`).
     """
 
     steps: int = 0
@@ -142,6 +142,7 @@ class Tuning:
     diagonals: float = 0.003
     pairs: float = 0.03
     gains: float = 0.003
+    biases: float = 0.003
     signs: float = 0.0
 
 

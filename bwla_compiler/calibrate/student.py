@@ -6,6 +6,7 @@ sign it is (the straight-through estimator; BinaryConnect, 1511.00363), kept as 
 weight moves its latents at once, inside the backward pass, and is forgotten.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,7 +125,7 @@ class _Product(torch.autograd.Function):
         return linear(x, (planes.wide(scales) * planes.signs()).sum(0))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         planes: Planes = ctx.planes
         x, scales = ctx.saved_tensors
         of_weight = gradient.flatten(0, -2).mT @ x.flatten(0, -2)
@@ -152,6 +153,7 @@ class Student(nn.Module):
         self.scale = nn.Parameter(torch.zeros_like(first), requires_grad=False)
         self.pair_scale: Tensor | None
         self.onto, self.into, self.pair_scale = _pair(linear)
+        self.bias, self.bias_size = _sized(linear.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -170,8 +172,7 @@ class Student(nn.Module):
         pair = self.pair()
         if pair is not None:
             y = y + linear(linear(inner, pair[1]), pair[0])
-        bias = self.source[0].bias
-        y = y if bias is None else y + bias
+        y = y if self.bias is None else y + self.bias * self.bias_size
         return y.to(x.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
@@ -179,6 +180,11 @@ class Student(nn.Module):
         if self.onto is None or self.into is None or self.pair_scale is None:
             return None
         return self.onto * self.pair_scale, self.into
+
+    def stored_bias(self) -> Tensor | None:
+        """Return the bias in the dtype that it came in."""
+        before = self.source[0].bias
+        return None if self.bias is None or before is None else (self.bias * self.bias_size).to(before.dtype)
 
     def packed(self) -> PackedLinear:
         """Return the linear that is stored."""
@@ -198,7 +204,7 @@ class Student(nn.Module):
             weight,
             activation_bits=linear.activation_bits,
             transform=linear.transform,
-            bias=linear.bias,
+            bias=self.stored_bias(),
             dtype=linear.typed.dtype,
         )
 
@@ -222,6 +228,15 @@ class _Head(nn.Module):
             inner = apply_kronecker(inner if scale is None else inner * scale, left, right)
         inner = inner if self.column_scale is None else inner * self.column_scale
         return linear(inner, self.weight, self.bias).to(x.dtype)
+
+
+def _sized(values: Tensor | None) -> tuple[nn.Parameter | None, float]:
+    """Return values over their root mean square, and that; a power of two near it, so that no bit is lost."""
+    if values is None:
+        return None, 1.0
+    size = float(values.float().square().mean().sqrt())
+    size = 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+    return nn.Parameter(values.float() / size, requires_grad=False), size
 
 
 def _pair(linear: PackedLinear) -> tuple[nn.Parameter | None, nn.Parameter | None, Tensor | None]:

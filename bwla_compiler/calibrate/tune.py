@@ -1,8 +1,9 @@
-"""Tuning by distillation: what is stored beside the signs learns to give the float model's next-token chances.
+"""Tuning by distillation: packed weights learn to give the float model's next-token chances.
 
-After all linears are packed their signs stay, and row scales, low-rank pairs, the diagonals of online transforms and
-norm gains go down the gradient of KL(float || quantized), activations rounded as they will be (straight through). No
-bit is added. Scales alone were tuned so by EfficientQAT (2407.11062) and NanoQuant (2602.06694).
+After all linears are packed, row scales, low-rank pairs, the diagonals of online transforms, norm gains and biases go
+down the gradient of KL(float || quantized), activations rounded as they will be (straight through), and signs flip
+where the gradient keeps asking for it. No bit is added. Scales alone were tuned so by EfficientQAT (2407.11062) and
+NanoQuant (2602.06694).
 """
 
 import itertools
@@ -39,7 +40,7 @@ def tune(
     gains: Sequence[nn.Parameter],
     progress: Progress | None = None,
 ) -> tuple[float, float]:
-    """Tune a packed model in place; return the loss on the first batch before and after, in nats per token.
+    """Tune a packed model in place; return the loss on the first tokens before and after, in nats per token.
 
     batches: tokens int64 [sequences, length], visited in turn, tuning.sequences at a time. teacher(i): logits
     [sequences, length, vocabulary] of the float model on batch i. gains: parameters of norms. Deterministic. Memory:
@@ -161,7 +162,7 @@ class _Divergence(torch.autograd.Function):
         return student.new_tensor(total / len(ours), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (of_student,) = ctx.saved_tensors
         return of_student * gradient, None
 
@@ -171,6 +172,7 @@ def _optimizer(found: Sequence[Student], gains: Sequence[nn.Parameter], tuning: 
     scales = [student.scale for student in found]
     diagonals = {id(d.change): d.change for student in found if (d := student.diagonal) is not None}
     pairs = [factor for student in found for factor in (student.onto, student.into) if factor is not None]
+    biases = [student.bias for student in found if student.bias is not None]
     tuned = [
         (parameters, rate)
         for parameters, rate in (
@@ -178,6 +180,7 @@ def _optimizer(found: Sequence[Student], gains: Sequence[nn.Parameter], tuning: 
             ([*diagonals.values()], tuning.diagonals),
             (pairs, tuning.pairs),
             ([*gains], tuning.gains),
+            (biases, tuning.biases),
         )
         if parameters and rate
     ]
