@@ -5,18 +5,17 @@ import torch
 from torch import nn
 
 from bwla_compiler.calibrate import tune as tuning_module
-from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.errors import GradientError
 from bwla_compiler.runtime.modules import Int8Linear, PackedLinear, TiedHead
 from tests import tiny
-from tests.calibrate.test_quantize import logits, recipe, relative, tokens
+from tests.calibrate.test_quantize import fit, logits, recipe, relative, tokens
 from tests.wider import wider
 
 
 def quantized(name: str, *, steps: int, base: str = "bwla-w1a6", **changes: object) -> tuple[nn.Module, QuantizeReport]:
     model = tiny.make(name)
-    report = quantize_model(model, recipe(base, tuning__steps=steps, **changes), tokens())
+    report = fit(model, name, recipe(base, tuning__steps=steps, **changes), tokens())
     return model, report
 
 
