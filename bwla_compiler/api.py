@@ -16,6 +16,7 @@ from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.checkpoint import hf
+from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.checkpoint.source import source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
 from bwla_compiler.errors import CalibrationError, CheckpointError, PlanError
@@ -272,10 +273,12 @@ def _refuse_packed(model: nn.Module, verb: str) -> None:
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
-    """Write a model, packed or float, with its tokenizer into a folder that `load` reads."""
-    model.save_pretrained(path)  # type: ignore[operator]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    """Write a model, packed or float, with its tokenizer into a folder that `load` reads; whole, or not at all.
+
+    A packed model is read again first, which takes its memory twice. Raises CheckpointError where the folder cannot
+    be written, or where what was read differs by a bit, in a tensor or in logits.
+    """
+    save_checked(model, Path(path), tokenizer=tokenizer)
 
 
 def bits(model: nn.Module) -> Bits:
