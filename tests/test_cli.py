@@ -18,7 +18,7 @@ from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
 from bwla_compiler.inspector.cost import cost_report
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.recipe import Override, Recipe
 from bwla_compiler.spec import LinearSpec
 
 COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
@@ -59,16 +59,14 @@ class FakeApi(ModuleType):
         groups = (GroupShape("q, k", LinearSpec(4096, (4096, 512)), 3),)
         return cost_report(ModelShape(groups, attention=(AttentionShape(3, 32, 4, 128),)), context=context)
 
-    def quantize(self, model: Any, **options: Any) -> Any:
-        self.calls["quantize"] = options
+    def quantize_to(self, source: str, out: Path, **options: Any) -> Any:
+        self.calls["quantize"] = {"source": source, "out": out, **options}
+        options["on_block"]("model.layers.0: done")
         bits = SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
         return SimpleNamespace(
             plan=PLAN, recipe=options["recipe"], linears=(), passes=(), bits=bits, seconds={"fit": 2.0},
             to_json=lambda: '{"x": 1}',
         )  # fmt: skip
-
-    def save(self, model: Any, path: Path, *, tokenizer: Any = None) -> None:
-        self.calls["save"] = {"path": path, "tokenizer": tokenizer}
 
     def bits(self, model: Any) -> Any:
         return SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
@@ -164,6 +162,7 @@ def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: s
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bit=8"), "did you mean 'bits'"),
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits"), "section.field=value"),
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits=1"), "must be 16, or 2 to 8"),
+        (("quantize", "demo:", "-o", "{new}", "--override", "psp.rank=8"), "PATTERN:section.field=value"),
         (("quantize", "demo:", "-o", "{full}"), "exists and is not an empty folder"),
         (("recipes", "rtm"), "Did you mean 'rtn'"),
         (("eval", "some/folder"), "--text FILE"),
@@ -212,19 +211,22 @@ def test_an_interrupt_is_code_130(run: Run, api: FakeApi, monkeypatch: pytest.Mo
 
 def test_quantize_passes_the_recipe_and_saves(run: Run, api: FakeApi, tmp_path: Path) -> None:
     out, page, data = tmp_path / "packed", tmp_path / "page.html", tmp_path / "report.json"
-    code, text, _ = run(
+    code, text, err = run(
         "quantize", "demo:", "-o", str(out), "--recipe", "rtn", "--set", "activations.bits=8", "--set",
         "residual=online", "--calibration", "random", "--seed", "7", "--json", str(data), "--html", str(page),
+        "--keep", "*.0.*", "--override", "*.o_proj:psp.rank=8",
     )  # fmt: skip
     assert code == 0
     options = api.calls["quantize"]
     recipe = options["recipe"]
     assert isinstance(recipe, Recipe)
     assert (recipe.name, recipe.activations.bits, recipe.residual) == ("rtn", 8, "online")
-    assert (options["calibration"], options["seed"], options["tokenizer"]) == ("random", 7, "tokenizer")
-    assert api.calls["save"] == {"path": out, "tokenizer": "tokenizer"}
+    assert recipe.overrides == (Override("*.0.*", keep=True), Override("*.o_proj", set={"psp.rank": 8}))
+    assert (options["source"], options["out"]) == ("demo:", out)
+    assert (options["calibration"], options["seed"], options["spill"]) == ("random", 7, False)
     assert json.loads(data.read_text()) == {"x": 1}
     assert page.read_text().startswith("<!doctype html>")
+    assert "model.layers.0: done" in err
     assert "1.25 linears" in text
     assert f"wrote {out} in 2.0 s" in text
 

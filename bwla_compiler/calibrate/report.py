@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
@@ -47,6 +49,33 @@ class LinearReport:
     output_error: float
     seconds: float
     tokens: ExpertTokens | None = None
+
+
+def linear_report(data: Mapping[str, Any]) -> LinearReport:
+    """Return the report that `dataclasses.asdict` made data of, through JSON or not."""
+    tokens = data.get("tokens")
+    counted = None if tokens is None else ExpertTokens(**{**tokens, "counts": tuple(tokens["counts"])})
+    return LinearReport(**{**data, "tokens": counted})
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block that is done: errors and bits are means over the weights of its linears; seconds of wall time.
+
+    done, total: how many blocks, this one among them. restored: whether an earlier run had fitted it.
+    """
+
+    name: str
+    output_error: float
+    true_bits: float
+    seconds: float
+    done: int
+    total: int
+    restored: bool
+
+    def __str__(self) -> str:
+        how = "as an earlier run left it" if self.restored else f"{self.seconds:.1f} s"
+        return f"{self.name}: error {self.output_error:.4f}, {self.true_bits:.3f} bits, {how}"
 
 
 @dataclass(frozen=True)

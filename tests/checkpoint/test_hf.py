@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bwla_compiler import api
@@ -97,7 +98,7 @@ def test_a_newer_format_is_refused_with_what_it_needs(saved: Path) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = 99
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"version 99 is not known.*upgrade"):
+    with pytest.raises(CheckpointError, match=r"version 99 is not known.*upgrade bwla-compiler to 0\.1\.0 or later"):
         api.load(saved)
 
 
@@ -113,8 +114,33 @@ def test_a_damaged_description_names_the_module(saved: Path) -> None:
 def test_a_truncated_file_is_one_clear_error(saved: Path) -> None:
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         api.load(saved)
+
+
+def test_a_flipped_bit_is_told_with_its_tensor(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: \S+ differs from its checksum"):
+        api.load(saved)
+
+
+def test_a_tensor_that_is_missing_is_never_made_up(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.signs"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.signs"):
+        api.load(saved)
+
+
+def test_a_tied_float_head_is_tied_again(tmp_path: Path) -> None:
+    model = tiny.make("llama-tied")
+    api.quantize(model, recipe="rtn", settings={"head.bits": 16})
+    api.save(model, tmp_path)
+    assert torch.equal(logits(api.load(tmp_path).model), logits(model))
 
 
 def test_a_folder_without_a_model_and_a_packed_model_quantized_again(
