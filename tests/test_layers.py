@@ -17,7 +17,9 @@ LAYERS = {
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
-    **dict.fromkeys(("main_job", "comparison", "zoo", "api", "cli", "__main__"), 7),
+    **dict.fromkeys(
+        ("main_job", "comparison", "inspection", "zoo", "api", "cli", "cli_options", "cli_inspect", "__main__"), 7
+    ),
 }
 STRANGERS = {2, 5}
 
