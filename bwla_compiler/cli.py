@@ -12,14 +12,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bwla_compiler import cli_packing
+from bwla_compiler import cli_inspect, cli_packing
 from bwla_compiler.cli_options import (
     Device,
     JsonFile,
     Model,
     RecipeName,
     Seed,
-    chosen_recipe,
     examples,
     progress_bars,
     stdout_console,
@@ -104,51 +103,7 @@ def demo(
 cli_packing.add_commands(app)
 
 
-@app.command(
-    epilog=examples(
-        "bwla-compile inspect demo:",
-        "bwla-compile inspect DIR -o report.html",
-        "bwla-compile inspect config.json --json",
-    )
-)
-def inspect(
-    model: Model,
-    html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
-    device: Device = "cpu",
-) -> None:
-    """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
-
-    A float model's weights are not read: a config.json is enough.
-    """
-    chosen = chosen_recipe(recipe, None) if recipe else None
-    from bwla_compiler import api
-    from bwla_compiler.inspector.report import build_report
-
-    with progress_bars() as progress:
-        loaded = api.skeleton(model, device=device, progress=progress)
-        packed = _packed(loaded.model)
-        plan = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
-        cost = api.cost(loaded.model, plan=plan, recipe=chosen or "bwla-w1a6", context=context)
-    name = packed.recipe["name"] if packed else chosen.name if chosen else ""
-    bits = api.bits(loaded.model) if packed else None
-    report = build_report(plan, source=model, recipe=name, bits=bits, cost=cost)
-    if html:
-        from bwla_compiler.inspector.sections import report_page
-
-        write_text(html, report_page(report))
-    if as_json:
-        print(report.to_json())
-    else:
-        print_report(report, stdout_console())
-
-
-def _packed(model: Any) -> Any:
-    """Return what a packed checkpoint's config tells of plan and recipe, or None for a float model."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config if getattr(config, "plan", None) else None
+cli_inspect.add_commands(app)
 
 
 @app.command(
@@ -165,12 +120,13 @@ def plan(
     """Plan a model and write the plan as data, keyed by parameter name; a config.json is enough."""
     from bwla_compiler import api
     from bwla_compiler.graph.network import chains, to_graphml
+    from bwla_compiler.inspection import packed_config
     from bwla_compiler.inspector.report import build_report
     from bwla_compiler.inspector.terminal import summary
 
     with progress_bars() as progress:
         loaded = api.skeleton(model, device=device, progress=progress)
-        packed = _packed(loaded.model)
+        packed = packed_config(loaded.model)
         found = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
     for path, text in ((json_file, found.to_json), (graphml, lambda: to_graphml(found))):
         if path:

@@ -17,9 +17,8 @@ LAYERS = {
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
-    **dict.fromkeys(
-        ("main_job", "comparison", "streaming", "zoo", "api", "cli", "cli_options", "cli_packing", "__main__"), 7
-    ),
+    **dict.fromkeys(("main_job", "comparison", "inspection", "streaming", "zoo", "api"), 7),
+    **dict.fromkeys(("cli", "cli_options", "cli_inspect", "cli_packing", "__main__"), 7),
 }
 STRANGERS = {2, 5}
 

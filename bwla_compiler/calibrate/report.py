@@ -8,6 +8,7 @@ from typing import Any
 
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.numerics.distribution import Spread
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.recipe import Recipe
 
@@ -37,7 +38,8 @@ class LinearReport:
 
     weight_error: ||W - W^||^2 / ||W||^2 in the basis that is read. output_error: tr(E H E^T) / tr(W H W^T), the
     share of the output's energy on calibration tokens that is lost (equal to weight_error without calibration). Of
-    experts, both are means over the experts' tokens. tokens: of experts, None without calibration.
+    experts, both are means over the experts' tokens. tokens: of experts, None without calibration. spread: of weight
+    and input, before anything was done and as they were fitted.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LinearReport:
     output_error: float
     seconds: float
     tokens: ExpertTokens | None = None
+    spread: Spread | None = None
 
 
 def linear_report(data: Mapping[str, Any]) -> LinearReport:
