@@ -9,14 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import compile_time, kernels, quality
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
 Measure = Callable[[Callable[[str, int, int], None], argparse.Namespace], list[dict[str, Any]]]
 MEASUREMENTS: dict[str, Measure] = {
     "compile_time": lambda progress, asked: compile_time.measure(progress),
     "kernels": lambda progress, asked: kernels.measure(progress, quick=asked.quick),
-    "quality": lambda progress, asked: quality.measure(progress, seed=asked.seed, quick=asked.quick),
+    "quality": lambda progress, asked: quality.measure(
+        progress, seed=asked.seed, quick=asked.quick, outliers=asked.outliers, ways=asked.row
+    ),
 }
 
 
@@ -26,6 +28,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument("--seed", type=int, help="quality: a fresh model and split; else the embedded model")
     parser.add_argument("--quick", action="store_true", help="quality: a few rows on less text; kernels: two shapes")
+    parser.add_argument("--outliers", action="store_true", help="quality: the model with heavy-tailed activations")
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="WAY", help="quality: this row alone (repeatable)"
+    )
     asked = parser.parse_args(arguments)
     unknown = [name for name in asked.names if name not in MEASUREMENTS]
     if unknown:
@@ -37,9 +43,10 @@ def main(arguments: list[str]) -> int:
             rows = MEASUREMENTS[name](progress, asked)
         console.print(_table(name, rows))
         label = f"{name}-{rows[0]['model']}" if name == "quality" else name
-        console.print(f"written to {record(label, list(rows))}")
+        path = record(label, list(rows))
+        console.print(f"written to {path}")
         if name == "quality":
-            drawn = quality.plot(rows, RESULTS / f"{label}.svg")
+            drawn = quality.plot(latest(path, by=("way", "table")), RESULTS / f"{label}.svg")
             console.print(f"drawn to {drawn}" if drawn else "not drawn: pip install matplotlib")
     return 0
 

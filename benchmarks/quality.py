@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality_model import LENGTH, Subject, embedded, fresh
+from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
@@ -49,7 +49,7 @@ HELP = {
 }
 """What a baseline can take of ours: rotations and smoothing before it, the drift-corrected target, the damping."""
 
-TUNED = {"tuning.steps": load_recipe("bwla-w1a6").tuning.steps}
+TUNED = {f"tuning.{key}": getattr(load_recipe("bwla-w1a6").tuning, key) for key in ("steps", "signs")}
 """The last help, for weights that are packed."""
 
 ROWS = (
@@ -77,12 +77,30 @@ QUICK = ("rounding", "GPTQ", "BiLLM-like", "ours, no pair", "ours")
 """Rows of a short run."""
 
 
-def measure(progress: Progress, *, seed: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
-    """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one."""
+def measure(
+    progress: Progress,
+    *,
+    seed: int | None = None,
+    quick: bool = False,
+    outliers: bool = False,
+    ways: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
+
+    outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
+    Raises ValueError for a name that no row has.
+    """
+    if unknown := set(ways) - {row.way for row in ROWS}:
+        raise ValueError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in ROWS)}")
     files = 8 if quick else FILES
-    subject = embedded(files=files) if seed is None else fresh(seed, files=files, progress=progress)
-    rows = [row for row in ROWS if not quick or row.way in QUICK]
-    return Table(subject, sequences=SEQUENCES, seed=seed or 0, progress=progress).run(rows)
+    if seed is None:
+        subject = embedded("demo:outliers" if outliers else "demo:", files=files)
+    else:
+        subject = fresh(seed, files=files, progress=progress)
+        subject = with_outliers(subject) if outliers else subject
+    chosen = ways or (QUICK if quick else [row.way for row in ROWS])
+    table = Table(subject, sequences=SEQUENCES, seed=seed or 0, progress=progress)
+    return table.run([row for row in ROWS if row.way in chosen])
 
 
 class Table:

@@ -1,8 +1,9 @@
 """Models and texts of the quality table: the embedded model, or a fresh one trained on a fresh split by seed."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from bwla_compiler.demo import DemoConfig, load_demo
 from bwla_compiler.demo.corpus import Document, read_corpus, source_files
+from bwla_compiler.demo.model import PCA_SEQUENCES
+from bwla_compiler.demo.outliers import add_outliers
 from bwla_compiler.demo.store import ensure
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.demo.train import new_model, train
@@ -48,17 +51,17 @@ class Subject:
         return self.train[starts + torch.arange(LENGTH)]
 
 
-def embedded(*, files: int) -> Subject:
-    """Return the embedded model with its own split."""
-    loaded, corpus = load_demo("demo:"), read_corpus()
+def embedded(name: str, *, files: int) -> Subject:
+    """Return the embedded model of that name with its own split."""
+    loaded, corpus = load_demo(name), read_corpus()
     texts = _held_out(loaded.tokenizer, corpus.test, corpus.ood, files=files)
     stream = encode_documents(loaded.tokenizer, corpus.train)
-    return Subject("demo", lambda: load_demo("demo:").model, stream, *texts)
+    return Subject(name.strip(":").replace(":", "-"), lambda: load_demo(name).model, stream, *texts)
 
 
 def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
     """Return a model of the embedded one's architecture, trained and split by this seed; cached."""
-    config = DemoConfig(seed=seed)
+    config = DemoConfig(seed=seed, second_limit=math.inf)  # the same model on a slow machine
     corpus = read_corpus()
     held_out, kept = _split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
     held = {document.name for document in held_out}
@@ -71,6 +74,18 @@ def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
     stream = load_file(folder / "tokens.safetensors")["train"].to(torch.int64)
     load = lambda: Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
     return Subject(f"seed{seed}", load, stream, *texts)
+
+
+def with_outliers(subject: Subject) -> Subject:
+    """Return the subject with its model's activations made heavy-tailed, its function unchanged."""
+    tokens = subject.calibration(PCA_SEQUENCES, seed=0)
+
+    def load() -> Qwen3ForCausalLM:
+        model = subject.load()
+        add_outliers(model, tokens)
+        return model
+
+    return replace(subject, label=f"{subject.label}-outliers", load=load)
 
 
 def _split(documents: Sequence[Document], seed: int, *, fraction: float) -> tuple[list[Document], list[Document]]:

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ def record(name: str, rows: list[Mapping[str, Any]]) -> Path:
         for row in rows:
             file.write(json.dumps({**row, **context}) + "\n")
     return path
+
+
+def latest(path: Path, *, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Return of a file's rows the last one of each combination of these columns."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [*{tuple(row[column] for column in by): row for row in rows}.values()]
 
 
 def _context() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
+from bwla_compiler.numerics.bits import FACTOR_BITS
 
 DATA_FREE = frozenset(("round", "paper"))
 SIMULATED = frozenset(("billm", "arb"))
@@ -84,9 +85,12 @@ class LowRank:
     """PSP: an int8 low-rank pair beside the signs.
 
     rank: of the pair; 0 ties it to the model's width: max(1, hidden // hidden_over), or none where hidden_over is 0.
+    most_bits: what a pair whose rank is tied to the width may cost, per weight of its linear; 1 is the least rank. It
+    binds where a linear is much narrower than the model (keys and values that several heads share).
     """
 
     hidden_over: int = 64
+    most_bits: float = 0.25
     rank: int = 0
     iterations: int = 4
 
@@ -103,7 +107,9 @@ class LowRank:
         if not self.wanted:
             return 0
         width = hidden or min(in_features, out_features)
-        return min(self.rank or max(1, width // self.hidden_over), in_features, out_features)
+        affordable = int(self.most_bits * in_features * out_features / (FACTOR_BITS * (in_features + out_features)))
+        tied = max(1, min(width // max(1, self.hidden_over), affordable))
+        return min(self.rank or tied, in_features, out_features)
 
 
 @dataclass(frozen=True)
@@ -124,15 +130,20 @@ class Signs:
 class Tuning:
     """Distillation of the float model into what is stored beside the signs, once all linears are packed.
 
-    steps: of gradient descent, each on one batch of calibration sequences; 0 is off. scales, diagonals, pairs, gains:
-    Adam's rate for row scales, online diagonals, low-rank pairs and norm gains, relative to their size; 0 keeps them.
+    steps: of gradient descent, each on so many calibration sequences; 0 is off. scales, diagonals, pairs, gains,
+    biases: Adam's rate for row scales, online diagonals, low-rank pairs, norm gains and linears' biases, relative to
+    their size; 0 keeps them. signs: how far chance alone would carry a sign's latent number over all steps, in units of
+    its start; 0 keeps the signs, and their memory at a bit (see `calibrate.student`).
     """
 
     steps: int = 0
+    sequences: int = 4
     scales: float = 0.01
     diagonals: float = 0.003
     pairs: float = 0.03
     gains: float = 0.003
+    biases: float = 0.003
+    signs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +236,7 @@ def _check_ranges(recipe: Recipe) -> None:
         f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
         f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
+        "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,
         "tuning's rates must be 0 or more": min(dataclasses.astuple(recipe.tuning)) >= 0,
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
         "calibration.sequences and calibration.length must be at least 1": min(
@@ -237,6 +249,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ),
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
         "psp.rank must be 0 (tied to the width) or more": recipe.psp.rank >= 0,
+        "psp.most_bits must be above 0": recipe.psp.most_bits > 0,
         'transform.folded = false needs residual = "online"': recipe.transform.folded or recipe.residual == "online",
         "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }

@@ -49,6 +49,9 @@ def test_ranks_are_fixed_or_tied_to_the_width() -> None:
     psp = load_recipe("bwla-w1a6", {"psp.hidden_over": 64}).psp
     assert [psp.rank_for(1024, 512, hidden=h) for h in (256, 32, 0)] == [4, 1, 8]
     assert load_recipe("bwla-w1a6", {"psp.rank": 8}).psp.rank_for(1024, 4, hidden=256) == 4
+    # keys of a model 256 wide: 0.25 bits of 256 x 128 weights pay for two columns and rows of int8
+    assert [psp.rank_for(256, out, hidden=256) for out in (256, 128, 16)] == [4, 2, 1]
+    assert load_recipe("bwla-w1a6", {"psp.most_bits": 1.0}).psp.rank_for(256, 128, hidden=256) == 4
     assert load_recipe("rtn").psp.rank_for(64, 64, hidden=64) == 0
 
 
@@ -74,6 +77,8 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "psp": {"rank": -1}}, "psp.rank must be 0"),
         ({**PLAIN, "tuning": {"scales": -0.1}}, "rates must be 0 or more"),
         ({**PLAIN, "tuning": {"steps": -1}}, "tuning.steps = -1"),
+        ({**PLAIN, "tuning": {"sequences": 0}}, "tuning.sequences must be at least 1"),
+        ({**PLAIN, "psp": {"most_bits": 0}}, "psp.most_bits must be above 0"),
         ({**PLAIN, "transform": {"folded": False}}, 'needs residual = "online"'),
         ({**PLAIN, "weights": {"scales": "group"}}, "takes no low-rank pair"),
         ({**PLAIN, "psp": {"hidden_over": 0}, "weights": {"scales": "row+column"}}, "'round' alone"),

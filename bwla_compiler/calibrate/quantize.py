@@ -205,8 +205,9 @@ class _Quantizer:
             report.skip("all", f"left as fitted: {error}")
             log.warning("not tuned, left as fitted: %s", error)
         else:
-            what = f"KL to the float model on the first batch: {first:.4f} nats a token, then {last:.4f}"
-            report.changed.append(("scales, low-rank pairs, norm gains", what))
+            what = f"KL to the float model on the first tokens: {first:.4f} nats a token, then {last:.4f}"
+            signs = "signs, " if self.recipe.tuning.signs else ""
+            report.changed.append((f"{signs}scales, low-rank pairs, norm gains", what))
             log.info("tuned: %s", what)
         report.seconds = self.seconds["tune"] = time.perf_counter() - start
         self.passes.append(report)

@@ -1,5 +1,6 @@
 """The quality table: intervals over files, splits by seed, a row measured, and the plot."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
+from benchmarks.record import latest
 from bwla_compiler.demo.corpus import Document
 from tests import tiny
 
@@ -69,3 +71,14 @@ def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = quality.plot(rows, tmp_path / "plot.svg")
     assert path is not None
     assert path.read_text("utf-8").startswith("<?xml")
+
+
+def test_a_row_that_no_table_has_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no row is called best; there are rounding, "):
+        quality.measure(lambda *_: None, ways=["best"])
+
+
+def test_of_rows_measured_again_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "quality.jsonl"
+    path.write_text("".join(json.dumps({"way": way, "a6": value}) + "\n" for way, value in ("a1", "b2", "a3")))
+    assert latest(path, by=("way",)) == [{"way": "a", "a6": "3"}, {"way": "b", "a6": "2"}]
