@@ -8,13 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time, quality
+from benchmarks import compile_time, kernels, quality
 from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
 Measure = Callable[[Callable[[str, int, int], None], argparse.Namespace], list[dict[str, Any]]]
 MEASUREMENTS: dict[str, Measure] = {
     "compile_time": lambda progress, asked: compile_time.measure(progress),
+    "kernels": lambda progress, asked: kernels.measure(progress, quick=asked.quick),
     "quality": lambda progress, asked: quality.measure(
         progress, seed=asked.seed, quick=asked.quick, outliers=asked.outliers, ways=asked.row
     ),
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument("--seed", type=int, help="quality: a fresh model and split; else the embedded model")
-    parser.add_argument("--quick", action="store_true", help="quality: a few rows on less text")
+    parser.add_argument("--quick", action="store_true", help="quality: a few rows on less text; kernels: two shapes")
     parser.add_argument("--outliers", action="store_true", help="quality: the model with heavy-tailed activations")
     parser.add_argument(
         "--row", action="append", default=[], metavar="WAY", help="quality: this row alone (repeatable)"

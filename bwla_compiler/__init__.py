@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         perplexity,
         plan,
         quantize,
+        quantize_to,
         rotate,
         save,
         verify,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bwla_compiler.backend import refresh
     from bwla_compiler.errors import BwlaError
     from bwla_compiler.graph.plan import Plan
+    from bwla_compiler.inspection import inspect
     from bwla_compiler.main_job import run_demo
     from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe
 
@@ -31,11 +33,13 @@ _HOMES = {
     "bits": "bwla_compiler.api",
     "builtin_recipes": "bwla_compiler.recipe",
     "generate": "bwla_compiler.api",
+    "inspect": "bwla_compiler.inspection",
     "load": "bwla_compiler.api",
     "load_recipe": "bwla_compiler.recipe",
     "perplexity": "bwla_compiler.api",
     "plan": "bwla_compiler.api",
     "quantize": "bwla_compiler.api",
+    "quantize_to": "bwla_compiler.api",
     "refresh": "bwla_compiler.backend",
     "rotate": "bwla_compiler.api",
     "run_demo": "bwla_compiler.main_job",
@@ -50,11 +54,13 @@ __all__ = [
     "bits",
     "builtin_recipes",
     "generate",
+    "inspect",
     "load",
     "load_recipe",
     "perplexity",
     "plan",
     "quantize",
+    "quantize_to",
     "refresh",
     "rotate",
     "run_demo",

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
-from bwla_compiler.calibrate.report import QuantizeReport
+from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.checkpoint import hf
-from bwla_compiler.demo import is_demo, load_demo
-from bwla_compiler.errors import CheckpointError, PlanError
+from bwla_compiler.checkpoint.saving import save_checked
+from bwla_compiler.checkpoint.source import source_folder
+from bwla_compiler.demo import demo_path, is_demo, load_demo
+from bwla_compiler.errors import CalibrationError, CheckpointError, PlanError
 from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.inspector.cost import CostReport, cost_report
+from bwla_compiler.memory import memory_bytes
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import PassContext, PassReport
@@ -33,6 +37,7 @@ from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.bits import measure_bits
 from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, set_activation_bits
+from bwla_compiler.streaming import Job, float_bytes, quantize_folder
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,6 +50,7 @@ __all__ = [
     "perplexity",
     "plan",
     "quantize",
+    "quantize_to",
     "rotate",
     "save",
     "set_activation_bits",
@@ -118,7 +124,17 @@ def skeleton(source: str | Path, *, device: str = "cpu", progress: Progress | No
     return LoadedModel(model.eval(), None, name)
 
 
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
 def _tokenizer(name: str) -> Any:
+    """Return the tokenizer of a folder or hub id, None where there is none.
+
+    transformers would make one without a vocabulary for some types of model; hence the look at the folder.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        return None
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError):
@@ -198,16 +214,71 @@ def quantize(
     return report
 
 
+def quantize_to(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe = "bwla-w1a6",
+    settings: dict[str, Any] | None = None,
+    calibration: str | Path | Sequence[str] | Tensor = "self",
+    seed: int = 0,
+    spill: bool = False,
+    progress: Progress | None = None,
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> QuantizeReport:
+    """Quantize a model folder (or hub id, or demo:) into the folder `out`, block by block, and return the report.
+
+    Memory: one block, its statistics, embedding and head, and the calibration activations; with spill, these are in
+    files. calibration = "self" samples from the whole float model first, and so needs memory for that. What is done
+    is kept in OUT.partial: a killed call, made again, goes on and gives the same bytes. on_block: told of each block.
+    Raises CheckpointError, RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
+    """
+    name = str(source)
+    folder = demo_path(name, progress=progress) if is_demo(name) else source_folder(name)
+    job = Job(
+        folder,
+        Path(out),
+        load_recipe(recipe, settings),
+        calibration=calibration,
+        tokenizer=_tokenizer(str(folder)),
+        seed=seed,
+        spill=spill,
+    )
+    return quantize_folder(replace(job, sampler=partial(_sampled, job, progress)), progress=progress, on_block=on_block)
+
+
+def _sampled(job: Job, progress: Progress | None) -> Tensor:
+    """Return calibration tokens of the float model itself, which is in memory for that long."""
+    needed = float_bytes(job.folder)
+    if needed > memory_bytes() // 2:
+        raise CalibrationError(
+            f"{job.folder}: calibration = self samples from the whole float model, {needed / 2**30:.0f} GiB, which "
+            "does not fit into half of the memory; give a file of text, or random"
+        )
+    tokens = token_sources.calibration_tokens(
+        "self",
+        model=load(job.folder).model,
+        sequences=job.recipe.calibration.sequences,
+        length=job.recipe.calibration.length,
+        seed=job.seed,
+        progress=progress,
+    )
+    assert tokens is not None
+    return tokens
+
+
 def _refuse_packed(model: nn.Module, verb: str) -> None:
     if any(isinstance(m, (PackedLinear, PackedExperts)) for m in model.modules()):
         raise PlanError(f"{type(model).__name__} is already packed: it cannot be {verb}; load the float model")
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
-    """Write a model, packed or float, with its tokenizer into a folder that `load` reads."""
-    model.save_pretrained(path)  # type: ignore[operator]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
+    """Write a model, packed or float, with its tokenizer into a folder that `load` reads; whole, or not at all.
+
+    A packed model is read again first, which takes its memory twice. Raises CheckpointError where the folder cannot
+    be written, or where what was read differs by a bit, in a tensor or in logits.
+    """
+    save_checked(model, Path(path), tokenizer=tokenizer)
 
 
 def bits(model: nn.Module) -> Bits:

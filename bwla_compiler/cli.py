@@ -1,12 +1,10 @@
 """The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
 
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,20 +12,25 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, PlanError
+from bwla_compiler import cli_inspect, cli_packing
+from bwla_compiler.cli_options import (
+    Device,
+    JsonFile,
+    Model,
+    RecipeName,
+    Seed,
+    examples,
+    progress_bars,
+    stdout_console,
+    write_text,
+)
+from bwla_compiler.errors import BwlaError, PlanError
 from bwla_compiler.graph.plan import Plan
-from bwla_compiler.inspector.progress import ProgressBars
-from bwla_compiler.inspector.table import Cell, Table, duration, fixed, row, size
+from bwla_compiler.inspector.table import Cell, Table, row, size
 from bwla_compiler.inspector.terminal import print_report, render_table
-from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe, parse_setting
+from bwla_compiler.recipe import builtin_recipes, load_recipe
 from bwla_compiler.settings import settings
 from bwla_compiler.zoo.extent import Extent
-
-
-def _examples(*lines: str) -> str:
-    """Return the end of a command's help: one example a line."""
-    return "\n\n".join(["[bold]Examples[/bold]", *lines])
-
 
 app = typer.Typer(
     name="bwla-compile",
@@ -36,20 +39,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
-    epilog=_examples("bwla-compile demo --quick", "bwla-compile inspect demo:", "bwla-compile quantize DIR -o OUT"),
+    epilog=examples("bwla-compile demo --quick", "bwla-compile inspect demo:", "bwla-compile quantize DIR -o OUT"),
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, demo: or demo:outliers.")]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="A recipe's name, or a .toml file. See: bwla-compile recipes.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; repeatable."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer carries its own copy of click, or uses click's
 
@@ -90,28 +81,7 @@ def _fail(message: str, *, code: int) -> int:
     return code
 
 
-def _out() -> Console:
-    return Console(soft_wrap=False)
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressBars]:
-    with ProgressBars(Console(stderr=True)) as bars:
-        yield bars
-
-
-def _recipe(name: str, changes: list[str] | None) -> Recipe:
-    return load_recipe(name, dict(parse_setting(text) for text in changes or []))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-@app.command(epilog=_examples("bwla-compile demo", "bwla-compile demo --quick --json result.json"))
+@app.command(epilog=examples("bwla-compile demo", "bwla-compile demo --quick --json result.json"))
 def demo(
     json_file: JsonFile = None,
     html: Annotated[Path, typer.Option("--html", metavar="FILE", help="The page to write.")] = Path("report.html"),
@@ -121,119 +91,23 @@ def demo(
     from bwla_compiler.inspector.results import result_tables
     from bwla_compiler.main_job import run_demo
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = run_demo(json_path=json_file, html_path=html, quick=quick, progress=progress)
-    out = _out()
+    out = stdout_console()
     for table in result_tables(result):
         out.print(render_table(table))
         out.print()
     out.print(f"wrote {html}" + (f" and {json_file}" if json_file else ""), highlight=False)
 
 
-@app.command(
-    epilog=_examples(
-        "bwla-compile quantize demo: -o small", "bwla-compile quantize DIR -o OUT --set activations.bits=8"
-    )
-)
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the packed model goes.")],
-    recipe: RecipeName = "bwla-w1a6",
-    changes: Settings = None,
-    calibration: Annotated[
-        str, typer.Option(help="self (sampled from the model), random, none, or a file of text or token ids.")
-    ] = "self",
-    seed: Seed = 0,
-    device: Device = "cpu",
-    json_file: JsonFile = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")
-    ] = None,
-) -> None:
-    """Quantize a model and save it packed."""
-    chosen = _recipe(recipe, changes)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
-    from bwla_compiler import api
-
-    with _progress() as progress:
-        loaded = api.load(model, device=device, progress=progress)
-        report = api.quantize(
-            loaded.model,
-            recipe=chosen,
-            calibration=calibration,
-            tokenizer=loaded.tokenizer,
-            seed=seed,
-            progress=progress,
-        )
-    api.save(loaded.model, out, tokenizer=loaded.tokenizer)
-    if json_file:
-        _write(json_file, report.to_json())
-    _print_quantized(report, model, out, html)
+cli_packing.add_commands(app)
 
 
-def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
-    from bwla_compiler.inspector.report import build_report
-
-    shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
-    console = _out()
-    print_report(shown, console)
-    if html:
-        from bwla_compiler.inspector.sections import report_page
-
-        _write(html, report_page(shown))
-    console.print(f"wrote {out} in {duration(sum(report.seconds.values()))}", highlight=False)
+cli_inspect.add_commands(app)
 
 
 @app.command(
-    epilog=_examples(
-        "bwla-compile inspect demo:",
-        "bwla-compile inspect DIR -o report.html",
-        "bwla-compile inspect config.json --json",
-    )
-)
-def inspect(
-    model: Model,
-    html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
-    device: Device = "cpu",
-) -> None:
-    """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
-
-    A float model's weights are not read: a config.json is enough.
-    """
-    chosen = _recipe(recipe, None) if recipe else None
-    from bwla_compiler import api
-    from bwla_compiler.inspector.report import build_report
-
-    with _progress() as progress:
-        loaded = api.skeleton(model, device=device, progress=progress)
-        packed = _packed(loaded.model)
-        plan = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
-        cost = api.cost(loaded.model, plan=plan, recipe=chosen or "bwla-w1a6", context=context)
-    name = packed.recipe["name"] if packed else chosen.name if chosen else ""
-    bits = api.bits(loaded.model) if packed else None
-    report = build_report(plan, source=model, recipe=name, bits=bits, cost=cost)
-    if html:
-        from bwla_compiler.inspector.sections import report_page
-
-        _write(html, report_page(report))
-    if as_json:
-        print(report.to_json())
-    else:
-        print_report(report, _out())
-
-
-def _packed(model: Any) -> Any:
-    """Return what a packed checkpoint's config tells of plan and recipe, or None for a float model."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config if getattr(config, "plan", None) else None
-
-
-@app.command(
-    epilog=_examples("bwla-compile plan DIR --json plan.json", "bwla-compile plan config.json --graphml plan.graphml")
+    epilog=examples("bwla-compile plan DIR --json plan.json", "bwla-compile plan config.json --graphml plan.graphml")
 )
 def plan(
     model: Model,
@@ -246,93 +120,35 @@ def plan(
     """Plan a model and write the plan as data, keyed by parameter name; a config.json is enough."""
     from bwla_compiler import api
     from bwla_compiler.graph.network import chains, to_graphml
+    from bwla_compiler.inspection import packed_config
     from bwla_compiler.inspector.report import build_report
     from bwla_compiler.inspector.terminal import summary
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         loaded = api.skeleton(model, device=device, progress=progress)
-        packed = _packed(loaded.model)
+        packed = packed_config(loaded.model)
         found = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
     for path, text in ((json_file, found.to_json), (graphml, lambda: to_graphml(found))):
         if path:
-            _write(path, text())
+            write_text(path, text())
     written = [str(path) for path in (json_file, graphml) if path]
-    out = _out()
+    out = stdout_console()
     out.print(summary(build_report(found)), highlight=False)
     out.print(f"{len(found.free)} free bases in {len(chains(found))} chains", highlight=False)
     if written:
         out.print(f"wrote {' and '.join(written)}", highlight=False)
 
 
-@app.command("eval", epilog=_examples("bwla-compile eval demo:", "bwla-compile eval DIR --text wiki.txt --length 2048"))
-def evaluate(
-    model: Model,
-    text: Annotated[
-        str, typer.Option(metavar="FILE", help="Text or token ids; demo:test and demo:ood are the embedded text.")
-    ] = "",
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
-    device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-) -> None:
-    """Measure perplexity on a text, and count true bits."""
-    from bwla_compiler import api
-
-    source = text or ("demo:test" if model.startswith("demo:") else "")
-    if not source:
-        raise CalibrationError(f"{model}: which text? give --text FILE, or --text demo:test for the embedded text")
-    with _progress() as progress:
-        loaded = api.load(model, device=device, progress=progress)
-        tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
-        found = api.perplexity(loaded.model, tokens, progress=progress)
-    bits = api.bits(loaded.model)
-    if as_json:
-        fields = {"perplexity": found, "n_tokens": tokens.numel(), "bits": bits.linears, "n_bytes": bits.n_bytes}
-        print(json.dumps(fields))
-        return
-    cells = row(model, fixed(found), tokens.numel(), fixed(bits.linears), fixed(bits.model), size(bits.n_bytes))
-    columns = ("model", ">perplexity", ">tokens", ">bits, linears", ">bits, model", ">bytes")
-    _out().print(render_table(Table("", columns, (cells,), f"text: {source}")))
-
-
-def _tokens(source: str, tokenizer: Any, *, sequences: int, length: int) -> Any:
-    """Return tokens [n, length + 1] int64 of a file, or of a split of the embedded text."""
-    if source in ("demo:test", "demo:ood"):
-        from bwla_compiler.demo.model import demo_tokens
-
-        return demo_tokens("ood" if source == "demo:ood" else "test", sequences=sequences, length=length)
-    from bwla_compiler.tokens import from_file
-
-    return from_file(source, tokenizer, length=length + 1, limit=sequences)
-
-
-@app.command(epilog=_examples('bwla-compile generate demo: --prompt "Return the" --tokens 32'))
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
-    seed: Seed = 0,
-    device: Device = "cpu",
-) -> None:
-    """Continue a prompt."""
-    from bwla_compiler import api
-
-    with _progress() as progress:
-        loaded = api.load(model, device=device, progress=progress)
-        text = api.generate(loaded.model, loaded.tokenizer, prompt, tokens=tokens, seed=seed)
-    print(text)
-
-
-@app.command(epilog=_examples("bwla-compile verify demo:outliers --seed 3"))
+@app.command(epilog=examples("bwla-compile verify demo:outliers --seed 3"))
 def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
     """Check that rotations change nothing: random ones in every free space, no quantization, float64."""
     from bwla_compiler import api
     from bwla_compiler.inspector.report import build_report
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         loaded = api.load(model, device=device, progress=progress)
         result = api.verify(loaded.model, seed=seed, progress=progress)
-    out = _out()
+    out = stdout_console()
     print_report(build_report(result.plan, source=model), out)
     out.print(
         f"{result.n_free} free spaces rotated: relative logit error {result.error:.2e}, allowed {result.tolerance:.0e}",
@@ -346,7 +162,7 @@ def verify(model: Model, seed: Seed = 0, device: Device = "cpu") -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "bwla-compile zoo llama gpt2 mixtral --compile whole",
         "bwla-compile zoo --markdown docs/architectures.md --json rows.json",
     )
@@ -377,7 +193,7 @@ def zoo(
     from bwla_compiler.zoo.workers import run_zoo
 
     chosen = known(names or [])
-    with _progress() as progress:
+    with progress_bars() as progress:
         rows = run_zoo(
             chosen,
             seed=seed,
@@ -388,9 +204,9 @@ def zoo(
         )
     command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed} --compile {extent}"])
     if json_file:
-        _write(json_file, to_json(rows, command=command, versions=versions()))
+        write_text(json_file, to_json(rows, command=command, versions=versions()))
     if markdown:
-        _write(markdown, to_markdown(rows, command=command, versions=versions()))
+        write_text(markdown, to_markdown(rows, command=command, versions=versions()))
     _print_zoo(rows, summary(rows))
 
 
@@ -409,7 +225,7 @@ def _print_zoo(rows: Sequence[Any], line: str) -> None:
         for found in rows
     )
     columns = ("architecture", "status", ">folds", ">partial", ">online", ">alone", ">quantized", ">error", "compiled")
-    out = _out()
+    out = stdout_console()
     mean = sum(found.seconds for found in rows) / max(1, len(rows))
     out.print(render_table(Table("", (*columns, "reason"), cells, f"{line}; {mean:.1f} s a row")))
     for status, what in (("status", "folding"), ("compiled", "compiling"), ("raw", "compiling")):
@@ -417,17 +233,17 @@ def _print_zoo(rows: Sequence[Any], line: str) -> None:
             raise PlanError(f"{', '.join(wrong)}: {what} changes what the model computes; please report this")
 
 
-@app.command(epilog=_examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))
+@app.command(epilog=examples("bwla-compile recipes", "bwla-compile recipes bwla-w1a6"))
 def recipes(name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this recipe's fields.")] = "") -> None:
     """List the recipes, or show the fields of one; --set changes them by these names."""
     if name:
         found = load_recipe(name)
-        out = _out()
+        out = stdout_console()
         out.print(render_table(Table(found.name, ("field", "value"), tuple(_fields(found.to_dict())))))
         return
     from bwla_compiler.inspector.recipes import recipe_table
 
-    _out().print(render_table(recipe_table(builtin_recipes().values())))
+    stdout_console().print(render_table(recipe_table(builtin_recipes().values())))
 
 
 def _fields(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[Cell, ...]]:
@@ -438,17 +254,17 @@ def _fields(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[Cell, ...
             yield row(prefix + key, str(value).lower() if isinstance(value, bool) else str(value))
 
 
-@app.command(epilog=_examples("bwla-compile doctor"))
+@app.command(epilog=examples("bwla-compile doctor"))
 def doctor() -> None:
     """Say what this machine has, and what follows from it."""
     from bwla_compiler.inspector.machine import machine_table
 
-    _out().print(render_table(machine_table()))
+    stdout_console().print(render_table(machine_table()))
 
 
 @app.command(
     "emit",
-    epilog=_examples(
+    epilog=examples(
         "bwla-compile emit demo: --target cuda:90 -o kernels",
         "bwla-compile emit DIR --target hip:gfx942 -o OUT --recipe bwla-w1a8",
         "bwla-compile emit demo: --target cpu -o kernels",
@@ -466,10 +282,10 @@ def emit_kernels(
     from bwla_compiler import api
     from bwla_compiler.emit import emit
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         loaded = api.load(model, progress=progress)
         report = emit(loaded.model, target, out, recipe=recipe, progress=progress)
-    console = _out()
+    console = stdout_console()
     console.print(render_table(_kernel_table(report)))
     console.print(f"wrote {len(report.kernels)} kernels and resources.json to {out}", highlight=False)
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import bwla_compiler
-from bwla_compiler import cli
+from bwla_compiler import cli, inspection
 from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
 from bwla_compiler.inspector.cost import cost_report
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.inspector.diff import compare_reports
+from bwla_compiler.inspector.report import build_report
+from bwla_compiler.recipe import Override, Recipe
 from bwla_compiler.spec import LinearSpec
 
 COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
@@ -54,21 +56,26 @@ class FakeApi(ModuleType):
     def plan(self, model: Any) -> Plan:
         return PLAN
 
-    def cost(self, model: Any, *, plan: Plan, recipe: Any, context: int) -> Any:
-        self.calls["cost"] = {"recipe": recipe, "context": context}
+    def inspect(self, model: str, *, recipe: str = "", context: int, device: str, progress: Any = None) -> Any:
+        self.calls["inspect"] = {"source": model, "recipe": recipe, "context": context, "device": device}
         groups = (GroupShape("q, k", LinearSpec(4096, (4096, 512)), 3),)
-        return cost_report(ModelShape(groups, attention=(AttentionShape(3, 32, 4, 128),)), context=context)
+        shape = ModelShape(groups, attention=(AttentionShape(3, 32, 4, 128),))
+        cost = cost_report(shape, context=context, chosen=device)
+        return build_report(self.plan(model), source=model, recipe=recipe, cost=cost)
 
-    def quantize(self, model: Any, **options: Any) -> Any:
-        self.calls["quantize"] = options
+    def compare(self, model: str, a: str, b: str, **options: Any) -> Any:
+        self.calls["compare"] = {"model": model, "a": a, "b": b}
+        report = build_report(PLAN)
+        return compare_reports(report, report, names=(a, b))
+
+    def quantize_to(self, source: str, out: Path, **options: Any) -> Any:
+        self.calls["quantize"] = {"source": source, "out": out, **options}
+        options["on_block"]("model.layers.0: done")
         bits = SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
         return SimpleNamespace(
             plan=PLAN, recipe=options["recipe"], linears=(), passes=(), bits=bits, seconds={"fit": 2.0},
             to_json=lambda: '{"x": 1}',
         )  # fmt: skip
-
-    def save(self, model: Any, path: Path, *, tokenizer: Any = None) -> None:
-        self.calls["save"] = {"path": path, "tokenizer": tokenizer}
 
     def bits(self, model: Any) -> Any:
         return SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
@@ -96,6 +103,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     """Put the fake in the api's place."""
     fake = FakeApi()
     monkeypatch.setitem(sys.modules, "bwla_compiler.api", fake)
+    monkeypatch.setattr(inspection, "inspect", fake.inspect)
+    monkeypatch.setattr(inspection, "compare", fake.compare)
     monkeypatch.setattr(bwla_compiler, "api", fake, raising=False)
     main_job = ModuleType("bwla_compiler.main_job")
     main_job.run_demo = fake.run_demo  # type: ignore[attr-defined]
@@ -164,6 +173,7 @@ def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: s
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bit=8"), "did you mean 'bits'"),
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits"), "section.field=value"),
         (("quantize", "demo:", "-o", "{new}", "--set", "activations.bits=1"), "must be 16, or 2 to 8"),
+        (("quantize", "demo:", "-o", "{new}", "--override", "psp.rank=8"), "PATTERN:section.field=value"),
         (("quantize", "demo:", "-o", "{full}"), "exists and is not an empty folder"),
         (("recipes", "rtm"), "Did you mean 'rtn'"),
         (("eval", "some/folder"), "--text FILE"),
@@ -212,19 +222,22 @@ def test_an_interrupt_is_code_130(run: Run, api: FakeApi, monkeypatch: pytest.Mo
 
 def test_quantize_passes_the_recipe_and_saves(run: Run, api: FakeApi, tmp_path: Path) -> None:
     out, page, data = tmp_path / "packed", tmp_path / "page.html", tmp_path / "report.json"
-    code, text, _ = run(
+    code, text, err = run(
         "quantize", "demo:", "-o", str(out), "--recipe", "rtn", "--set", "activations.bits=8", "--set",
         "residual=online", "--calibration", "random", "--seed", "7", "--json", str(data), "--html", str(page),
+        "--keep", "*.0.*", "--override", "*.o_proj:psp.rank=8",
     )  # fmt: skip
     assert code == 0
     options = api.calls["quantize"]
     recipe = options["recipe"]
     assert isinstance(recipe, Recipe)
     assert (recipe.name, recipe.activations.bits, recipe.residual) == ("rtn", 8, "online")
-    assert (options["calibration"], options["seed"], options["tokenizer"]) == ("random", 7, "tokenizer")
-    assert api.calls["save"] == {"path": out, "tokenizer": "tokenizer"}
+    assert recipe.overrides == (Override("*.0.*", keep=True), Override("*.o_proj", set={"psp.rank": 8}))
+    assert (options["source"], options["out"]) == ("demo:", out)
+    assert (options["calibration"], options["seed"], options["spill"]) == ("random", 7, False)
     assert json.loads(data.read_text()) == {"x": 1}
     assert page.read_text().startswith("<!doctype html>")
+    assert "model.layers.0: done" in err
     assert "1.25 linears" in text
     assert f"wrote {out} in 2.0 s" in text
 
@@ -244,8 +257,8 @@ def test_inspect_prints_modelled_costs(run: Run, api: FakeApi, tmp_path: Path) -
     page = tmp_path / "report.html"
     code, text, _ = run("inspect", "some/config.json", "--context", "512", "-o", str(page))
     assert code == 0
-    assert api.calls["skeleton"]["source"] == "some/config.json"
-    assert api.calls["cost"] == {"recipe": "bwla-w1a6", "context": 512}
+    assert api.calls["inspect"]["source"] == "some/config.json"
+    assert api.calls["inspect"]["context"] == 512
     assert "M*, modelled" in text
     assert "One sequence of 512 tokens" in text
     assert "h100-sxm" in text
@@ -265,17 +278,18 @@ def test_plan_writes_data_and_graph(run: Run, api: FakeApi, tmp_path: Path) -> N
     assert "cannot be written" in err
 
 
-def test_inspect_of_a_packed_model_reads_the_stored_plan(
-    run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = SimpleNamespace(plan=json.loads(PLAN.to_json()), recipe={"name": "bwla-w1a4"})
-    model = SimpleNamespace(config=SimpleNamespace(quantization_config=stored))
-    monkeypatch.setattr(api, "skeleton", lambda source, **_: SimpleNamespace(model=model))
-    monkeypatch.delattr(FakeApi, "plan")
-    code, text, _ = run("inspect", "packed", "--json")
+def test_inspect_explains_and_compares(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("inspect", "some/model", "--why", "lm_head")
     assert code == 0
-    assert json.loads(text)["recipe"] == "bwla-w1a4"
-    assert json.loads(text)["bits"] == {"linears": 1.25, "model": 3.0, "n_bytes": 2048}
+    assert text.startswith("lm_head takes 4 channels to 8. It is folded")
+    code, _, err = run("inspect", "some/model", "--why", "lm_haed")
+    assert (code, "did you mean 'lm_head'" in err) == (1, True)
+    assert run("inspect", "some/model", "--diff", "rtn", "bwla-w1a6")[0] == 0
+    assert api.calls["compare"] == {"model": "some/model", "a": "rtn", "b": "bwla-w1a6"}
+    code, text, _ = run("inspect", "--diff", "one", "two", "--json")
+    assert (code, json.loads(text)["a"], api.calls["compare"]["model"]) == (0, "one", "")
+    code, _, err = run("inspect", "some/model", "--on", "abacus")
+    assert (code, "choose one of h100-sxm" in err) == (1, True)
 
 
 def test_eval_reads_a_file_of_ids(run: Run, api: FakeApi, tmp_path: Path) -> None:
@@ -375,7 +389,8 @@ def test_the_fake_answers_as_the_api_does() -> None:
     for name, fake in vars(FakeApi).items():
         if name.startswith("_") or name == "run_demo":
             continue
-        parameters = inspect.signature(getattr(real, name)).parameters
+        home = inspection if name in ("inspect", "compare") else real
+        parameters = inspect.signature(getattr(home, name)).parameters
         wanted = [p for p in inspect.signature(fake).parameters if p not in ("self", "options")]
         assert set(wanted) <= set(parameters), name
 

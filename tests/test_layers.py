@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "bwla_compiler"
 
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost", "workers"), 1),
+    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost", "workers", "memory"), 1),
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
-    **dict.fromkeys(("main_job", "comparison", "zoo", "api", "cli", "__main__"), 7),
+    **dict.fromkeys(("main_job", "comparison", "inspection", "streaming", "zoo", "api"), 7),
+    **dict.fromkeys(("cli", "cli_options", "cli_inspect", "cli_packing", "__main__"), 7),
 }
 STRANGERS = {2, 5}
 

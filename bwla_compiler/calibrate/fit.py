@@ -46,7 +46,8 @@ def fit_group(
     targets = stacked.split(rows)
     hessian = torch.eye(stacked.shape[1]) if gram is None else damped(gram, recipe.signs.damping).float()
     fitted = _weights(targets, hessian, recipe, rank)
-    return [_with_errors(target, weight, hessian) for target, weight in zip(targets, fitted, strict=True)]
+    seen = None if gram is None else hessian
+    return [_with_errors(target, weight, seen) for target, weight in zip(targets, fitted, strict=True)]
 
 
 def _weights(
@@ -79,13 +80,14 @@ def _simulated(target: Tensor, hessian: Tensor, *, refined: bool) -> SimulatedWe
     return SimulatedWeight(dense, n_bits=billm_bits(*target.shape, refined=refined))
 
 
-def _with_errors(target: Tensor, weight: BinaryWeight | SimulatedWeight, hessian: Tensor) -> LinearFit:
+def _with_errors(target: Tensor, weight: BinaryWeight | SimulatedWeight, hessian: Tensor | None) -> LinearFit:
+    """Return a fit with its errors; without a hessian, inputs count alike and both errors are the weight's."""
     error = target - weight.dense()
-    return LinearFit(
-        weight,
-        weight_error=float(error.square().sum() / target.square().sum()),
-        output_error=hessian_error(error, hessian) / max(hessian_error(target, hessian), 1e-30),
-    )
+    of_weight = float(error.square().sum() / target.square().sum())
+    if hessian is None:
+        return LinearFit(weight, of_weight, of_weight)
+    of_output = hessian_error(error, hessian) / max(hessian_error(target, hessian), 1e-30)
+    return LinearFit(weight, of_weight, of_output)
 
 
 def _signs(targets: Sequence[Tensor], hessian: Tensor, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:

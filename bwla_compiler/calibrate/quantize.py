@@ -3,14 +3,17 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
-from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
+from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
+from bwla_compiler.calibrate.residency import InMemory, Residency
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
@@ -21,7 +24,6 @@ from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.graph.planner import make_plan, site_modules
 from bwla_compiler.numerics.activations import fake_quantize
 from bwla_compiler.numerics.stats import LinearStats
-from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import Pass, PassContext, PassReport
 from bwla_compiler.passes.insert_online import InsertOnline, skip_reason
 from bwla_compiler.passes.pipeline import folding_passes, run_pass
@@ -48,19 +50,25 @@ def quantize_model(
     graph: GraphModule | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    weights: Residency | None = None,
+    keep: Callable[[Any], Any] | None = None,
+    on_block: Callable[[BlockReport], None] | None = None,
 ) -> QuantizeReport:
     """Quantize a causal LM in place and return the report.
 
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
     this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
-    it was made for batches [BATCH, length] and the folds add no parameter. Deterministic given the seed.
+    it was made for batches [BATCH, length] and the folds add no parameter. weights: who holds them, by default the
+    model. keep: puts the streams' results where they are kept, by default nowhere else. on_block: told of each block
+    that is done. Deterministic given the seed.
     Raises WeightError, CaptureError, PlanError, RecipeError or CalibrationError before anything is changed.
     """
     with evaluating(model):
-        check_weights(model)
+        weights = weights or InMemory(model)
+        weights.check()
         plan = plan or make_plan(model)
         _check_experts(plan, recipe)
-        return _Quantizer(model, recipe, tokens, plan, graph, seed, progress).run()
+        return _Quantizer(model, recipe, tokens, plan, graph, seed, progress, weights, keep, on_block).run()
 
 
 def _check_experts(plan: Plan, recipe: Recipe) -> None:
@@ -85,7 +93,11 @@ class _Quantizer:
         graph: GraphModule | None,
         seed: int,
         progress: Progress | None,
+        weights: Residency,
+        keep: Callable[[Any], Any] | None,
+        on_block: Callable[[BlockReport], None] | None,
     ) -> None:
+        self.weights, self.keep, self.on_block = weights, keep, on_block
         self.model, self.recipe, self.plan, self.graph, self.seed = model, recipe, plan, graph, seed
         self.tokens = tokens if recipe.needs_calibration else None
         self.progress = progress or (lambda label, done, total: None)
@@ -95,11 +107,13 @@ class _Quantizer:
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
+        self.weights.prepare(self.plan)
         for step in folding_passes(self.recipe):
-            self._pass(step)
+            self._note(self.weights.fold(step, self._context()))
         self.stream = self._open_stream()
         ends = QuantizeEnds(rotated=self.recipe.transform.kind != "none" and self.recipe.residual == "folded")
         self._groups()
+        self.weights.fetch_rest()
         teacher = self._teacher()
         self._pass(ends)
         if teacher is not None:
@@ -112,9 +126,11 @@ class _Quantizer:
         return PassContext(self.model, self.plan, self.recipe, self.seed)
 
     def _pass(self, step: Pass) -> None:
-        report = run_pass(self.model, step, self._context())
+        self._note(run_pass(self.model, step, self._context()))
+
+    def _note(self, report: PassReport) -> None:
         self.passes.append(report)
-        self.seconds[step.name] = self.seconds.get(step.name, 0.0) + report.seconds
+        self.seconds[report.name] = self.seconds.get(report.name, 0.0) + report.seconds
 
     def _open_stream(self) -> TwinStream | None:
         if self.tokens is None:
@@ -128,7 +144,8 @@ class _Quantizer:
         self.nodes = {name: calls[0] for name, calls in sites.items()}
         named = ((name, site) for name, calls in sites.items() for site in calls)
         calls = [Call(site.node, site.source, name, site.n_experts, site.offsets) for name, site in named]
-        stream = TwinStream(graph, self.model, usable.split(batch), calls)
+        batches = usable.split(batch)
+        stream = TwinStream(graph, self.model, batches, calls, values=self.weights.value, keep=self.keep)
         keep_routing(stream, self.nodes.values())
         return stream
 
@@ -143,10 +160,18 @@ class _Quantizer:
     def _groups(self) -> None:
         heads = set(head_names(self.model, self.plan))
         groups = [g for g in self.plan.groups if not heads.intersection(g.linears)]
+        blocks = Blocks(
+            self.plan, groups, self.weights, passes=self.passes, linears=self.linears, on_block=self.on_block
+        )
+        following = [*groups[1:], *(g for g in self.plan.groups if heads.intersection(g.linears))]
         for done, group in enumerate(groups):
-            self.progress(f"quantizing {group.name}", done, len(groups))
-            self._group(group)
-            log.info("%s: %d linears", group.name, len(group.linears))
+            self.progress("quantizing", done, len(groups))
+            if blocks.enter(group, self.stream):
+                self._group(group)
+                log.info("%s: %d linears", group.name, len(group.linears))
+            after = self.nodes[following[done].name].node if self.stream and done < len(following) else None
+            blocks.leave(done, self.stream, before=after)
+        blocks.close()
         self.progress("quantizing", len(groups), len(groups))
 
     def _teacher(self) -> Callable[[int], Tensor] | None:
@@ -167,6 +192,11 @@ class _Quantizer:
         known = dict(self.model.named_parameters())
         gains = [known[norm.gain] for norm in self.plan.norms if norm.gain in known]
         batches = self.stream.batches
+        if reason := self.weights.gather():
+            report.skip("all", f"left as fitted: {reason}")
+            log.warning("not tuned, left as fitted: %s", reason)
+            self.passes.append(report)
+            return
         try:
             first, last = tune(
                 self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress

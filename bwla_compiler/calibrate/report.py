@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
+from bwla_compiler.numerics.distribution import Spread
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.recipe import Recipe
 
@@ -35,7 +38,8 @@ class LinearReport:
 
     weight_error: ||W - W^||^2 / ||W||^2 in the basis that is read. output_error: tr(E H E^T) / tr(W H W^T), the
     share of the output's energy on calibration tokens that is lost (equal to weight_error without calibration). Of
-    experts, both are means over the experts' tokens. tokens: of experts, None without calibration.
+    experts, both are means over the experts' tokens. tokens: of experts, None without calibration. spread: of weight
+    and input, before anything was done and as they were fitted.
     """
 
     name: str
@@ -47,6 +51,34 @@ class LinearReport:
     output_error: float
     seconds: float
     tokens: ExpertTokens | None = None
+    spread: Spread | None = None
+
+
+def linear_report(data: Mapping[str, Any]) -> LinearReport:
+    """Return the report that `dataclasses.asdict` made data of, through JSON or not."""
+    tokens = data.get("tokens")
+    counted = None if tokens is None else ExpertTokens(**{**tokens, "counts": tuple(tokens["counts"])})
+    return LinearReport(**{**data, "tokens": counted})
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block that is done: errors and bits are means over the weights of its linears; seconds of wall time.
+
+    done, total: how many blocks, this one among them. restored: whether an earlier run had fitted it.
+    """
+
+    name: str
+    output_error: float
+    true_bits: float
+    seconds: float
+    done: int
+    total: int
+    restored: bool
+
+    def __str__(self) -> str:
+        how = "as an earlier run left it" if self.restored else f"{self.seconds:.1f} s"
+        return f"{self.name}: error {self.output_error:.4f}, {self.true_bits:.3f} bits, {how}"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 The fp stream computes with the float weights, the quantized stream with the packed modules that have replaced
 them so far. Both stop in front of each group of linears, so that its statistics can be gathered and its linears
 replaced before anything downstream runs. Every node runs once per batch and stream; what nobody will read again
-is freed, so that memory holds the live activations alone.
+is freed, so that memory holds the live activations alone, and weights from their first use to their last.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, map_arg
 
 from bwla_compiler.graph import opkinds as ops
-from bwla_compiler.graph.capture import attribute
+from bwla_compiler.graph.capture import attribute, parameter_name
 from bwla_compiler.graph.experts import experts_of_batches, experts_of_rows
 
 Progress = Callable[[str, int, int], None]
@@ -39,11 +40,22 @@ class TwinStream:
     """See the module's docstring.
 
     gm: captured for batches of the shape of `batches` (int64 [batch, length] each). calls: nodes that the
-    quantized stream runs through the model's modules once those are replaced.
+    quantized stream runs through the model's modules once those are replaced. values: what a get_attr node stands
+    for, asked when it is first read; by default what the graph holds. keep: puts a result where it is kept.
     """
 
-    def __init__(self, gm: GraphModule, model: nn.Module, batches: Sequence[Tensor], calls: Sequence[Call]) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        calls: Sequence[Call],
+        *,
+        values: Callable[[GraphModule, Node], Tensor] = attribute,
+        keep: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.gm, self.model, self.batches = gm, model, batches
+        self._values, self._kept = values, keep or (lambda value: value)
         self.calls = {call.node: call for call in calls}
         self.nodes: list[Node] = list(gm.graph.nodes)
         self.position = 0
@@ -78,16 +90,38 @@ class TwinStream:
 
     def advance(self, until: Node) -> None:
         """Run both streams over all batches up to, and without, a node."""
-        end = self._index[until]
+        self._advance(self._index[until])
+
+    def pass_by(self, prefix: str, *, before: Node) -> bool:
+        """Run up to where nothing reads the parameters and modules under a name any more, but not as far as `before`.
+
+        Returns whether that point was reached.
+        """
+        own = [n for n in self.nodes if n.op == "get_attr" and parameter_name(n).startswith(f"{prefix}.")]
+        called = [node for node, call in self.calls.items() if call.module.startswith(f"{prefix}.")]
+        readers = [user for node in own for user in node.users]
+        end = 1 + max((self._index[node] for node in (*readers, *called)), default=-1)
+        self._advance(min(end, self._index[before]))
+        return end <= self._index[before]
+
+    def _advance(self, end: int) -> None:
         for node in self.nodes[self.position : end]:
+            if node.op == "get_attr":
+                continue  # asked for when it is read
+            self._hold(node)
             if node in self._constant:
                 self._shared[node] = self._run(node, self._shared)
-                continue
-            for fp, q, batch in zip(self._fp, self._q, self.batches, strict=True):
-                fp[node] = batch if node.op == "placeholder" else self._run(node, fp)
-                q[node] = self._run_quantized(node, q, batch)
+            else:
+                for fp, q, batch in zip(self._fp, self._q, self.batches, strict=True):
+                    fp[node] = batch if node.op == "placeholder" else self._kept(self._run(node, fp))
+                    q[node] = self._kept(self._run_quantized(node, q, batch))
             self._free(self._index[node])
-        self.position = end
+        self.position = max(self.position, end)
+
+    def _hold(self, node: Node) -> None:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in self._shared:
+                self._shared[source] = self._values(self.gm, source)
 
     def pairs(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
         """Give a node's values in the fp and in the quantized stream, batch by batch, as [tokens, channels]."""
@@ -111,19 +145,23 @@ class TwinStream:
         env = {**self._fp[batch], node: value}
         for later in self.nodes[self._index[node] + 1 :]:
             if later.op == "output":
-                first = next(iter(later.all_input_nodes))
-                return env[first] if first in env else self._shared[first]
+                return self._look(next(iter(later.all_input_nodes)), env)
             env[later] = self._run(later, env)
         return value
 
     def _run(self, node: Node, env: Mapping[Node, Any]) -> Any:
         if node.op == "get_attr":
-            return attribute(self.gm, node)
+            return self._values(self.gm, node)
         if node.op == "output":
             return None
-        look = lambda n: env[n] if n in env else self._shared[n]  # noqa: E731
         assert callable(node.target)
+        look = partial(self._look, env=env)
         return node.target(*map_arg(node.args, look), **map_arg(node.kwargs, look))
+
+    def _look(self, node: Node, env: Mapping[Node, Any]) -> Any:
+        if node in env:
+            return env[node]
+        return self._shared[node] if node in self._shared else self._values(self.gm, node)
 
     def _run_quantized(self, node: Node, env: dict[Node, Any], batch: Tensor) -> Any:
         if node.op == "placeholder":
@@ -141,8 +179,8 @@ class TwinStream:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _free(self, done: int) -> None:
-        dead = [node for node in self._fp[0] if self._last_use[node] <= done]
-        for env in (*self._fp, *self._q):
+        dead = [node for node in (*self._fp[0], *self._shared) if self._last_use[node] <= done]
+        for env in (*self._fp, *self._q, self._shared):
             for node in dead:
                 env.pop(node, None)
 

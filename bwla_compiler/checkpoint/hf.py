@@ -6,24 +6,29 @@ makes a float weight, and save_pretrained writes the packed one.
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bwla_compiler import __version__
+from bwla_compiler.checkpoint.files import check_file, checksums, shapes
+from bwla_compiler.checkpoint.guards import guard_names, with_guards
 from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.experts import PackedExperts
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
-from bwla_compiler.runtime.skeleton import build_skeleton, describe
+from bwla_compiler.runtime.skeleton import FORMAT_VERSION, build_skeleton, describe, packed_modules
 
 METHOD = "bwla"
-FORMAT_VERSION = 1
 
 
 @register_quantization_config(METHOD)
@@ -31,7 +36,8 @@ class BwlaConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of a packed model.
 
     modules: name -> description of the packed module (see `runtime.skeleton`). recipe, plan: how it came
-    to be. true_bits: bits per weight of the block linears and of the whole model, and the model's bytes.
+    to be. true_bits: bits per weight of the block linears and of the whole model, and the model's bytes. written_by:
+    the release that wrote it. Raises CheckpointError for a format that this release does not read.
     """
 
     def __init__(
@@ -41,18 +47,19 @@ class BwlaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         plan: dict[str, Any] | None = None,
         true_bits: dict[str, float] | None = None,
         format_version: int = FORMAT_VERSION,
+        written_by: str = __version__,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
-                f"packed format version {format_version} is not known; this bwla-compiler reads version "
-                f"{FORMAT_VERSION}: upgrade bwla-compiler"
+                f"packed format version {format_version} is not known; bwla-compiler {__version__} reads version "
+                f"{FORMAT_VERSION}: upgrade bwla-compiler to {written_by} or later, which wrote it"
             )
         if unknown:
             raise CheckpointError(f"quantization_config has unknown keys {sorted(unknown)}: upgrade bwla-compiler")
         self.quant_method = METHOD
-        self.format_version = format_version
+        self.format_version, self.written_by = format_version, written_by
         self.modules = modules or {}
         self.recipe = recipe or {}
         self.plan = plan or {}
@@ -67,14 +74,29 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     simulated = False
     """Whether the model's weights are floats that stand for a format which is not packed."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Build the packed modules; raise CheckpointError where the files are damaged or lack a tensor."""
         with torch.device("meta"):
             for name, module in build_skeleton(self.quantization_config.modules).items():
                 replace_module(model, name, module)
                 _mark_initialized(
                     model.get_submodule(name.rpartition(".")[0]), always=isinstance(module, PackedExperts)
                 )
+        guards = guard_names(packed_modules(model))
+        _expect(model, {f"^{re.escape(name)}$" for name in guards})
+        paths = [Path(file) for file in checkpoint_files or ()]
+        for path in paths:
+            check_file(path)
+        if paths:
+            _check_complete(model, {n: s for path in paths for n, s in shapes(path).items() if n not in guards})
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what save_pretrained writes: tensors with guards, and their checksums."""
+        tensors = with_guards(model.state_dict(), packed_modules(model))
+        return tensors, checksums(tensors)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Return no conversions: packed tensors go by the model's own names, and are no weights to merge or turn."""
@@ -103,20 +125,38 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _expect(model: Any, patterns: set[str]) -> None:
+    """Have transformers say nothing of tensors that no parameter takes: guards."""
+    known = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    model._keys_to_ignore_on_load_unexpected = known | patterns
+
+
+def _check_complete(model: Any, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError where a model's tensors are missing or have other shapes: none is ever made up."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in found and tied.get(name) not in found:
+            raise CheckpointError(f"the checkpoint lacks {name}: it is incomplete; copy or quantize it again")
+        if name in found and found[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} has shape {list(found[name])}, its config says {list(tensor.shape)}: files of two models are "
+                "mixed; copy or quantize it again"
+            )
+
+
 def _mark_initialized(parent: Any, *, always: bool = False) -> None:
     """Keep transformers from initialising a parent's children by name (GPT-2 writes to `c_proj.weight`).
 
-    always: also where it has tensors of its own (biases of experts), which then must be in the checkpoint.
+    What the parent has itself is in the checkpoint, but for buffers that are not saved: those only its own
+    initialisation can give, so that it is left alone then. always: even then.
     """
-    own = (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
-    if always or not own:
+    if always or not parent._non_persistent_buffers_set:
         parent._is_hf_initialized = True
 
 
 def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     """Give a model that was quantized in place the config that save_pretrained writes."""
-    packed = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, packed)}
+    modules = packed_modules(model)
     config = BwlaConfig(
         modules={name: describe(module, modules) for name, module in modules.items()},
         recipe=recipe.to_dict(),
@@ -124,11 +164,29 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
         true_bits=dataclasses.asdict(bits),
     )
     model.config.quantization_config = config
-    model.config.tie_word_embeddings = (
-        False  # a packed head shares codes by itself; transformers would look for a weight
-    )
+    tied = len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters()))
+    model.config.tie_word_embeddings = tied  # a packed head shares codes by itself: it is none of transformers' ties
     model.hf_quantizer = BwlaQuantizer(config)
     model.hf_quantizer.simulated = recipe.simulated
     model._weight_conversions = []  # save_pretrained would look for weights of experts to cut apart
     model.is_quantized = True
     model.quantization_method = METHOD
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write what save_pretrained writes beside the tensors of a model, whose values need not be here."""
+    model.config.dtype = "float32"
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def check_saved(folder: Path) -> None:
+    """Raise CheckpointError where a folder's tensors are not those that its config describes, name by name."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    table = config.quantization_config
+    quantizer = BwlaQuantizer(BwlaConfig(**table) if isinstance(table, dict) else table)
+    quantizer._process_model_before_weight_loading(model, sorted(map(str, folder.glob("*.safetensors"))))

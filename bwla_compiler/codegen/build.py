@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 from bwla_compiler.codegen.isa import FLAGS, Isa, cpu_flags
 from bwla_compiler.errors import BuildError
 from bwla_compiler.settings import settings
@@ -51,9 +53,9 @@ def build_library(
     """Return the shared library compiled from `source`; from the cache where it was built before.
 
     name: first part of the file's name. flags, links: before and after the source on the command line. key: what
-    else determines the result. None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes:
-    each compiles to its own temporary file and renames it. Raises BuildError with the compiler's words where the
-    source does not compile, or where the cache folder cannot be written.
+    else determines the result. None where no compiler is found (or BWLA_CXX is empty). Safe beside other processes: one
+    compiles, to a temporary file that it renames, and the others wait for it. Raises BuildError with the compiler's
+    words where the source does not compile, or where the cache folder cannot be written.
     """
     command = tuple(shlex.split(settings().compiler))
     version = _version(command)
@@ -67,8 +69,10 @@ def build_library(
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile([*command, *flags], source, Path(work), library, links=links)
+        with FileLock(library.with_suffix(".lock")):
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    _compile([*command, *flags], source, Path(work), library, links=links)
     except OSError as error:
         raise BuildError(f"cannot write kernels to {folder}: {error}; set BWLA_CACHE to a writable folder") from error
     return library

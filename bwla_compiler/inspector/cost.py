@@ -4,18 +4,26 @@ from dataclasses import dataclass
 
 from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.cost.model import GroupShape, ModelShape, float_shape
+from bwla_compiler.cost.parts import PartCost, step_parts
 from bwla_compiler.cost.roofline import region_cost
+from bwla_compiler.errors import RecipeError
+from bwla_compiler.inspector.formats import transform_text
+from bwla_compiler.inspector.kernels import kernel_names
 from bwla_compiler.inspector.table import Cell, Table, number, row, size
 
 MODELLED = "Modelled, not measured: a roofline of peaks, without launches, caches and whatever else a kernel loses."
+
+DEFAULT_DEVICE = "h100-sxm"
+"""Whose costs are shown first where no device is asked for."""
 
 
 @dataclass(frozen=True)
 class GroupCost:
     """One kind of group. crossovers: by device, tokens a step from which it computes longer than it moves bytes.
 
-    count: how many of them; n_bytes: of one; transform: at run time; seconds: by device, of one for one token;
-    shares: by device, how much of that its change of basis and rounding take.
+    count: how many of them; n_bytes: of one; transform: at run time; moved, ops: bytes and operations (two a
+    multiply-add) of one for one token; seconds: by device, of one for one token; shares: by device, how much of that
+    its change of basis and rounding take; kernels: by device, what runs it.
     """
 
     name: str
@@ -24,9 +32,12 @@ class GroupCost:
     out_features: int
     transform: str
     n_bytes: int
+    moved: int
+    ops: int
     seconds: dict[str, float]
     shares: dict[str, float]
     crossovers: dict[str, float | None]
+    kernels: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,8 @@ class DeviceCost:
 
     prologues: share of the time that changes of basis and rounding take. crossover: the batch from which a decoding
     step computes longer than it moves bytes, None where the cache keeps it bound by memory; weights_crossover: the
-    same without attention.
+    same without attention. decode, prefill: the parts of one decoded token, and of a prompt of `context` tokens;
+    float_decode, float_prefill: the same of the model in 16 bit.
     """
 
     device: str
@@ -45,13 +57,18 @@ class DeviceCost:
     crossover: float | None
     weights_crossover: float | None
     source: str
+    decode: tuple[PartCost, ...]
+    prefill: tuple[PartCost, ...]
+    float_decode: tuple[PartCost, ...]
+    float_prefill: tuple[PartCost, ...]
 
 
 @dataclass(frozen=True)
 class CostReport:
     """Figures of the cost model; all are modelled. context: tokens that each sequence has. unknown: what is left out.
 
-    n_bytes: of the packed model; float_bytes: of the same model in 16 bit. recipe: "" for a packed model.
+    n_bytes: of the packed model; float_bytes: of the same model in 16 bit. recipe: "" for a packed model. chosen: the
+    device that is shown first.
     """
 
     recipe: str
@@ -61,15 +78,29 @@ class CostReport:
     groups: tuple[GroupCost, ...]
     devices: tuple[DeviceCost, ...]
     unknown: str = ""
+    chosen: str = DEFAULT_DEVICE
+
+    def device(self, name: str = "") -> DeviceCost:
+        """Return the figures of a device, of the chosen one if no name is given. Raises RecipeError where unknown."""
+        check_device(name or self.chosen)
+        return next(d for d in self.devices if d.device == (name or self.chosen))
 
 
-def cost_report(shape: ModelShape, *, recipe: str = "", context: int = 2048) -> CostReport:
-    """Return the modelled cost of a model on every device of the table."""
+def cost_report(
+    shape: ModelShape, *, recipe: str = "", context: int = 2048, chosen: str = DEFAULT_DEVICE
+) -> CostReport:
+    """Return the modelled cost of a model on every device of the table. Raises RecipeError for an unknown device."""
+    check_device(chosen)
     plain = float_shape(shape)
     groups = tuple(map(_group_cost, shape.groups))
+    parts = [
+        step_parts(s, DEVICES.values(), batch=1, context=context, tokens=tokens)
+        for s in (shape, plain)
+        for tokens in (1, context)
+    ]
     devices = []
     for device in DEVICES.values():
-        seconds, before = (s.seconds(device, batch=1, context=context) for s in (shape, plain))
+        seconds, before = (sum(part.seconds for part in found[device.name]) for found in (parts[0], parts[2]))
         turning = sum(g.count * g.seconds[device.name] * g.shares[device.name] for g in groups)
         crossovers = [shape.crossover(device, context=tokens) for tokens in (context, 0)]
         devices.append(
@@ -81,28 +112,41 @@ def cost_report(shape: ModelShape, *, recipe: str = "", context: int = 2048) -> 
                 crossover=crossovers[0],
                 weights_crossover=crossovers[1],
                 source=device.source,
+                decode=parts[0][device.name],
+                prefill=parts[1][device.name],
+                float_decode=parts[2][device.name],
+                float_prefill=parts[3][device.name],
             )
         )
-    return CostReport(recipe, context, shape.stored, plain.stored, groups, tuple(devices), shape.unknown)
+    return CostReport(recipe, context, shape.stored, plain.stored, groups, tuple(devices), shape.unknown, chosen)
+
+
+def check_device(name: str) -> None:
+    """Raise RecipeError where the cost model does not know a device."""
+    if name not in DEVICES:
+        raise RecipeError(f"device {name!r} is not in the cost model: choose one of {', '.join(DEVICES)}")
 
 
 def _group_cost(group: GroupShape) -> GroupCost:
-    spec, t = group.spec, group.spec.transform
+    spec = group.spec
     costs = {
         name: region_cost(spec, tokens=1, device=device, n_experts=group.experts, n_used=group.used)
         for name, device in DEVICES.items()
     }
-    factors = " x ".join(str(n) if there else f"1[{n}]" for n, there in ((t.n1, t.left), (t.n2, t.right)))
+    first = next(iter(costs.values()))
     return GroupCost(
         name=group.name,
         count=group.count,
         in_features=spec.in_features,
         out_features=sum(spec.out_features),
-        transform=f"{t.kind} {factors}" if t.left or t.right else "",
-        n_bytes=next(iter(costs.values())).stored,
+        transform=transform_text(spec),
+        n_bytes=first.stored,
+        moved=first.bytes,
+        ops=first.ops,
         seconds={name: cost.seconds for name, cost in costs.items()},
         shares={name: cost.prologue_seconds / cost.seconds for name, cost in costs.items()},
         crossovers={name: cost.crossover for name, cost in costs.items()},
+        kernels={name: kernel_names(spec, device) for name, device in DEVICES.items()},
     )
 
 

@@ -48,3 +48,7 @@ class ProgressBars:
             if not self._console.is_terminal:
                 self._console.print(f"{label} ({total})", highlight=False, markup=False, soft_wrap=True)
         self._bars.update(self._tasks[label], completed=done, total=total)
+
+    def tell(self, line: str) -> None:
+        """Print a line that stays, above the bars."""
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,16 +2,23 @@
 
 import dataclasses
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
 from typing import Any, Protocol
 
-from bwla_compiler.graph.plan import Basis, Linear, Norm, Plan
+from bwla_compiler.errors import CheckpointError, PlanError
+from bwla_compiler.graph.network import chains
+from bwla_compiler.graph.plan import Basis, Expression, Linear, Norm, Plan
+from bwla_compiler.graph.reading import read
+from bwla_compiler.inspector.collapse import alike, mask, mask_name, span
 from bwla_compiler.inspector.cost import CostReport
+from bwla_compiler.inspector.formats import Format
+from bwla_compiler.numerics.distribution import Spread
 
-SCHEMA = "bwla-inspector/1"
+SCHEMA = "bwla-inspector/2"
 """Name and version of the JSON form; the version rises when a field changes its meaning or goes."""
 
 LETTERS = {"folded": "F", "partial": "P", "online": "O", "alone": "-"}
@@ -51,6 +58,8 @@ class LinearOutcome(Protocol):
     def seconds(self) -> float: ...
     @property
     def tokens(self) -> object | None: ...
+    @property
+    def spread(self) -> Spread | None: ...
 
 
 class PassOutcome(Protocol):
@@ -81,7 +90,9 @@ class Outcome(Protocol):
 class LinearRow:
     """One linear: decision and reason, and, where it was quantized, what that cost (else None).
 
-    short: the name within its block. input, output: text form of the bases.
+    short: the name within its block. input, output: text form of the bases; input_bases, output_bases: the names in
+    them, free bases and others. format: how it is stored and run, None where it is not packed. spread: how weight and
+    input are spread, before and after. true_bits: stored, its transform counted.
     """
 
     name: str
@@ -94,12 +105,26 @@ class LinearRow:
     reason: str
     input: str
     output: str
+    input_bases: tuple[str, ...]
+    output_bases: tuple[str, ...]
     writes_residual: bool
     true_bits: float | None = None
     weight_error: float | None = None
     output_error: float | None = None
     seconds: float | None = None
     experts: int = 0
+    format: Format | None = None
+    spread: Spread | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """Bits a weight: those that are stored where they were counted, else those of the format."""
+        return self.true_bits if self.true_bits is not None else self.format.bits if self.format else None
+
+    @property
+    def error(self) -> float | None:
+        """The share of the output that is lost, of the weight where no input was seen; None where not measured."""
+        return self.output_error if self.output_error is not None else self.weight_error
 
     @property
     def sizes(self) -> str:
@@ -137,20 +162,28 @@ class BitsRow:
 
 @dataclass(frozen=True)
 class InspectorReport:
-    """All that terminal and page show. source: what was inspected; recipe: its name, "" where none was asked."""
+    """All that terminal and page show. source: what was inspected; recipe: its name, "" where none was asked.
+
+    chains: names of free bases that some axis shares, together; each chain may be rotated by itself.
+    """
 
     model: str
     source: str
     recipe: str
     linears: tuple[LinearRow, ...]
-    blocks: tuple[BlockRow, ...]
     bases: tuple[Basis, ...]
+    chains: tuple[tuple[str, ...], ...]
     norms: tuple[Norm, ...]
     tied: tuple[tuple[str, str], ...] = ()
     unknown: dict[str, int] = field(default_factory=dict)
     passes: tuple[PassRow, ...] = ()
     bits: BitsRow | None = None
     cost: CostReport | None = None
+
+    @cached_property
+    def blocks(self) -> tuple[BlockRow, ...]:
+        """The blocks, those of one structure together; what is outside all blocks comes last."""
+        return collapse_blocks(self.linears)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -169,15 +202,42 @@ class InspectorReport:
     @property
     def measured(self) -> bool:
         """Whether errors of a quantization are known."""
-        return any(x.output_error is not None or x.weight_error is not None for x in self.linears)
+        return any(x.error is not None for x in self.linears)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the spread of weights or inputs is known."""
+        return any(x.spread is not None for x in self.linears)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data, with the schema's name first."""
-        return {"schema": SCHEMA, "counts": self.counts, **dataclasses.asdict(self)}
+        """Return the report as plain data, with the schema's name first; blocks as names of their linears."""
+        blocks = [{"label": b.label, "names": b.names, "linears": [x.short for x in b.linears]} for b in self.blocks]
+        return {"schema": SCHEMA, "counts": self.counts, "blocks": blocks, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
         """Return the report as JSON."""
         return json.dumps(self.to_dict(), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "InspectorReport":
+        """Return the report that `to_json` gave. Raises CheckpointError where it is damaged or of another version."""
+        try:
+            table = json.loads(text)
+            found = table.get("schema") if isinstance(table, dict) else None
+            if found != SCHEMA:
+                raise CheckpointError(f"the report is of version {found!r}, this bwla-compiler reads {SCHEMA!r}")
+            plain = {k: v for k, v in table.items() if k not in ("schema", "counts", "blocks")}
+            return read(InspectorReport, plain, where="report")
+        except (ValueError, PlanError) as error:
+            raise CheckpointError(f"the report is damaged: {error}; inspect or quantize anew") from error
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame of its own, which is what a notebook shows."""
+        from bwla_compiler.inspector.sections import report_page  # the page draws reports: it knows this module
+
+        page = escape(report_page(self), quote=True)
+        style = "width:100%;height:720px;border:0"
+        return f'<iframe srcdoc="{page}" style="{style}" title="{escape(self.model)}"></iframe>'
 
 
 def build_report(
@@ -188,18 +248,22 @@ def build_report(
     outcome: Outcome | None = None,
     bits: BitsLike | None = None,
     cost: CostReport | None = None,
+    formats: Mapping[str, Format] | None = None,
 ) -> InspectorReport:
-    """Return the report on a plan, on a quantization where its outcome is given, and with modelled costs if given."""
-    measured = {x.name: x for x in outcome.linears} if outcome else {}
-    rows = tuple(_linear_row(linear, measured.get(linear.name)) for linear in plan.linears)
+    """Return the report on a plan, on a quantization where its outcome is given, and with modelled costs if given.
+
+    formats: by name, of the linears that are packed.
+    """
+    measured, known = {x.name: x for x in outcome.linears} if outcome else {}, formats or {}
+    rows = tuple(_linear_row(x, measured.get(x.name), known.get(x.name)) for x in plan.linears)
     counted = bits or (outcome.bits if outcome else None)
     return InspectorReport(
         model=plan.model,
         source=source,
         recipe=recipe,
         linears=rows,
-        blocks=collapse_blocks(rows),
         bases=plan.bases,
+        chains=chains(plan),
         norms=plan.norms,
         tied=plan.tied,
         unknown=dict(plan.unknown),
@@ -212,7 +276,7 @@ def build_report(
     )
 
 
-def _linear_row(linear: Linear, outcome: LinearOutcome | None) -> LinearRow:
+def _linear_row(linear: Linear, outcome: LinearOutcome | None, stored: Format | None) -> LinearRow:
     row = LinearRow(
         name=linear.name,
         short=linear.name.removeprefix(linear.block + ".") if linear.block else linear.name,
@@ -224,8 +288,11 @@ def _linear_row(linear: Linear, outcome: LinearOutcome | None) -> LinearRow:
         reason=linear.reason,
         input=str(linear.input),
         output=str(linear.output),
+        input_bases=_bases(linear.input),
+        output_bases=_bases(linear.output),
         writes_residual=linear.writes_residual,
         experts=linear.experts,
+        format=stored,
     )
     if outcome is None:
         return row
@@ -236,86 +303,32 @@ def _linear_row(linear: Linear, outcome: LinearOutcome | None) -> LinearRow:
         weight_error=outcome.weight_error,
         output_error=outcome.output_error,
         seconds=outcome.seconds,
+        spread=outcome.spread,
     )
 
 
-def mask(text: str) -> str:
-    """Return a reason without the numbers in it, so that those of repeated blocks agree: silu_1 is as silu."""
-    return re.sub(r"\d+", "#", re.sub(r"_\d+\b", "", text))
-
-
-def mask_name(name: str) -> str:
-    """Return a dotted name with the parts that are numbers hidden: layers.3.ln_1 -> layers.#.ln_1."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+def _bases(axis: Expression) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(leaf.basis for leaf in axis.leaves() if leaf.basis))
 
 
 def collapse_blocks(rows: Iterable[LinearRow]) -> tuple[BlockRow, ...]:
     """Return the blocks, those of equal structure together: same linears, shapes, decisions and reasons."""
-    blocks: dict[str, list[LinearRow]] = {}
-    for row in rows:
-        blocks.setdefault(row.block, []).append(row)
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for name, members in blocks.items():
-        structure = tuple(
-            (
-                x.short,
-                x.experts,
-                x.in_features,
-                x.out_features,
-                x.decision,
-                mask(x.reason),
-                mask_name(x.input),
-                mask_name(x.output),
-            )
-            for x in members
-        )
-        alike.setdefault((bool(name), *structure), []).append(name)
-    return tuple(BlockRow(span(names), tuple(names), tuple(blocks[names[0]])) for names in alike.values())
+    blocks = alike((row.block, row) for row in rows)
+    found = alike(((bool(members[0].block), *map(_structure, members)), members) for members in blocks)
+    return tuple(
+        BlockRow(span([b[0].block for b in same]), tuple(b[0].block for b in same), tuple(same[0])) for same in found
+    )
 
 
-def span(names: Sequence[str]) -> str:
-    """Return one name for many that differ in one number: layers.0.x, layers.1.x -> layers.{0-1}.x.
-
-    Where they differ in more, the first and how many others.
-    """
-    if len(names) == 1:
-        return names[0]
-    parts = [re.split(r"(\d+)", name) for name in names]
-    varying = [i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
-    if len({len(p) for p in parts}) > 1 or len(varying) != 1 or not parts[0][varying[0]].isdigit():
-        return f"{names[0]} and {len(names) - 1} more"
-    (at,) = varying
-    return "".join([*parts[0][:at], "{" + ranges([int(p[at]) for p in parts]) + "}", *parts[0][at + 1 :]])
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers as ranges: 0, 1, 2, 5 -> "0-2,5"."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def collapse_bases(bases: Iterable[Basis]) -> tuple[tuple[str, int, Basis], ...]:
-    """Return (name for all, how many, the first) of bases that differ in the number of their block alone."""
-    alike: dict[tuple[Any, ...], list[Basis]] = {}
-    for basis in bases:
-        key = (mask_name(basis.name), basis.size, basis.freedom, mask(basis.reason))
-        alike.setdefault(key, []).append(basis)
-    return tuple((span([b.name for b in found]), len(found), found[0]) for found in alike.values())
-
-
-def collapse_norms(norms: Iterable[Norm]) -> tuple[tuple[str, int, Norm], ...]:
-    """Return (name for all, how many, the first) of norms that differ in the number of their block alone."""
-    alike: dict[tuple[str, int, str], list[Norm]] = {}
-    for norm in norms:
-        alike.setdefault((mask_name(norm_name(norm)), len(norm.absorbed_by), mask(norm.reason)), []).append(norm)
-    return tuple((span([norm_name(n) for n in found]), len(found), found[0]) for found in alike.values())
-
-
-def norm_name(norm: Norm) -> str:
-    """Return the parameter that a norm is known by."""
-    return norm.gain or norm.shift or "-"
+def _structure(x: LinearRow) -> tuple[Any, ...]:
+    """Return what has to agree in blocks that are drawn once."""
+    return (
+        x.short,
+        x.experts,
+        x.in_features,
+        x.out_features,
+        x.decision,
+        mask(x.reason),
+        mask_name(x.input),
+        mask_name(x.output),
+    )

@@ -5,6 +5,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree
 
+from bwla_compiler.inspector.collapse import collapse_bases, collapse_norms, mask
 from bwla_compiler.inspector.cost import crossover_table, device_table
 from bwla_compiler.inspector.report import (
     LETTERS,
@@ -12,9 +13,6 @@ from bwla_compiler.inspector.report import (
     BlockRow,
     InspectorReport,
     LinearRow,
-    collapse_bases,
-    collapse_norms,
-    mask,
 )
 from bwla_compiler.inspector.table import Cell, Table, duration, row, size
 

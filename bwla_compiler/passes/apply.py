@@ -1,6 +1,7 @@
 """Apply edits to an nn.Module, in place. The only code of the passes that changes a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +35,36 @@ def _apply(model: nn.Module, edit: Edit) -> None:
         case Untie():
             _untie(model, edit)
         case ScaleParameter():
-            parameter = model.get_parameter(edit.parameter)
-            shape = [-1 if i == edit.axis else 1 for i in range(parameter.ndim)]
-            parameter.copy_(parameter.to(torch.float64) * edit.factor.to(torch.float64).reshape(shape))
+            factor = edit.factor.to(torch.float64)
+            _in_parts(model.get_parameter(edit.parameter), edit.axis, lambda part: part * factor)
         case ShiftBias():
             _shift_bias(model, edit)
         case DropGain():
             model.get_parameter(edit.parameter).fill_(edit.value)
         case RotateParameter():
-            parameter = model.get_parameter(edit.parameter)
-            parameter.copy_(rotate_axis(parameter.to(torch.float64), edit.axis, edit.expression, edit.rotations))
+            rotated = partial(_rotate_last, expression=edit.expression, rotations=edit.rotations)
+            _in_parts(model.get_parameter(edit.parameter), edit.axis, rotated)
         case InsertTransform():
             for name, in_axis in edit.linears:
                 transform = OnlineTransform.from_factors(edit.scale, edit.left, edit.right, kind=edit.kind)
                 replace_module(model, name, _transformed(model, name, transform, in_axis))
         case ReplaceModule():
             replace_module(model, edit.name, edit.module)
+
+
+PART = 1 << 24
+"""Numbers of a parameter that are worked on at a time, in float64: the largest tables would take several times 8 GB."""
+
+
+def _in_parts(parameter: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter, in place, by function(its values in float64, `axis` last), part by part."""
+    moved = parameter.movedim(axis, -1)
+    if moved.ndim == 1:
+        moved.copy_(function(moved.to(torch.float64)))
+        return
+    step = max(1, PART // moved[0].numel())
+    for part in moved.split(step):
+        part.copy_(function(part.to(torch.float64)))
 
 
 def _transformed(model: nn.Module, name: str, transform: OnlineTransform, in_axis: int) -> nn.Module:

@@ -13,6 +13,9 @@ Device = torch.device | str | None
 
 INT8_LIMIT = 127
 
+ROWS = 4096
+"""Rows that are rounded at a time: a table's intermediate values take several times its size."""
+
 INT8_LINEAR = torch.ops.bwla.int8_linear.default
 INT8_EMBEDDING = torch.ops.bwla.int8_embedding.default
 
@@ -191,12 +194,13 @@ def int8_step(x: Tensor, dim: int) -> Tensor:
 
 def _int8_rows(module: nn.Module, weight: Tensor) -> Tensor:
     """Return int8 codes of weight [out, in] by row; the scales, as stored, go to the module's row_scale."""
-    rows = weight.detach().float()
-    register_half(module, "row_scale", int8_step(rows, 1)[:, 0])
+    parts = weight.detach().split(ROWS)
+    register_half(module, "row_scale", torch.cat([int8_step(rows.float(), 1)[:, 0] for rows in parts]))
     scale = read_half(module, "row_scale")
     assert scale is not None
-    scale = torch.where(scale > 0, scale, 1.0)[:, None]
-    return (rows / scale).round().clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
+    scales = torch.where(scale > 0, scale, 1.0)[:, None].split(ROWS)
+    rounded = ((rows.float() / s).round() for rows, s in zip(parts, scales, strict=True))
+    return torch.cat([x.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8) for x in rounded])
 
 
 def _prepared(head: nn.Module, x: Tensor) -> Tensor:

@@ -12,6 +12,17 @@ from bwla_compiler.runtime.halves import register_empty_half
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, PackedLinear, TiedHead
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
+FORMAT_VERSION = 1
+"""Of the packed format that docs/format.md specifies; raised by whatever an older reader would misread."""
+
+PACKED = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
+
+
+def packed_modules(model: nn.Module, *, within: str = "") -> dict[str, nn.Module]:
+    """Return the packed modules of a model by name, at or under a name alone where one is given."""
+    start = f"{within}." if within else ""
+    return {n: m for n, m in model.named_modules() if isinstance(m, PACKED) and f"{n}.".startswith(start)}
+
 
 def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Return a packed module's shape and format as JSON data; modules: all packed ones, to name a tied embedding."""

@@ -12,7 +12,8 @@ from bwla_compiler.backend.raw import variants_of
 from bwla_compiler.backend.variant import Variant
 from tests import tiny
 
-OPTIONS = {"recipe": "hadamard-rtn", "calibration": "none", "cache": False}
+OPTIONS = {"recipe": "hadamard-rtn", "calibration": "none"}
+"""The cache on disk stays on: tests that compile the same model plan it once."""
 PRECISE = {**OPTIONS, "weights.planes": 4, "activation_bits": 16}
 """Four planes and float activations: near enough to the float model for a wrong basis to stand out."""
 

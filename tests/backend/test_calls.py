@@ -20,6 +20,7 @@ from bwla_compiler.errors import GradientError
 from bwla_compiler.recipe import load_recipe
 from tests import tiny
 from tests.backend import small
+from tests.wider import wider
 
 
 def made(kind: str, **kwargs: Any) -> nn.Module:
@@ -59,8 +60,14 @@ def test_gradient_modes(kind: str, graphs: list[GraphModule]) -> None:
         assert torch.equal(fast(ids).logits, expected)  # no dropout in these models
 
 
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("raw", torch.float16),
+        ("packed", torch.bfloat16),
+        *wider(("raw", torch.bfloat16), ("packed", torch.float16)),
+    ],
+)
 def test_half_precision(kind: str, dtype: torch.dtype, graphs: list[GraphModule]) -> None:
     model = made(kind, dtype=dtype)
     with torch.no_grad():
@@ -70,7 +77,7 @@ def test_half_precision(kind: str, dtype: torch.dtype, graphs: list[GraphModule]
     assert bool(found.isfinite().all())
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["raw", *wider("packed")])
 def test_autocast_and_padding(kind: str, graphs: list[GraphModule]) -> None:
     model, ids = made(kind), tiny.ids()
     fast = small.compiled(model)
@@ -85,7 +92,7 @@ def test_autocast_and_padding(kind: str, graphs: list[GraphModule]) -> None:
             assert small.error(found, reference(model)(ids, attention_mask=mask).logits) < 1e-5
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["raw", *wider("packed")])
 def test_generation(kind: str, graphs: list[GraphModule]) -> None:
     model = made(kind)
     model.generation_config.eos_token_id = None

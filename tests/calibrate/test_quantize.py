@@ -4,11 +4,12 @@ from torch import nn
 
 from bwla_compiler.calibrate import quantize
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
+from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.errors import PlanError, WeightError
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
-from tests import tiny
+from tests import planned, tiny
 from tests.wider import wider
 
 FAST = {"transform.iterations": 3, "psp.iterations": 1, "signs.sweeps": 2, "tuning.steps": 0}
@@ -31,12 +32,18 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "llama-tied"])
+def fit(model: nn.Module, name: str, recipe: Recipe, batches: torch.Tensor | None, *, seed: int = 0) -> QuantizeReport:
+    """Quantize `tiny.make(name)` by a plan and a graph that all tests share."""
+    graph = planned.graph(name, batch=BATCH, length=tokens().shape[1])
+    return quantize_model(model, recipe, batches, plan=planned.plan(name), graph=graph, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", *wider("phi3")])
 def test_every_block_linear_is_packed_and_the_fit_beats_rounding(name: str) -> None:
     reference = logits(tiny.make(name))
     rounded, fitted = tiny.make(name), tiny.make(name)
-    quantize_model(rounded, recipe("rtn"), None)
-    report = quantize_model(fitted, recipe(), tokens())
+    fit(rounded, name, recipe("rtn"), None)
+    report = fit(fitted, name, recipe(), tokens())
     packed = {n for n, m in fitted.named_modules() if isinstance(m, PackedLinear)}
     assert packed == {x.name for x in report.linears} == {x.name for x in report.plan.linears if x.block}
     assert isinstance(fitted.get_input_embeddings(), Int8Embedding)
@@ -46,8 +53,7 @@ def test_every_block_linear_is_packed_and_the_fit_beats_rounding(name: str) -> N
 
 
 def test_reports_name_errors_bits_and_transforms() -> None:
-    model = tiny.make("llama")
-    report = quantize_model(model, recipe(), tokens())
+    report = fit(tiny.make("llama"), "llama", recipe(), tokens())
     by_name = {x.name: x for x in report.linears}
     down = by_name["model.layers.0.mlp.down_proj"]
     assert (down.decision, down.transform) == ("online", "kronecker")
@@ -65,7 +71,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not() -> None:
     states = []
     for seed in (0, 0, 1):
         model = tiny.make("qwen3")
-        quantize_model(model, recipe(), tokens(), seed=seed)
+        fit(model, "qwen3", recipe(), tokens(), seed=seed)
         states.append(model.state_dict())
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     assert any(not torch.equal(v, states[2][k]) for k, v in states[0].items())
@@ -73,14 +79,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not() -> None:
 
 def test_without_calibration_the_weights_alone_are_fitted() -> None:
     model = tiny.make("llama")
-    report = quantize_model(model, recipe(), None)
+    report = fit(model, "llama", recipe(), None)
     assert all(x.weight_error == pytest.approx(x.output_error, rel=1e-4) for x in report.linears)
     assert torch.isfinite(logits(model)).all()
 
 
 def test_residual_online_puts_a_transform_in_every_group() -> None:
     model = tiny.make("llama")
-    report = quantize_model(model, recipe(residual="online"), tokens())
+    report = fit(model, "llama", recipe(residual="online"), tokens())
     assert {x.transform for x in report.linears} == {"kronecker"}
 
 
@@ -97,7 +103,7 @@ def test_a_second_plane_lowers_the_error_and_costs_a_bit() -> None:
 def test_overrides_keep_linears_and_are_counted() -> None:
     keep = {"overrides": [{"pattern": "*.layers.0.*", "keep": True}]}
     model = tiny.make("llama")
-    report = quantize_model(model, load_recipe("bwla-w1a6", FAST | keep), tokens())
+    report = fit(model, "llama", load_recipe("bwla-w1a6", FAST | keep), tokens())
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     assert isinstance(model.model.layers[1].mlp.up_proj, PackedLinear)
     assert report.bits.linears > 16  # half of the weights are still float32
@@ -140,14 +146,14 @@ def test_a_graph_that_fits_spares_a_capture_and_changes_nothing(name: str, monke
 
 def test_a_graph_of_another_shape_is_not_used() -> None:
     plain, given = tiny.make("llama"), tiny.make("llama")
-    plan = quantize_model(plain, recipe(), tokens()).plan
-    quantize_model(given, recipe(), tokens(), plan=plan, graph=capture(tiny.make("llama")))
+    plan = fit(plain, "llama", recipe(), tokens()).plan
+    quantize_model(given, recipe(), tokens(), plan=plan, graph=planned.graph("llama", batch=3, length=11))
     assert torch.equal(logits(given), logits(plain))
 
 
 def test_the_paper_rotates_every_input_online_and_carries_row_means_and_column_scales() -> None:
     model = tiny.make("qwen3")
-    report = quantize_model(model, recipe("bwla-paper"), None)
+    report = fit(model, "qwen3", recipe("bwla-paper"), None)
     assert {x.transform for x in report.linears} == {"kronecker"}
     down = model.model.layers[0].mlp.down_proj
     assert down.spec.scale_kind == "row+column"
@@ -165,10 +171,10 @@ def test_folded_alone_computes_nothing_online_and_groups_its_scales() -> None:
     assert sum(x.output_error for x in report.linears) < sum(x.output_error for x in plain.linears)
 
 
-@pytest.mark.parametrize("name", ["billm-like", "arb-like"])
+@pytest.mark.parametrize("name", ["billm-like", *wider("arb-like")])
 def test_simulated_recipes_count_what_they_would_store(name: str) -> None:
     model = tiny.make("llama")
-    report = quantize_model(model, recipe(name), tokens())
+    report = fit(model, "llama", recipe(name), tokens())
     linear = model.model.layers[0].mlp.down_proj
     assert isinstance(linear, SimulatedLinear)
     scales = (4 if name == "billm-like" else 8) * 16 * linear.out_features

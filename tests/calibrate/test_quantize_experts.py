@@ -22,15 +22,9 @@ from tests import tiny
 from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1}
-SAMPLED = ("mixtral", "gpt_oss")
-FAMILIES = [
-    *SAMPLED,
-    *(
-        pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in ("qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "llama4_text", "nemotron_h")
-    ),
-]
-"""Plain; with biases, transposed and interleaved; the others are the same code with other gates and routers."""
+OTHERS = ("qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "llama4_text", "nemotron_h")
+FAMILIES = ["gpt_oss", *wider("mixtral", *OTHERS)]
+"""With biases, transposed and interleaved; plain; the others are the same code with other gates and routers."""
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -6,17 +6,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bwla_compiler.calibrate import tune as tuning_module
-from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.errors import GradientError
 from tests import tiny
-from tests.calibrate.test_quantize import logits, recipe, relative, tokens
+from tests.calibrate.test_quantize import fit, logits, recipe, relative, tokens
 from tests.wider import wider
 
 
 def quantized(name: str, *, steps: int, base: str = "bwla-w1a6", **changes: object) -> tuple[nn.Module, QuantizeReport]:
     model = tiny.make(name)
-    report = quantize_model(model, recipe(base, tuning__steps=steps, **changes), tokens())
+    report = fit(model, name, recipe(base, tuning__steps=steps, **changes), tokens())
     return model, report
 
 

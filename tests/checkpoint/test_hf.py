@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bwla_compiler import api
@@ -24,6 +26,19 @@ def packed(name: str, folder: Path, recipe: str = "bwla-w1a6") -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A packed model and the folder that it was saved in."""
+    folder = tmp_path_factory.mktemp("llama")
+    return packed("llama", folder), folder
+
+
+@pytest.fixture
+def saved(llama: tuple[nn.Module, Path], tmp_path: Path) -> Path:
+    """A copy of that folder, to be damaged."""
+    return shutil.copytree(llama[1], tmp_path / "copy")
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(tiny.ids(seed=4)).logits
@@ -38,30 +53,30 @@ def test_a_reload_gives_bit_equal_logits_and_no_float_linear(name: str, tmp_path
     assert api.bits(again) == api.bits(model)
 
 
-def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
-    model = packed("llama", tmp_path)
+def test_a_fresh_process_gives_the_same_bits(llama: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, folder = llama
     code = (
         "import sys, torch; from bwla_compiler import api; from tests import tiny\n"
         "with torch.no_grad(): y = api.load(sys.argv[1]).model(tiny.ids(seed=4)).logits\n"
         "torch.save(y, sys.argv[2])"
     )
     out = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(out)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, str(folder), str(out)], check=True, capture_output=True)
     assert torch.equal(torch.load(out), logits(model))
 
 
-def test_bfloat16_loading_leaves_scales_and_signs(tmp_path: Path) -> None:
-    model = packed("llama", tmp_path)
-    half = api.load(tmp_path, dtype=torch.bfloat16).model
+def test_bfloat16_loading_leaves_scales_and_signs(llama: tuple[nn.Module, Path]) -> None:
+    model, folder = llama
+    half = api.load(folder, dtype=torch.bfloat16).model
     mine, theirs = model.state_dict(), half.state_dict()
     integers = [k for k, v in mine.items() if not v.is_floating_point()]
     assert any(k.endswith("row_scale") for k in integers)
     assert all(torch.equal(mine[k], theirs[k]) for k in integers)
 
 
-def test_the_config_holds_recipe_plan_and_true_bits(tmp_path: Path) -> None:
-    model = packed("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+def test_the_config_holds_recipe_plan_and_true_bits(llama: tuple[nn.Module, Path]) -> None:
+    model, folder = llama
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "bwla"
     assert config["format_version"] == 1
     assert config["recipe"]["name"] == "bwla-w1a6"
@@ -69,48 +84,71 @@ def test_the_config_holds_recipe_plan_and_true_bits(tmp_path: Path) -> None:
     assert config["plan"]["model"] == "LlamaForCausalLM"
 
 
-def test_a_second_save_is_the_same_and_generate_works(tmp_path: Path) -> None:
-    packed("llama", tmp_path / "a")
-    again = api.load(tmp_path / "a").model
+def test_a_second_save_is_the_same_and_generate_works(saved: Path, tmp_path: Path) -> None:
+    again = api.load(saved).model
     api.save(again, tmp_path / "b")
-    first, second = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (saved, tmp_path / "b"))
     assert first == second
     out = again.generate(tiny.ids(batch=1, length=5), max_new_tokens=4, do_sample=False)
     assert out.shape[1] <= 9
 
 
-def test_a_newer_format_is_refused_with_what_it_needs(tmp_path: Path) -> None:
-    packed("llama", tmp_path)
-    path = tmp_path / "config.json"
+def test_a_newer_format_is_refused_with_what_it_needs(saved: Path) -> None:
+    path = saved / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = 99
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"version 99 is not known.*upgrade"):
-        api.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"version 99 is not known.*upgrade bwla-compiler to 0\.1\.0 or later"):
+        api.load(saved)
 
 
-def test_a_damaged_description_names_the_module(tmp_path: Path) -> None:
-    packed("llama", tmp_path)
-    path = tmp_path / "config.json"
+def test_a_damaged_description_names_the_module(saved: Path) -> None:
+    path = saved / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["spec"]
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj"):
-        api.load(tmp_path)
+        api.load(saved)
 
 
-def test_a_truncated_file_is_one_clear_error(tmp_path: Path) -> None:
-    packed("llama", tmp_path)
-    path = tmp_path / "model.safetensors"
+def test_a_truncated_file_is_one_clear_error(saved: Path) -> None:
+    path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
-        api.load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        api.load(saved)
 
 
-def test_a_folder_without_a_model_and_a_packed_model_quantized_again(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_told_with_its_tensor(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: \S+ differs from its checksum"):
+        api.load(saved)
+
+
+def test_a_tensor_that_is_missing_is_never_made_up(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.signs"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.signs"):
+        api.load(saved)
+
+
+def test_a_tied_float_head_is_tied_again(tmp_path: Path) -> None:
+    model = tiny.make("llama-tied")
+    api.quantize(model, recipe="rtn", settings={"head.bits": 16})
+    api.save(model, tmp_path)
+    assert torch.equal(logits(api.load(tmp_path).model), logits(model))
+
+
+def test_a_folder_without_a_model_and_a_packed_model_quantized_again(
+    llama: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         api.load(tmp_path)
-    model = packed("llama", tmp_path / "m")
+    model, _ = llama
     assert any(isinstance(m, PackedLinear) for m in model.modules())
     with pytest.raises(PlanError, match="already packed"):
         api.quantize(model)

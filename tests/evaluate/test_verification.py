@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
-from bwla_compiler.graph.planner import make_plan
-from tests import tiny
-from tests.wider import ARCHITECTURES
+from tests import planned, tiny
+from tests.wider import wider
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", *wider("qwen2", "qwen3", "mistral", "phi3", "opt")])
 def test_rotations_change_nothing(name: str) -> None:
     model = tiny.make(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -21,7 +20,7 @@ def test_rotations_change_nothing(name: str) -> None:
 
 
 def test_nothing_free_is_a_failure_and_so_are_a_large_error_and_nan() -> None:
-    plan = make_plan(tiny.make("llama"))
+    plan = planned.plan("llama")
     assert not Verification(0, 0.0, plan).passed
     assert not Verification(3, 1e-3, plan).passed
     assert not Verification(3, math.nan, plan).passed

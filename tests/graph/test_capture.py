@@ -1,14 +1,22 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from bwla_compiler.errors import CaptureError
 from bwla_compiler.graph.capture import attribute, capture, input_shape, lift_casts, rebind
 from tests import tiny
-from tests.wider import ARCHITECTURES
+from tests.wider import wider
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.fixture(scope="module")
+def captured() -> tuple[nn.Module, GraphModule]:
+    """A model, which was in training when it was captured, and its graph."""
+    model = tiny.make("llama").train()
+    return model, capture(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", *wider(*(name for name in tiny.SEVEN if name != "gpt2"))])
 def test_the_captured_graph_computes_the_models_logits(name: str) -> None:
     model = tiny.make(name)
     graph = capture(model)
@@ -18,13 +26,13 @@ def test_the_captured_graph_computes_the_models_logits(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_edited_parameter_is_seen_by_the_graph() -> None:
-    model = tiny.make("llama")
-    graph = capture(model)
+def test_an_edited_parameter_is_seen_by_the_graph(captured: tuple[nn.Module, GraphModule]) -> None:
+    model, graph = captured
     with torch.no_grad():
         before = graph(input_ids=tiny.ids())
         model.lm_head.weight.mul_(-1)
         after = graph(input_ids=tiny.ids())
+        model.lm_head.weight.mul_(-1)
     torch.testing.assert_close(after, -before)
 
 
@@ -44,11 +52,8 @@ def test_lifting_casts_reaches_float64_precision() -> None:
     assert error < 1e-13
 
 
-def test_modes_are_restored() -> None:
-    model = tiny.make("llama")
-    model.train()
-    capture(model)
-    assert model.training
+def test_modes_are_restored(captured: tuple[nn.Module, GraphModule]) -> None:
+    assert captured[0].training
 
 
 def test_a_model_that_branches_on_data_is_refused_with_its_name() -> None:
@@ -65,14 +70,13 @@ def test_a_model_that_branches_on_data_is_refused_with_its_name() -> None:
         capture(Branching())
 
 
-def test_attribute_gives_the_tensor_itself() -> None:
-    model = tiny.make("llama")
-    graph = capture(model)
+def test_attribute_gives_the_tensor_itself(captured: tuple[nn.Module, GraphModule]) -> None:
+    model, graph = captured
     node = next(n for n in graph.graph.nodes if n.op == "get_attr" and str(n.target).endswith("lm_head.weight"))
     assert attribute(graph, node) is model.lm_head.weight
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-tied", *wider("llama", "gpt2")])
 def test_a_graph_can_be_bound_to_another_model_of_its_kind(name: str) -> None:
     first, second = tiny.make(name, seed=0), tiny.make(name, seed=1)
     graph = capture(first)

@@ -7,8 +7,7 @@ import pytest
 
 from bwla_compiler.graph.network import BASIS, TRANSFORM, chains, plan_network, to_graphml
 from bwla_compiler.graph.plan import Plan
-from bwla_compiler.graph.planner import make_plan
-from tests import tiny
+from tests import planned
 
 ATTENTION = "model.layers.0.self_attn."
 MLP = "model.layers.0.mlp."
@@ -16,7 +15,7 @@ MLP = "model.layers.0.mlp."
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(tiny.make("llama-tied"))
+    return planned.plan("llama-tied")
 
 
 def test_nodes_are_parameters_bases_and_transforms(plan: Plan) -> None:
@@ -58,7 +57,7 @@ def test_chains_are_connected_components(plan: Plan) -> None:
 
 
 def test_axes_of_several_bases_join_them() -> None:
-    plan = make_plan(tiny.make("gpt2"))
+    plan = planned.plan("gpt2")
     assert ("residual",) in chains(plan)
     assert sorted(name for chain in chains(plan) for name in chain) == sorted(basis.name for basis in plan.free)
     fused = [axis for axis in plan.axes if axis.parameter.endswith("c_attn.weight")]

@@ -14,15 +14,14 @@ import pytest
 from bwla_compiler.errors import PlanError
 from bwla_compiler.graph.network import to_graphml
 from bwla_compiler.graph.plan import SCHEMA, Plan
-from bwla_compiler.graph.planner import make_plan
-from tests import tiny
+from tests import planned
 
 ARCHITECTURE = "phi3"  # fused weights: products, sums and pinned parts
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(tiny.make(ARCHITECTURE))
+    return planned.plan(ARCHITECTURE)
 
 
 def digest(plan: Plan) -> str:
@@ -31,10 +30,7 @@ def digest(plan: Plan) -> str:
 
 
 def test_every_process_writes_the_same_bytes(plan: Plan) -> None:
-    code = (
-        "from tests.graph.test_plan import ARCHITECTURE, digest, make_plan, tiny\n"
-        "print(digest(make_plan(tiny.make(ARCHITECTURE))))"
-    )
+    code = "from tests.graph.test_plan import ARCHITECTURE, digest, planned\nprint(digest(planned.plan(ARCHITECTURE)))"
     seed = "0" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # this process draws its own, or has another
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -7,7 +7,7 @@ from bwla_compiler.errors import PlanError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of, make_plan
 from bwla_compiler.zoo.models import tiny_model
-from tests import tiny
+from tests import planned, tiny
 from tests.wider import wider
 
 GATED = {"q_proj": "folded", "k_proj": "folded", "v_proj": "folded", "o_proj": "partial"} | {
@@ -50,7 +50,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
-    return {name: make_plan(tiny.make(name)) for name in (*tiny.SEVEN, "llama-tied")}
+    return {name: planned.plan(name) for name in (*tiny.SEVEN, "llama-tied")}
 
 
 @pytest.mark.parametrize("name", tiny.SEVEN)

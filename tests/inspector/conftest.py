@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from bwla_compiler.graph.plan import Basis, Decision, Expression, Group, Linear, Norm, Plan
+from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Group, Linear, Norm, Plan
+from bwla_compiler.numerics.distribution import Spread
 
 RESIDUAL = Expression("leaf", 8, "residual")
 
@@ -49,6 +50,7 @@ class Measured:
     output_error: float | None = 0.1
     seconds: float = 0.5
     tokens: object | None = None
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def plan() -> Plan:
         (*linears, head),
         tuple(groups.values()),
         tuple(norms),
-        (),
+        tuple(Axis(x.parameter, 0, x.output) for x in linears if x.output.basis),
         (("model.embed.weight", "lm_head"),),
         {"aten.erfinv.default": 2},
     )

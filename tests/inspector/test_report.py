@@ -1,23 +1,24 @@
 """The report: nothing is lost, repeated blocks collapse only where they are alike, JSON carries its schema."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bwla_compiler.cost.model import GroupShape, ModelShape
+from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.plan import Plan
-from bwla_compiler.inspector.report import (
-    SCHEMA,
-    build_report,
-    collapse_bases,
-    collapse_norms,
-    mask,
-    ranges,
-    span,
-)
+from bwla_compiler.inspector.collapse import collapse_bases, collapse_norms, mask, ranges, span
+from bwla_compiler.inspector.cost import cost_report
+from bwla_compiler.inspector.formats import Format
+from bwla_compiler.inspector.report import SCHEMA, InspectorReport, build_report
+from bwla_compiler.numerics.distribution import Spread, Tails, WeightSpread
+from bwla_compiler.spec import LinearSpec
 
 Quantized = Callable[[dict[str, float]], Any]
 
@@ -76,8 +77,52 @@ def test_json_has_a_schema_and_loses_nothing(plan: Plan, quantized: Quantized) -
     data = json.loads(report.to_json())
     assert data.pop("schema") == SCHEMA
     assert data.pop("counts") == report.counts
+    blocks = data.pop("blocks")
+    assert [b["label"] for b in blocks] == ["model.layers.{0-1}", "model.layers.2", ""]
+    assert blocks[2]["linears"] == ["lm_head"]
     assert data == json.loads(json.dumps(dataclasses.asdict(report)))
     assert {f.name for f in dataclasses.fields(report)} == set(data)
+
+
+def whole(plan: Plan, quantized: Quantized) -> InspectorReport:
+    """Return a report in which everything is there that can be."""
+    outcome = quantized({"model.layers.0.k_proj": 0.1})
+    seen = WeightSpread((1, 2, 3), 0.4)
+    spread = Spread(seen, seen, Tails(3.0, 4.0, 6, 0.01, 0.1, (1.0, 2.0)), None)
+    linears = tuple(dataclasses.replace(x, spread=spread) for x in outcome.linears)
+    formats = {"lm_head": Format(1, "row", 4, 6, 1.25, "kronecker 2 x 4", "why")}
+    cost = cost_report(ModelShape((GroupShape("lm_head", LinearSpec(8, (16,))),)), chosen="a100-sxm")
+    return build_report(plan, outcome=dataclasses.replace(outcome, linears=linears), formats=formats, cost=cost)
+
+
+def test_json_is_read_back_as_it_was(plan: Plan, quantized: Quantized) -> None:
+    report = whole(plan, quantized)
+    assert InspectorReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{}", "version None"),
+        ("[", "damaged"),
+        ('{"schema": "bwla-inspector/1"}', "reads 'bwla-inspector/2'"),
+        (f'{{"schema": "{SCHEMA}", "model": 3}}', "keys missing"),
+    ],
+)
+def test_damaged_json_is_refused(text: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        InspectorReport.from_json(text)
+
+
+def test_a_notebook_gets_the_page_in_a_frame(plan: Plan) -> None:
+    shown = build_report(plan)._repr_html_()
+    assert shown.startswith("<iframe srcdoc=")
+    assert html.unescape(shown).count("<!doctype html>") == 1
+    assert "<!doctype" not in shown
+
+
+def test_chains_are_those_of_the_plan(plan: Plan) -> None:
+    assert build_report(plan).chains[:2] == (("residual",), ("model.layers.0.v_proj",))
 
 
 def test_mask_hides_what_blocks_differ_in() -> None:

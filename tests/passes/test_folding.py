@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from bwla_compiler.graph.capture import capture, lift_casts
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.apply import apply_module
@@ -14,22 +13,17 @@ from bwla_compiler.passes.fold_rotations import FoldRotations, residual_rotation
 from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import load_recipe
-from tests import tiny
+from tests import planned, tiny
+from tests.planned import exact_logits as logits
 from tests.wider import wider
 
 EXACT = 1e-12
 """Relative logit error in float64: rounding is about 1e-15 a layer, a fold in the wrong place 1e-2 or more."""
 
 
-def logits(model: nn.Module) -> torch.Tensor:
-    graph = capture(model)
-    lift_casts(graph)
-    with torch.no_grad():
-        return graph(input_ids=tiny.ids())
-
-
-def context(model: nn.Module, seed: int = 0) -> PassContext:
-    return PassContext(model, make_plan(model), load_recipe("bwla-w1a6"), seed)
+def context(model: nn.Module, name: str = "", *, seed: int = 0) -> PassContext:
+    """Return what passes need; name: of the tiny model that this is, for its plan to be made once."""
+    return PassContext(model, planned.plan(name) if name else make_plan(model), load_recipe("bwla-w1a6"), seed)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -42,7 +36,7 @@ def llama() -> nn.Module:
 
 
 def test_untie_gives_the_head_its_own_weight(llama: nn.Module) -> None:
-    ctx = context(llama)
+    ctx = context(llama, "llama-tied")
     before = logits(llama)
     report = run_pass(llama, Untie(), ctx)
     assert [what for what, _ in report.changed] == ["lm_head"]
@@ -52,7 +46,7 @@ def test_untie_gives_the_head_its_own_weight(llama: nn.Module) -> None:
 
 
 def test_untie_twice_is_once(llama: nn.Module) -> None:
-    ctx = context(llama)
+    ctx = context(llama, "llama-tied")
     run_pass(llama, Untie(), ctx)
     report = run_pass(llama, Untie(), ctx)
     assert report.edits == []
@@ -62,7 +56,7 @@ def test_untie_twice_is_once(llama: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["gpt2", *wider("llama", "gemma2")])
 def test_fold_norms_moves_the_gains_and_changes_nothing(name: str) -> None:
     model = tiny.make(name, dtype=torch.float64)
-    ctx = context(model)
+    ctx = context(model, name)
     before = logits(model)
     run_pass(model, Untie(), ctx)
     report = run_pass(model, FoldNorms(), ctx)
@@ -78,7 +72,7 @@ def test_fold_norms_moves_the_gains_and_changes_nothing(name: str) -> None:
 
 def test_fold_norms_leaves_post_norms_alone_and_says_why() -> None:
     model = tiny.make("gemma2", dtype=torch.float64)
-    report = FoldNorms().run(context(model))
+    report = FoldNorms().run(context(model, "gemma2"))
     skipped = dict(report.skipped)
     name = "model.layers.0.post_attention_layernorm.weight"
     assert "read by add" in skipped[name]
@@ -86,7 +80,7 @@ def test_fold_norms_leaves_post_norms_alone_and_says_why() -> None:
 
 def test_fold_norms_twice_is_once() -> None:
     model = tiny.make("opt", dtype=torch.float64)
-    ctx = context(model)
+    ctx = context(model, "opt")
     run_pass(model, Untie(), ctx)
     run_pass(model, FoldNorms(), ctx)
     assert FoldNorms().run(ctx).edits == []
@@ -105,7 +99,7 @@ def test_fold_norms_twice_is_once() -> None:
 )
 def test_fold_rotations_turns_weights_and_changes_nothing(name: str, kind: str) -> None:
     model = tiny.make(name, dtype=torch.float64)
-    ctx = context(model)
+    ctx = context(model, name)
     before = logits(model)
     embedding = model.get_input_embeddings().weight.detach().clone()
     for step in (Untie(), FoldNorms(), FoldRotations(kind=kind, every=True)):  # type: ignore[arg-type]
@@ -118,13 +112,13 @@ def test_fold_rotations_needs_the_norms_folded_first() -> None:
     """The negative control: with gains in place the same rotations are wrong, so the comparison can fail."""
     model = tiny.make("llama", dtype=torch.float64)
     before = logits(model)
-    run_pass(model, FoldRotations(kind="haar", every=True), context(model))
+    run_pass(model, FoldRotations(kind="haar", every=True), context(model, "llama"))
     assert error(logits(model), before) > 1e-3
 
 
 def test_one_reader_turned_the_wrong_way_is_seen() -> None:
     model = tiny.make("llama", dtype=torch.float64)
-    ctx = context(model)
+    ctx = context(model, "llama")
     before = logits(model)
     run_pass(model, FoldNorms(), ctx)
     run_pass(model, FoldRotations(kind="haar"), ctx)
@@ -136,7 +130,7 @@ def test_one_reader_turned_the_wrong_way_is_seen() -> None:
 
 def test_fold_rotations_leaves_pinned_and_unread_bases_alone() -> None:
     model = tiny.make("opt", dtype=torch.float64)
-    ctx = context(model)
+    ctx = context(model, "opt")
     report = FoldRotations().run(ctx)
     skipped = dict(report.skipped)
     assert "relu" in skipped["model.decoder.layers.0.fc2.input"]
@@ -147,7 +141,7 @@ def test_fold_rotations_leaves_pinned_and_unread_bases_alone() -> None:
 
 def test_the_residual_can_be_left_out() -> None:
     model = tiny.make("llama", dtype=torch.float64)
-    report = FoldRotations(residual=False).run(context(model))
+    report = FoldRotations(residual=False).run(context(model, "llama"))
     assert all("embed_tokens" not in edit.parameter for edit in report.edits if isinstance(edit, RotateParameter))
     assert report.edits  # v_proj and o_proj still turn
 
@@ -155,7 +149,7 @@ def test_the_residual_can_be_left_out() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_residual_rotation_is_orthogonal_and_undone(name: str) -> None:
     model = tiny.make(name)
-    ctx = context(model)
+    ctx = context(model, name)
     rotation = residual_rotation(ctx, ctx.plan.basis("residual"))
     matrix = rotation.matrix(64)
     # float64 products of 64 terms
@@ -170,7 +164,7 @@ def test_the_residual_rotation_is_orthogonal_and_undone(name: str) -> None:
 
 def test_seeds_differ_and_repeat() -> None:
     model = tiny.make("llama")
-    plan: Plan = make_plan(model)
+    plan: Plan = planned.plan("llama")
     recipe = load_recipe("bwla-w1a6")
     first, again, other = (
         residual_rotation(PassContext(model, plan, recipe, seed), plan.basis("residual")).matrix(64)

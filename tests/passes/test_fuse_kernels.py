@@ -76,11 +76,9 @@ BLOCK = {
 QUICK = [
     ("llama", "hadamard-rtn", torch.float32),
     ("gpt2", "hadamard-rtn", torch.bfloat16),
-    ("phi3", "hadamard-rtn", torch.float32),
-    ("opt", "hadamard-rtn", torch.float32),
 ]
 WIDE = [
-    *((name, "hadamard-rtn", torch.float32) for name in ("qwen2", "qwen3", "mistral", "gpt2")),
+    *((name, "hadamard-rtn", torch.float32) for name in ("qwen2", "qwen3", "mistral", "gpt2", "phi3", "opt")),
     *((name, "hadamard-rtn", torch.bfloat16) for name in ("llama", "phi3", "opt")),
     ("llama", "rtn", torch.bfloat16),
 ]

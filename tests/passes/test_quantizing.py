@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.numerics.planes import BinaryWeight
 from bwla_compiler.numerics.signs import round_signs
 from bwla_compiler.passes.base import InsertTransform, PassContext
@@ -15,15 +14,17 @@ from bwla_compiler.passes.quantize_linears import QuantizeLinears
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
 from bwla_compiler.runtime.transformed import TransformedLinear
-from tests import tiny
+from tests import planned, tiny
 
 DOWN = "model.layers.0.mlp.down_proj"
 OUT = "model.layers.0.self_attn.o_proj"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-def context(model: nn.Module, recipe: Recipe | None = None) -> PassContext:
-    return PassContext(model, make_plan(model), recipe or load_recipe("bwla-w1a6", {"transform.iterations": 3}), 0)
+def context(model: nn.Module, name: str, recipe: Recipe | None = None) -> PassContext:
+    """Return what passes need for `tiny.make(name)`."""
+    recipe = recipe or load_recipe("bwla-w1a6", {"transform.iterations": 3})
+    return PassContext(model, planned.plan(name), recipe, 0)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -39,7 +40,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("recipe", ["bwla-w1a6", "hadamard-rtn"])
 def test_online_transforms_change_nothing(name: str, recipe: str) -> None:
     model = tiny.make(name)
-    ctx = context(model, load_recipe(recipe, {"transform.iterations": 3}))
+    ctx = context(model, name, load_recipe(recipe, {"transform.iterations": 3}))
     before = logits(model)
     groups = tuple(g.name for g in ctx.plan.groups)
     x_max = {g.name: torch.rand(g.in_features) + 0.1 for g in ctx.plan.groups}
@@ -51,7 +52,7 @@ def test_online_transforms_change_nothing(name: str, recipe: str) -> None:
 
 
 def test_the_factor_of_a_head_is_not_applied_twice() -> None:
-    ctx = context(tiny.make("qwen3"))
+    ctx = context(tiny.make("qwen3"), "qwen3")
     sizes = factors_of(ctx.plan.linear(OUT))
     assert (sizes.n1, sizes.n2, sizes.right_folded) == (4, 16, True)
     (edit,) = InsertOnline((OUT,)).run(ctx).edits
@@ -66,7 +67,7 @@ def test_a_budget_leaves_blocks_or_nothing_and_the_function_as_it_is() -> None:
     model = tiny.make("qwen3")
     before = logits(model)
     # decoding a token of this model on one core, 8 x 12 factors take 23% of down_proj's modelled time
-    blocks = context(model, load_recipe("bwla-w1a6", {"transform.budget": 0.15}))
+    blocks = context(model, "qwen3", load_recipe("bwla-w1a6", {"transform.budget": 0.15}))
     report = run_pass(model, InsertOnline((DOWN,)), blocks)
     (edit,) = report.edits
     assert isinstance(edit, InsertTransform)
@@ -77,17 +78,17 @@ def test_a_budget_leaves_blocks_or_nothing_and_the_function_as_it_is() -> None:
     assert "kronecker takes" in reason
     assert f"blocks of {edit.right.shape[0]} channels" in reason
     assert relative(logits(model), before) < 1e-4
-    nothing = context(tiny.make("qwen3"), load_recipe("bwla-w1a6", {"transform.budget": 0.0}))
+    nothing = context(tiny.make("qwen3"), "qwen3", load_recipe("bwla-w1a6", {"transform.budget": 0.0}))
     report = InsertOnline((OUT, DOWN)).run(nothing)
     assert report.edits == []
     assert [what for what, _ in report.skipped] == [OUT, DOWN]
 
 
 def test_inputs_that_come_rotated_are_left_alone_and_say_so() -> None:
-    report = InsertOnline((QUERY, DOWN)).run(context(tiny.make("qwen3")))
+    report = InsertOnline((QUERY, DOWN)).run(context(tiny.make("qwen3"), "qwen3"))
     assert report.skipped == [(QUERY, "its input already comes rotated")]
     assert len(report.edits) == 1
-    plain = InsertOnline((DOWN,)).run(context(tiny.make("qwen3"), load_recipe("rtn")))
+    plain = InsertOnline((DOWN,)).run(context(tiny.make("qwen3"), "qwen3", load_recipe("rtn")))
     assert plain.skipped == [(DOWN, "the recipe does not rotate")]
 
 
@@ -98,7 +99,7 @@ def rounded(linear: nn.Linear) -> BinaryWeight:
 
 def test_quantized_linears_hold_what_was_fitted_and_twice_is_once() -> None:
     model = tiny.make("qwen2")  # its q/k/v have biases
-    ctx = context(model)
+    ctx = context(model, "qwen2")
     linear = model.get_submodule(QUERY)
     weight, bias = rounded(linear), linear.bias.detach().clone()
     step = QuantizeLinears({QUERY: weight}, {QUERY: 16})
@@ -118,7 +119,7 @@ def test_quantized_linears_hold_what_was_fitted_and_twice_is_once() -> None:
 @pytest.mark.parametrize(("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", Int8Linear)])
 def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type) -> None:
     model = tiny.make(name)
-    ctx = context(model)
+    ctx = context(model, name)
     before = logits(model)
     for step in folding_passes(ctx.recipe):
         run_pass(model, step, ctx)
@@ -132,19 +133,20 @@ def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type)
 
 def test_ends_can_be_stored_apart_or_left_alone() -> None:
     model = tiny.make("llama-tied")
-    ctx = context(model, load_recipe("bwla-w1a6", {"tied": "untie"}))
+    ctx = context(model, "llama-tied", load_recipe("bwla-w1a6", {"tied": "untie"}))
     for step in folding_passes(ctx.recipe):
         run_pass(model, step, ctx)
     run_pass(model, QuantizeEnds(rotated=True), ctx)
     assert type(model.get_output_embeddings()) is Int8Linear
-    kept = QuantizeEnds(rotated=False).run(context(tiny.make("llama"), load_recipe("bwla-w1a6", {"head.bits": 16})))
+    whole = load_recipe("bwla-w1a6", {"head.bits": 16})
+    kept = QuantizeEnds(rotated=False).run(context(tiny.make("llama"), "llama", whole))
     assert kept.edits == []
     assert {what for what, _ in kept.skipped} == {"model.embed_tokens", "lm_head"}
 
 
 def test_a_head_that_is_no_longer_the_embedding_is_stored_on_its_own() -> None:
     model = tiny.make("llama-tied")
-    ctx = context(model)
+    ctx = context(model, "llama-tied")
     for step in folding_passes(ctx.recipe):
         run_pass(model, step, ctx)
     with torch.no_grad():

@@ -1,0 +1,186 @@
+"""Quantize a model folder into another, block by block: memory for one block, and a killed run goes on."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
+
+from bwla_compiler import tokens as token_sources
+from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
+from bwla_compiler.calibrate.spill import Spill
+from bwla_compiler.checkpoint import hf
+from bwla_compiler.checkpoint.empty import empty_model
+from bwla_compiler.checkpoint.files import file_sha256, write_json, writing
+from bwla_compiler.checkpoint.source import INDEX, SourceWeights
+from bwla_compiler.checkpoint.streamed import StreamedWeights
+from bwla_compiler.checkpoint.work import WorkFolder
+from bwla_compiler.errors import CheckpointError, RecipeError
+from bwla_compiler.memory import memory_bytes
+from bwla_compiler.recipe import Recipe
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+Sampler = Callable[[], Tensor]
+"""Samples calibration tokens from the float model as a whole."""
+
+CALIBRATION = "calibration.safetensors"
+TUNING_BYTES = 12
+"""Memory that tuning takes for each weight of the blocks: signs as floats, their products' gradients, and the pack."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: folder of the float model, recipe, calibration (see `api.quantize_to`), tokenizer, seed.
+
+    spill: keep activations in files. sampler: of calibration = "self".
+    """
+
+    folder: Path
+    out: Path
+    recipe: Recipe
+    calibration: str | Path | Sequence[str] | Tensor = "self"
+    tokenizer: Any = None
+    seed: int = 0
+    spill: bool = False
+    sampler: Sampler | None = None
+
+
+def quantize_folder(
+    job: Job, *, progress: Progress | None = None, on_block: Callable[[BlockReport], None] | None = None
+) -> QuantizeReport:
+    """Do the job, or what an earlier run has left of it, and return the report.
+
+    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError.
+    """
+    if job.recipe.simulated:
+        raise RecipeError(
+            f"recipe {job.recipe.name}: its weights are not packed, so they cannot be saved; give another recipe"
+        )
+    model = _empty(job.folder)
+    source = SourceWeights(job.folder, model)
+    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
+        tuned = work.state.setdefault("tuned", _tuned(job.recipe, model))
+        weights = StreamedWeights(model, source, work, tuned=tuned)
+        report = quantize_model(
+            model,
+            job.recipe,
+            _tokens(job, model, work, progress),
+            seed=job.seed,
+            progress=progress,
+            weights=weights,
+            keep=Spill(work.path) if job.spill else None,
+            on_block=on_block,
+        )
+        hf.attach(model, recipe=job.recipe, plan=report.plan, bits=report.bits)
+        _publish(job, model, weights, work)
+    return report
+
+
+def float_bytes(folder: Path) -> int:
+    """Return the bytes that a folder's model takes as float32. Raises CheckpointError as quantize_folder does."""
+    return 4 * sum(p.numel() for p in _empty(folder).parameters())
+
+
+def _empty(folder: Path) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(f"{folder}: is quantized already; give the float model")
+        return empty_model(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: its config does not describe a causal LM: {first}. Give a model folder or a hub id"
+        ) from error
+
+
+def _facts(job: Job, source: SourceWeights) -> dict[str, Any]:
+    """Return what a run depends on; a run that goes on must have the same."""
+    shards = sorted(set(source.files.values()))
+    return {
+        "recipe": job.recipe.to_dict(),
+        "seed": job.seed,
+        "calibration": _calibration_fact(job) if job.recipe.needs_calibration else None,
+        "model": [file_sha256(job.folder / "config.json"), *([path.name, path.stat().st_size] for path in shards)],
+    }
+
+
+def _calibration_fact(job: Job) -> str:
+    given = job.calibration
+    if isinstance(given, Tensor):
+        return hashlib.sha256(given.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(given, (str, Path)):
+        path = Path(given)
+        return file_sha256(path) if path.is_file() else str(given)
+    return hashlib.sha256("\0".join(map(str, given)).encode()).hexdigest()
+
+
+def _tuned(recipe: Recipe, model: nn.Module) -> bool:
+    """Return whether there is memory to tune the packed model as a whole, where the recipe asks for that."""
+    n_weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    return recipe.tuning.steps > 0 and n_weights * TUNING_BYTES <= memory_bytes() // 2
+
+
+@contextlib.contextmanager
+def _same_threads(work: WorkFolder) -> Iterator[None]:
+    """Compute with as many threads as the run was begun with: sums of another order round otherwise."""
+    before = torch.get_num_threads()
+    wanted = work.state.setdefault("threads", before)
+    try:
+        torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tokens(job: Job, model: nn.Module, work: WorkFolder, progress: Progress | None) -> Tensor | None:
+    """Return the calibration tokens, those of the first run where this one goes on."""
+    recipe = job.recipe
+    if not recipe.needs_calibration:
+        return None
+    path = work.path / CALIBRATION
+    if path.is_file() and work.state["calibration"] == file_sha256(path):
+        return load_file(path)["tokens"]
+    given: Any = job.calibration
+    if isinstance(given, str) and given == "self" and job.sampler is not None:
+        given = job.sampler()
+    tokens = token_sources.calibration_tokens(
+        given,
+        model=model,
+        tokenizer=job.tokenizer,
+        sequences=recipe.calibration.sequences,
+        length=recipe.calibration.length,
+        seed=job.seed,
+        progress=progress,
+    )
+    if tokens is not None:
+        work.state["calibration"] = work.write(CALIBRATION, {"tokens": tokens})
+        work.save()
+    return tokens
+
+
+def _publish(job: Job, model: nn.Module, weights: StreamedWeights, work: WorkFolder) -> None:
+    """Write what stands beside the shards, see that all of it can be read again, and give the folder its name."""
+    files, n_bytes = weights.write()
+    with writing(work.path):
+        write_json(work.path / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": files})
+        hf.save_config(model, work.path)
+        if (job.folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(job.folder).save_pretrained(work.path)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(work.path)
+    hf.check_saved(work.path)
+    others = {p.name for p in work.path.iterdir() if p.is_file() and not p.name.startswith(".")}
+    own = {name for name in others if name.startswith("untuned-") or name == CALIBRATION}
+    work.publish(others - own)

@@ -1,0 +1,354 @@
+"""From folder to folder, block by block: the same bytes as in memory, after any interruption, and clear refusals."""
+
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bwla_compiler import api
+from bwla_compiler.calibrate.report import BlockReport
+from bwla_compiler.checkpoint import files
+from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, RecipeError, WeightError
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.zoo.models import tiny_model
+from tests import tiny
+from tests.wider import wider
+
+FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 0}
+TOKENS = tiny.ids(batch=8, length=16, seed=3)
+Edit = Callable[[Path], None]
+
+
+def made(name: str, folder: Path) -> Path:
+    """Save a tiny float model; in shards where its name is llama, so that the index is read."""
+    model: Any = tiny.make(name) if name in tiny.CONFIGS else tiny_model(name)
+    model.save_pretrained(folder, max_shard_size="100KB" if name == "llama" else "1GB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("llama", tmp_path_factory.mktemp("float") / "llama")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an uninterrupted calibrated run writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    api.quantize_to(source, out, settings=FAST, calibration=TOKENS)
+    return out
+
+
+def rounded(source: Path, out: Path, **options: Any) -> None:
+    """Quantize without data and, once a plan was made, by that plan, which takes the least time: llama alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bwla_compiler.calibrate.quantize.make_plan", llama_plan)
+        api.quantize_to(source, out, recipe="rtn", **options)
+
+
+@functools.cache
+def plan_of_llama() -> Plan:
+    return make_plan(tiny.make("llama"))
+
+
+def llama_plan(model: nn.Module) -> Plan:
+    return plan_of_llama()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.ids(seed=4), use_cache=False).logits
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(number: int) -> Callable[[BlockReport], None]:
+    def told(block: BlockReport) -> None:
+        if block.done == number:
+            raise Killed
+
+    return told
+
+
+def same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe: str = "bwla-w1a6") -> None:
+    made(name, folder / "float")
+    report = api.quantize_to(folder / "float", folder / "out", recipe=recipe, settings=settings, calibration=TOKENS)
+    model = api.load(folder / "float").model
+    expected = api.quantize(model, recipe=recipe, settings=settings, calibration=TOKENS)
+    again = api.load(folder / "out").model
+    mine, theirs = again.state_dict(), model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert [key for key, value in mine.items() if not torch.equal(value, theirs[key])] == []
+    assert torch.equal(logits(again), logits(model))
+    assert report.bits == expected.bits
+    assert [x.output_error for x in report.linears] == [x.output_error for x in expected.linears]
+
+
+@pytest.mark.parametrize(
+    "name", ["opt", *wider("llama-tied", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss", "falcon")]
+)
+def test_streamed_and_in_memory_are_the_same_bits(name: str, tmp_path: Path) -> None:
+    same_as_in_memory(name, tmp_path, FAST)
+
+
+def test_a_tied_model_that_is_only_rounded(tmp_path: Path) -> None:
+    same_as_in_memory("llama-tied", tmp_path, {"head.bits": 16}, "rtn")
+
+
+@pytest.mark.exhaustive
+def test_tuning_works_on_what_was_streamed(tmp_path: Path) -> None:
+    same_as_in_memory("llama", tmp_path, {**FAST, "tuning.steps": 2})
+
+
+def test_blocks_are_told_and_files_are_few(source: Path, tmp_path: Path) -> None:
+    told: list[BlockReport] = []
+    rounded(source, tmp_path / "out", on_block=told.append)
+    assert [(b.name, b.done, b.total, b.restored) for b in told] == [
+        ("model.layers.0", 1, 2, False),
+        ("model.layers.1", 2, 2, False),
+    ]
+    assert all(0 < b.output_error < 1 and 1 < b.true_bits < 2 for b in told)
+    assert sorted(content(tmp_path / "out")) == [
+        "config.json",
+        "generation_config.json",
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
+    out, told = tmp_path / "out", []
+    with pytest.raises(Killed):
+        api.quantize_to(source, out, settings=FAST, calibration=TOKENS, on_block=kill_after(1))
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        api.load(tmp_path / "out.partial")
+    report = api.quantize_to(source, out, settings=FAST, calibration=TOKENS, on_block=told.append)
+    assert [block.restored for block in told] == [True, False]
+    assert content(out) == content(whole)
+    assert {x.name.split(".")[2] for x in report.linears} == {"0", "1"}
+
+
+def test_spilled_activations_change_nothing(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bwla_compiler.calibrate.spill.LEAST", 1)
+    api.quantize_to(source, tmp_path / "out", settings=FAST, calibration=TOKENS, spill=True)
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
+def test_kill_9_at_any_moment(source: Path, whole: Path, tmp_path: Path, moment: float) -> None:
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    code = (
+        "import sys; from bwla_compiler import api; from tests.test_streaming import FAST\n"
+        "api.quantize_to(sys.argv[1], sys.argv[2], settings=FAST, calibration=sys.argv[3], on_block=print)"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(tmp_path / "tokens.pt")]
+    whole_run = subprocess.run([*command[:-2], str(tmp_path / "whole"), command[-1]], check=True, capture_output=True)
+    assert whole_run.returncode == 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.partial" / "progress.json").exists():
+        if process.poll() is not None:
+            break
+    try:
+        process.wait(moment)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "out").exists():
+        subprocess.run(command, check=True, capture_output=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def begun(source: Path, out: Path) -> Path:
+    """Leave a run without data behind that was killed after its first block; return its folder."""
+    with pytest.raises(Killed):
+        rounded(source, out, on_block=kill_after(1))
+    return out.with_name("out.partial")
+
+
+def test_what_a_run_depends_on_may_not_change(source: Path, tmp_path: Path) -> None:
+    begun(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"out\.partial: was begun with another recipe"):
+        rounded(source, tmp_path / "out", settings={"activations.bits": 8})
+    with pytest.raises(CheckpointError, match="was begun with another seed"):
+        rounded(source, tmp_path / "out", seed=1)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match="was begun with another model"):
+        rounded(other, tmp_path / "out")
+
+
+def test_weights_that_changed_in_place_are_noticed(source: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "float"
+    shutil.copytree(source, changed)
+    begun(changed, tmp_path / "out")
+    edit(changed, "model.layers.0.mlp.up_proj.weight", lambda w: w.add_(1))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0 are no longer those"):
+        rounded(changed, tmp_path / "out")
+
+
+def test_lost_and_damaged_shards_of_a_begun_run(source: Path, tmp_path: Path) -> None:
+    folder = begun(source, tmp_path / "out")
+    shard = folder / "model-00001-of-00003.safetensors"
+    flip(shard)
+    with pytest.raises(CheckpointError, match=r"differs from its hash.*remove"):
+        rounded(source, tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"this shard of model\.layers\.0 is missing"):
+        rounded(source, tmp_path / "out")
+    (folder / "progress.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"progress\.json: is damaged"):
+        rounded(source, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_what_can_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded(source, tmp_path / "whole")
+    synced = os.fsync
+    calls: list[int] = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synced(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"no space left on its disk.*start the same command again"):
+        rounded(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob(".*.tmp"))
+    monkeypatch.undo()
+    rounded(source, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_places_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        rounded(source, tmp_path / "file" / "out")
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        rounded(source, tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(CheckpointError, match="no permission to write there; choose another folder"):
+        rounded(source, tmp_path / "out")
+
+
+def edit(folder: Path, name: str, change: Callable[[torch.Tensor], Any] | None) -> None:
+    """Change a stored tensor in place, or take it out."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            if change is None:
+                del tensors[name]
+            else:
+                changed = change(tensors[name])
+                tensors[name] = tensors[name] if changed is None else changed
+            save_file(tensors, path, {"format": "pt"})
+
+
+def flip(path: Path) -> None:
+    """Flip one bit of a file's last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def nan(weight: torch.Tensor) -> None:
+    weight[0, 0] = torch.nan
+
+
+def without_index_entry(folder: Path) -> None:
+    table = json.loads((folder / "model.safetensors.index.json").read_text())
+    del table["weight_map"][UP]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+
+
+def truncated(folder: Path) -> None:
+    path = max(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def encoder(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
+
+
+DAMAGE: dict[str, tuple[Edit, type[BwlaError], str]] = {
+    "NaN": (lambda f: edit(f, UP, nan), WeightError, f"{UP} holds 1 NaN or infinite"),
+    "shape": (lambda f: edit(f, UP, lambda w: w[:5].clone()), CheckpointError, rf"{UP} has shape \[5, 64\]"),
+    "integers": (lambda f: edit(f, UP, lambda w: w.to(torch.int32)), WeightError, "only floating-point"),
+    "missing": (without_index_entry, CheckpointError, f"lacks {UP}"),
+    "shard": (lambda f: max(f.glob("*.safetensors")).unlink(), CheckpointError, "this shard is missing"),
+    "truncated": (truncated, CheckpointError, "truncated or damaged"),
+    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), CheckpointError, "is damaged"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("*.safe*")], CheckpointError, "has neither"),  # type: ignore[dict-item,return-value]
+    "no decoder": (encoder, CheckpointError, "does not describe a causal LM"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_bad_input_is_one_clear_error(what: str, source: Path, tmp_path: Path) -> None:
+    change, error, message = DAMAGE[what]
+    shutil.copytree(source, tmp_path / "float")
+    change(tmp_path / "float")
+    with pytest.raises(error, match=message):
+        rounded(tmp_path / "float", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_that_is_none(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    torch.save(torch.arange(5), tmp_path / "short.pt")
+    with pytest.raises(CalibrationError, match="no tokenizer"):
+        api.quantize_to(source, tmp_path / "out", calibration=tmp_path / "empty.txt")
+    with pytest.raises(CalibrationError, match="5 tokens do not fill one sequence of 256"):
+        api.quantize_to(source, tmp_path / "out2", calibration=tmp_path / "short.pt")
+    with pytest.raises(CalibrationError, match='is neither "self"'):
+        api.quantize_to(source, tmp_path / "out3", calibration="nothing.txt")
+
+
+def test_what_cannot_be_saved_or_is_packed_is_refused_at_once(source: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be saved"):
+        api.quantize_to(source, tmp_path / "out", recipe="billm-like", calibration=TOKENS)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        rounded(whole, tmp_path / "out")
+
+
+def test_a_model_without_values_takes_no_memory() -> None:
+    from bwla_compiler.checkpoint.empty import empty_model
+
+    model = empty_model(tiny.CONFIGS["llama-tied"]())
+    assert len({p.data_ptr() for p in model.parameters()}) == 1
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert float(model.model.rotary_emb.inv_freq[0]) == 1.0  # buffers are real
