@@ -182,10 +182,10 @@ def _optimizer(found: Sequence[Student], gains: Sequence[nn.Parameter], tuning: 
             ([*gains], tuning.gains),
             (biases, tuning.biases),
         )
-        if parameters and rate
+        if parameters and (rate or parameters is scales)  # these also where they stay: gradients pass them to the signs
     ]
-    wanted = [*(p for parameters, _ in tuned for p in parameters), *(scales if tuning.signs else ())]
-    for parameter in wanted:  # of the scales also where they stay: without any, no backward pass would reach the signs
-        parameter.requires_grad_(True)
+    for parameters, _ in tuned:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
     groups = [{"params": parameters, "full_rate": rate} for parameters, rate in tuned]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))

@@ -87,7 +87,7 @@ def test_a_latent_moves_by_the_rate_whatever_the_size_of_its_row_and_column() ->
 
 def test_the_backward_pass_teaches_the_signs() -> None:
     found, x = student(packed(), learn=True), inputs()
-    found.planes.rate = 0.5
+    found.planes.rate = 1.5
     before = found.planes.signs()
     found(x).sum().backward()  # d/dW of the sum is the sum of the inputs, in every row
     of_weight = x.detach().sum((0, 1)).expand(OUT, IN)

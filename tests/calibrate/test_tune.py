@@ -23,7 +23,7 @@ def quantized(name: str, *, steps: int, base: str = "bwla-w1a6", **changes: obje
 def test_tuning_moves_the_logits_towards_the_float_model_and_keeps_signs_and_bits(name: str) -> None:
     reference = logits(tiny.make(name))
     plain, plain_report = quantized(name, steps=0)
-    tuned, report = quantized(name, steps=24, tuning__signs=0.0)
+    tuned, report = quantized(name, steps=48, tuning__signs=0.0)
     assert relative(logits(tuned), reference) < 0.99 * relative(logits(plain), reference)
     assert report.bits == plain_report.bits
     before, after = plain.state_dict(), tuned.state_dict()
