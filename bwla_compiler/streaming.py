@@ -33,8 +33,8 @@ Sampler = Callable[[], Tensor]
 """Samples calibration tokens from the float model as a whole."""
 
 CALIBRATION = "calibration.safetensors"
-TUNING_BYTES = 12
-"""Memory that tuning takes for each weight of the blocks: signs as floats, their products' gradients, and the pack."""
+TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
+"""Memory that tuning takes for each weight: the pack, before and after; where signs learn; the head, in floats twice."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def _calibration_fact(job: Job) -> str:
 def _tuned(recipe: Recipe, model: nn.Module) -> bool:
     """Return whether there is memory to tune the packed model as a whole, where the recipe asks for that."""
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    return recipe.tuning.steps > 0 and n_weights * TUNING_BYTES <= memory_bytes() // 2
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    n_bytes = n_weights * (TUNING_BYTES + LATENT_BYTES * (recipe.tuning.signs > 0))
+    n_bytes += 0 if head is None else HEAD_BYTES * head.weight.numel()
+    return recipe.tuning.steps > 0 and n_bytes <= memory_bytes() // 2
 
 
 @contextlib.contextmanager
