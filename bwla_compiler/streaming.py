@@ -34,7 +34,7 @@ Sampler = Callable[[], Tensor]
 
 CALIBRATION = "calibration.safetensors"
 TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
-"""Memory that tuning takes for each weight: the pack, before and after; where signs learn; of the head, floats twice."""
+"""Memory that tuning takes for each weight: the pack, twice; where signs learn; of the head, its floats twice."""
 
 
 @dataclass(frozen=True)
