@@ -1,5 +1,7 @@
 """The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
 
+import dataclasses
+import json
 import logging
 import os
 import sys
@@ -109,6 +111,7 @@ cli_packing.add_commands(app)
         "bwla-compile inspect demo:",
         "bwla-compile inspect DIR -o report.html",
         "bwla-compile inspect config.json --json",
+        "bwla-compile inspect OUT --bits",
     )
 )
 def inspect(
@@ -117,6 +120,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
+    by_bits: Annotated[
+        bool, typer.Option("--bits", help="Of a packed folder: bytes by kind, claimed, counted and on the disk.")
+    ] = False,
     device: Device = "cpu",
 ) -> None:
     """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
@@ -125,6 +131,11 @@ def inspect(
     """
     chosen = chosen_recipe(recipe, None) if recipe else None
     from bwla_compiler import api
+
+    if by_bits:
+        found = api.ledger(model)
+        print(json.dumps(dataclasses.asdict(found))) if as_json else _print_ledger(found, model)
+        return
     from bwla_compiler.inspector.report import build_report
 
     with progress_bars() as progress:
@@ -143,6 +154,17 @@ def inspect(
         print(report.to_json())
     else:
         print_report(report, stdout_console())
+
+
+def _print_ledger(found: Any, source: str) -> None:
+    """Print bytes by kind; their last row is the sum, which is that of the files."""
+    rows = [row(e.kind, e.claimed or None, e.counted, e.stored) for e in found.entries]
+    sums = (sum(getattr(e, part) for e in found.entries) for part in ("counted", "stored"))
+    rows.append(row("all", None, *sums))
+    claimed, counted = found.claimed_bits.get("linears", 0.0), found.bits.linears
+    note = f"bits a linear weight: {claimed:.4f} by its config, {counted:.4f} counted; files: {found.file_bytes} bytes"
+    columns = ("bytes of", ">claimed", ">counted", ">on disk")
+    stdout_console().print(render_table(Table(source, columns, tuple(rows), note)))
 
 
 def _packed(model: Any) -> Any:
