@@ -16,6 +16,8 @@ from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.checkpoint import hf
+from bwla_compiler.checkpoint.ledger import Ledger
+from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.checkpoint.source import source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
@@ -46,6 +48,7 @@ __all__ = [
     "bits",
     "cost",
     "generate",
+    "ledger",
     "load",
     "perplexity",
     "plan",
@@ -279,6 +282,11 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
     be written, or where what was read differs by a bit, in a tensor or in logits.
     """
     save_checked(model, Path(path), tokenizer=tokenizer)
+
+
+def ledger(folder: str | Path) -> Ledger:
+    """Return the bytes of a packed folder by kind: claimed, counted, and on the disk. Raises CheckpointError."""
+    return checkpoint_ledger(Path(folder))
 
 
 def bits(model: nn.Module) -> Bits:

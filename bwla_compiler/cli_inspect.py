@@ -1,5 +1,7 @@
 """The command that shows what the compiler saw, decided and paid: inspect."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 from bwla_compiler.cli_options import examples, progress_bars, stdout_console, write_text
 from bwla_compiler.inspector.cost import DEFAULT_DEVICE
 from bwla_compiler.inspector.diff import difference_tables
+from bwla_compiler.inspector.table import Table, row
 from bwla_compiler.inspector.terminal import print_report, render_table
 from bwla_compiler.inspector.why import explain
 
@@ -22,6 +25,7 @@ def add_commands(app: typer.Typer) -> None:
             "bwla-compile inspect DIR --why layers.3.mlp.down_proj",
             "bwla-compile inspect DIR --diff rtn bwla-w1a6",
             "bwla-compile inspect --diff PACKED1 PACKED2",
+            "bwla-compile inspect OUT --bits",
         )
     )(inspect)
 
@@ -36,6 +40,9 @@ def inspect(
         tuple[str, str] | None,
         typer.Option("--diff", metavar="A B", help="Compare two recipes on MODEL, or without MODEL two models."),
     ] = None,
+    by_bits: Annotated[
+        bool, typer.Option("--bits", help="Of a packed folder: bytes by kind, claimed, counted and on the disk.")
+    ] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
     on: Annotated[str, typer.Option("--on", metavar="DEVICE", help="Device of the modelled costs.")] = DEFAULT_DEVICE,
 ) -> None:
@@ -45,6 +52,9 @@ def inspect(
     """
     if not model and diff is None:
         raise typer.BadParameter("Missing argument 'MODEL' (it may be left out with --diff A B, of two models)")
+    if by_bits:
+        _print_ledger(model, as_json=as_json)
+        return
     from bwla_compiler import inspection
 
     if diff is not None:
@@ -70,3 +80,20 @@ def inspect(
         print(report.to_json())
     else:
         print_report(report, stdout_console())
+
+
+def _print_ledger(folder: str, *, as_json: bool) -> None:
+    """Print bytes by kind; their last row is the sum, which is that of the files."""
+    from bwla_compiler import api
+
+    found = api.ledger(folder)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    rows = [row(e.kind, e.claimed or None, e.counted, e.stored) for e in found.entries]
+    sums = (sum(getattr(e, part) for e in found.entries) for part in ("counted", "stored"))
+    rows.append(row("all", None, *sums))
+    claimed, counted = found.claimed_bits.get("linears", 0.0), found.bits.linears
+    note = f"bits a linear weight: {claimed:.4f} by its config, {counted:.4f} counted; files: {found.file_bytes} bytes"
+    columns = ("bytes of", ">claimed", ">counted", ">on disk")
+    stdout_console().print(render_table(Table(folder, columns, tuple(rows), note)))

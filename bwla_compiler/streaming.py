@@ -183,7 +183,7 @@ def _publish(job: Job, model: nn.Module, weights: StreamedWeights, work: WorkFol
             GenerationConfig.from_pretrained(job.folder).save_pretrained(work.path)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(work.path)
-    hf.check_saved(work.path)
+    hf.packed_skeleton(work.path, check=True)
     others = {p.name for p in work.path.iterdir() if p.is_file() and not p.name.startswith(".")}
     own = {name for name in others if name.startswith("untuned-") or name == CALIBRATION}
     work.publish(others - own)

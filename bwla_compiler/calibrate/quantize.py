@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
+from bwla_compiler.calibrate.overrides import check_overrides
 from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
 from bwla_compiler.calibrate.residency import InMemory, Residency
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
@@ -68,6 +69,7 @@ def quantize_model(
         weights.check()
         plan = plan or make_plan(model)
         _check_experts(plan, recipe)
+        check_overrides(plan, recipe)
         return _Quantizer(model, recipe, tokens, plan, graph, seed, progress, weights, keep, on_block).run()
 
 

@@ -148,10 +148,25 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
+def header_bytes(path: Path) -> int:
+    """Return the bytes of a file before its first tensor."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def data_bytes(path: Path) -> int:
     """Return the bytes of a file's tensors, its header left out."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - header_bytes(path)
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor of a file, by its header. Raises CheckpointError for a damaged one."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in header.items() if n != "__metadata__"}
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: has no header that can be read ({error}); copy it again") from error
 
 
 @contextmanager

@@ -182,11 +182,18 @@ def save_config(model: Any, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def check_saved(folder: Path) -> None:
-    """Raise CheckpointError where a folder's tensors are not those that its config describes, name by name."""
+def packed_skeleton(folder: Path, *, check: bool = False) -> Any:
+    """Return the packed model of a folder on meta, built from its config alone; check: and see that the files fit it.
+
+    Raises CheckpointError where the config describes no packed model, or where files are damaged or lack a tensor.
+    """
     config = AutoConfig.from_pretrained(folder)
+    table = getattr(config, "quantization_config", None)
+    if table is None or (isinstance(table, dict) and table.get("quant_method") != METHOD):
+        raise CheckpointError(f"{folder}: holds no packed model; give a folder that quantize wrote")
+    config.quantization_config = BwlaConfig(**table) if isinstance(table, dict) else table
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    table = config.quantization_config
-    quantizer = BwlaQuantizer(BwlaConfig(**table) if isinstance(table, dict) else table)
-    quantizer._process_model_before_weight_loading(model, sorted(map(str, folder.glob("*.safetensors"))))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    files = sorted(map(str, folder.glob("*.safetensors"))) if check else None
+    BwlaQuantizer(config.quantization_config)._process_model_before_weight_loading(model, files)
+    return model

@@ -39,9 +39,13 @@ class QuantizeEnds:
         tied = {}
         if ctx.recipe.tied == "online":
             tied = {head: e.rpartition(".")[0] for e, head in ctx.plan.tied if head in heads}
+        kept = {name for name in (*embeddings, *heads) if _kept(ctx, name)}
+        for name in sorted(kept):
+            report.skip(name, "an override keeps it as it is")
         for head, embedding in tied.items():
-            self._tie(ctx, report, embedding, head)
-        done = {what for what, _ in report.changed}
+            if not kept.intersection((head, embedding)):
+                self._tie(ctx, report, embedding, head)
+        done = kept | {what for what, _ in report.changed}
         for name in (n for n in embeddings if n not in done):
             self._embedding(ctx, report, name)
         for name in (n for n in heads if n not in done):
@@ -96,6 +100,12 @@ class QuantizeEnds:
             if basis.name == RESIDUAL and not FoldRotations().refusal(basis):
                 return residual_rotation(ctx, basis)
         return KroneckerRotation.identity()
+
+
+def _kept(ctx: PassContext, name: str) -> bool:
+    """Whether an override leaves an end in its dtype."""
+    own = ctx.recipe.override_for(name)
+    return own is None or own.head.bits >= 16
 
 
 def head_names(model: nn.Module, plan: Plan) -> tuple[str, ...]:

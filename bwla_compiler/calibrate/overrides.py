@@ -1,0 +1,20 @@
+"""Overrides of a recipe, held to a model: each pattern must match a linear, each setting be legal."""
+
+import fnmatch
+
+from bwla_compiler.errors import RecipeError
+from bwla_compiler.graph.plan import Plan
+from bwla_compiler.recipe import Recipe
+
+
+def check_overrides(plan: Plan, recipe: Recipe) -> None:
+    """Raise RecipeError for an override that matches nothing in the model, or whose fields are not a recipe's."""
+    names = [x.name for x in plan.linears] + [x.name for x in plan.embeddings]
+    for entry in recipe.overrides:
+        if not any(fnmatch.fnmatch(name, entry.pattern) for name in names):
+            raise RecipeError(
+                f"override {entry.pattern!r} matches no linear of {plan.model}; names are such as {names[0]} and "
+                f"{names[len(names) // 2]}"
+            )
+    for name in names:
+        recipe.override_for(name)
