@@ -56,12 +56,12 @@ class FakeApi(ModuleType):
     def plan(self, model: Any) -> Plan:
         return PLAN
 
-    def inspect(self, source: str, *, recipe: str = "", context: int, device: str, progress: Any = None) -> Any:
-        self.calls["inspect"] = {"source": source, "recipe": recipe, "context": context, "device": device}
+    def inspect(self, model: str, *, recipe: str = "", context: int, device: str, progress: Any = None) -> Any:
+        self.calls["inspect"] = {"source": model, "recipe": recipe, "context": context, "device": device}
         groups = (GroupShape("q, k", LinearSpec(4096, (4096, 512)), 3),)
         shape = ModelShape(groups, attention=(AttentionShape(3, 32, 4, 128),))
         cost = cost_report(shape, context=context, chosen=device)
-        return build_report(self.plan(source), source=source, recipe=recipe, cost=cost)
+        return build_report(self.plan(model), source=model, recipe=recipe, cost=cost)
 
     def compare(self, model: str, a: str, b: str, **options: Any) -> Any:
         self.calls["compare"] = {"model": model, "a": a, "b": b}

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
+from bwla_compiler.calibrate.observe import Observer
 from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
@@ -95,6 +96,7 @@ class _Quantizer:
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
+        self.observer = Observer(self.model, self.plan, self.tokens, bits=self.recipe.activations.bits)
         for step in folding_passes(self.recipe):
             self._pass(step)
         self.stream = self._open_stream()
@@ -201,6 +203,8 @@ class _Quantizer:
             fits = self._fit_experts(group, [x for x in members if x.name not in kept])
         else:
             gram, cross = self._statistics(group, members)
+            for linear in members:
+                self.observer.see_weight(linear, self._weight(linear))
             fits = self._fit(members, gram, cross)
         bits = {name: recipe.activations.bits for name, recipe in recipes.items() if recipe is not None}
         self._pass(QuantizeLinears({n: f.weight for n, f in fits.items()}, bits))
@@ -231,6 +235,8 @@ class _Quantizer:
         for i, (fp, q) in enumerate(self.stream.pairs(self.nodes[group.name].source)):
             if isinstance(module, TransformedLinear):
                 fp, q = module.transform(fp), module.transform(q)
+            if i == 0:
+                self.observer.see_input(members, q)
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
             stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
@@ -294,6 +300,7 @@ class _Quantizer:
             module = module_or_none(self.model, linear)
             weight = self.model.get_parameter(linear.parameter) if module is None else module.get_parameter("weight")
             stacked = weight.detach() if module is not None else weight.detach().movedim(linear.in_axis, -1)
+            self.observer.see_weight(linear, stacked)
             fits[linear.name] = fit_experts([stacked], rows, recipe=own, rank=self._rank(own, linear))[0]
         return fits
 
@@ -318,6 +325,7 @@ class _Quantizer:
             output_error=fit.output_error,
             seconds=seconds,
             tokens=fit.tokens if isinstance(fit, ExpertsFit) else None,
+            spread=self.observer.spread(linear),
         )
 
 
