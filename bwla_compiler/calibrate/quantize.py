@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group
+from bwla_compiler.calibrate.observe import Observer, Unobserved
 from bwla_compiler.calibrate.overrides import check_overrides
 from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
 from bwla_compiler.calibrate.residency import InMemory, Residency
@@ -110,6 +111,7 @@ class _Quantizer:
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
         self.weights.prepare(self.plan)
+        self.observer = self._observer()
         for step in folding_passes(self.recipe):
             self._note(self.weights.fold(step, self._context()))
         self.stream = self._open_stream()
@@ -123,6 +125,12 @@ class _Quantizer:
         self.seconds["total"] = time.perf_counter() - start
         bits = measure_bits(self.model)
         return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
+
+    def _observer(self) -> Observer | Unobserved:
+        """Return who looks at weights and inputs; they are compared with the float model's where that is in memory."""
+        if not isinstance(self.weights, InMemory):
+            return Unobserved()
+        return Observer(self.model, self.plan, self.tokens, bits=self.recipe.activations.bits)
 
     def _context(self) -> PassContext:
         return PassContext(self.model, self.plan, self.recipe, self.seed)
@@ -234,6 +242,8 @@ class _Quantizer:
             fits = self._fit_experts(group, [x for x in members if x.name not in kept])
         else:
             gram, cross = self._statistics(group, members)
+            for linear in members:
+                self.observer.see_weight(linear, self._weight(linear))
             fits = self._fit(members, gram, cross)
         bits = {name: recipe.activations.bits for name, recipe in recipes.items() if recipe is not None}
         self._pass(QuantizeLinears({n: f.weight for n, f in fits.items()}, bits))
@@ -264,6 +274,8 @@ class _Quantizer:
         for i, (fp, q) in enumerate(self.stream.pairs(self.nodes[group.name].source)):
             if isinstance(module, TransformedLinear):
                 fp, q = module.transform(fp), module.transform(q)
+            if i == 0:
+                self.observer.see_input(members, q)
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
             stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
@@ -327,6 +339,7 @@ class _Quantizer:
             module = module_or_none(self.model, linear)
             weight = self.model.get_parameter(linear.parameter) if module is None else module.get_parameter("weight")
             stacked = weight.detach() if module is not None else weight.detach().movedim(linear.in_axis, -1)
+            self.observer.see_weight(linear, stacked)
             fits[linear.name] = fit_experts([stacked], rows, recipe=own, rank=self._rank(own, linear))[0]
         return fits
 
@@ -351,6 +364,7 @@ class _Quantizer:
             output_error=fit.output_error,
             seconds=seconds,
             tokens=fit.tokens if isinstance(fit, ExpertsFit) else None,
+            spread=self.observer.spread(linear),
         )
 
 
