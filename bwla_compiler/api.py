@@ -359,7 +359,7 @@ def fidelity(reference: nn.Module, model: nn.Module, tokens: Tensor, *, progress
     return fidelity_to(reference, model, tokens, progress=progress)
 
 
-def export(model: nn.Module, path: str | Path, *, to: Literal["dense"] = "dense", tokenizer: Any = None) -> None:
+def export(model: nn.Module, path: str | Path, *, to: str = "dense", tokenizer: Any = None) -> None:
     """Write a packed model in another form: "dense", float16 weights that any reader of its family takes, marked so.
 
     Raises CheckpointError where the form cannot hold the model, with the reason.
