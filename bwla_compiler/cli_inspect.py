@@ -82,11 +82,11 @@ def inspect(
         print_report(report, stdout_console())
 
 
-def _print_ledger(folder: str, *, as_json: bool) -> None:
+def _print_ledger(source: str, *, as_json: bool) -> None:
     """Print bytes by kind; their last row is the sum, which is that of the files."""
     from bwla_compiler import api
 
-    found = api.ledger(folder)
+    found = api.ledger(source)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return
@@ -96,4 +96,4 @@ def _print_ledger(folder: str, *, as_json: bool) -> None:
     claimed, counted = found.claimed_bits.get("linears", 0.0), found.bits.linears
     note = f"bits a linear weight: {claimed:.4f} by its config, {counted:.4f} counted; files: {found.file_bytes} bytes"
     columns = ("bytes of", ">claimed", ">counted", ">on disk")
-    stdout_console().print(render_table(Table(folder, columns, tuple(rows), note)))
+    stdout_console().print(render_table(Table(source, columns, tuple(rows), note)))
