@@ -10,20 +10,25 @@ from typing import Any, Literal
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.checkpoint import hf
+from bwla_compiler.checkpoint.dense import export_dense
 from bwla_compiler.checkpoint.ledger import Ledger
 from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.checkpoint.source import source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
 from bwla_compiler.errors import CalibrationError, CheckpointError, PlanError
+from bwla_compiler.evaluate.fidelity import Fidelity
+from bwla_compiler.evaluate.fidelity import fidelity as fidelity_to
 from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
+from bwla_compiler.evaluate.windows import Windowed
+from bwla_compiler.evaluate.windows import windowed_perplexity as by_windows
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.inspector.cost import CostReport, cost_report
@@ -47,6 +52,8 @@ __all__ = [
     "LoadedModel",
     "bits",
     "cost",
+    "export",
+    "fidelity",
     "generate",
     "ledger",
     "load",
@@ -59,6 +66,7 @@ __all__ = [
     "set_activation_bits",
     "skeleton",
     "verify",
+    "windowed_perplexity",
 ]
 
 
@@ -300,17 +308,62 @@ def verify(model: nn.Module, *, seed: int = 0, progress: Progress | None = None)
     return verify_rotations(model, seed=seed, progress=progress)
 
 
-def generate(model: nn.Module, tokenizer: Any, prompt: str, *, tokens: int = 64, seed: int = 0) -> str:
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
     """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7.
 
-    Raises CheckpointError where there is no tokenizer.
+    on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer.
     """
     if tokenizer is None:
         raise CheckpointError(
             "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
         )
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    options = {"max_new_tokens": tokens, "do_sample": True, "temperature": 0.7, "top_k": 50}
+    if on_text is not None:
+        options["streamer"] = _Pieces(tokenizer, on_text)
     torch.manual_seed(seed)
     with torch.no_grad():
-        out = model.generate(encoded, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=50)  # type: ignore[operator]
+        out = model.generate(encoded, **options)  # type: ignore[operator]
     return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands text on as soon as no later token can change it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece."""
+        self.on_text(text)
+
+
+def windowed_perplexity(
+    model: nn.Module, stream: Tensor, *, context: int, stride: int = 0, progress: Progress | None = None
+) -> Windowed:
+    """Return the perplexity of a stream of tokens [n_tokens] by sliding windows; see `evaluate.windows`."""
+    return by_windows(model, stream, context=context, stride=stride, progress=progress)
+
+
+def fidelity(reference: nn.Module, model: nn.Module, tokens: Tensor, *, progress: Progress | None = None) -> Fidelity:
+    """Return KL(reference || model) in nats per token and the share of tokens with the same best next token."""
+    return fidelity_to(reference, model, tokens, progress=progress)
+
+
+def export(model: nn.Module, path: str | Path, *, to: str = "dense", tokenizer: Any = None) -> None:
+    """Write a packed model in another form: "dense", float16 weights that any reader of its family takes, marked so.
+
+    Raises CheckpointError where the form cannot hold the model, with the reason.
+    """
+    if to != "dense":
+        raise CheckpointError(f"{to!r} is no form that is known; there is 'dense'")
+    export_dense(model, Path(path), tokenizer=tokenizer)

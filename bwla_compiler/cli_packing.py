@@ -1,4 +1,4 @@
-"""The commands that make and use packed models: quantize, eval, generate."""
+"""The commands that make and use packed models: quantize, eval, generate, export."""
 
 import json
 from pathlib import Path
@@ -35,9 +35,15 @@ def add_commands(app: typer.Typer) -> None:
         )
     )(quantize)
     app.command(
-        "eval", epilog=examples("bwla-compile eval demo:", "bwla-compile eval DIR --text wiki.txt --length 2048")
+        "eval",
+        epilog=examples(
+            "bwla-compile eval demo:",
+            "bwla-compile eval OUT --data wiki.txt --context 2048 --stride 512",
+            "bwla-compile eval OUT --data wiki.txt --against DIR",
+        ),
     )(evaluate)
     app.command(epilog=examples('bwla-compile generate demo: --prompt "Return the" --tokens 32'))(generate)
+    app.command(epilog=examples("bwla-compile export OUT --to dense -o DENSE"))(export)
 
 
 def quantize(
@@ -69,8 +75,7 @@ def quantize(
     appears when it is complete.
     """
     chosen = chosen_recipe(recipe, changes, keep=keep or (), overrides=override or ())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
+    check_out(out)
     from bwla_compiler import api
 
     with progress_bars() as progress:
@@ -89,10 +94,19 @@ def quantize(
     _print_quantized(report, model, out, html)
 
 
+def check_out(out: Path) -> None:
+    """Raise CheckpointError where a folder exists and is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
+
+
 def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
+    from bwla_compiler.inspection import STORED
     from bwla_compiler.inspector.report import build_report
 
     shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
+    timeless = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report.without_times())
+    write_text(out / STORED, timeless.to_json())
     console = stdout_console()
     print_report(shown, console)
     if html:
@@ -113,28 +127,55 @@ def evaluate(
         ),
     ] = "",
     sequences: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
+    length: Annotated[int, typer.Option("--length", "--context", min=2, help="Tokens a sequence or window.")] = 256,
+    stride: Annotated[
+        int, typer.Option(min=0, help="Tokens from window to window over one stream; 0: sequences side by side.")
+    ] = 0,
+    against: Annotated[str, typer.Option(metavar="MODEL", help="Also compare with this model, the original.")] = "",
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Measure perplexity on a text, and count true bits."""
+    """Measure perplexity on a text, and count true bits; against the original, KL and how often both agree."""
     from bwla_compiler import api
 
     source = text or ("demo:test" if model.startswith("demo:") else "")
     if not source:
         raise CalibrationError(f"{model}: which text? give --text FILE, or --text demo:test for the embedded text")
+    if stride and source.startswith("demo:"):
+        raise CalibrationError(f"{source} is no one stream: give --data FILE with --stride")
+    fields: dict[str, Any] = {"context": length, "stride": stride or length}
     with progress_bars() as progress:
         loaded = api.load(model, device=device, progress=progress)
         tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
-        found = api.perplexity(loaded.model, tokens, progress=progress)
+        if stride:
+            found = api.windowed_perplexity(
+                loaded.model, tokens.flatten(), context=length, stride=stride, progress=progress
+            )
+            fields |= {"perplexity": found.perplexity, "n_tokens": found.n_tokens}
+        else:
+            perplexity = api.perplexity(loaded.model, tokens, progress=progress)
+            fields |= {"perplexity": perplexity, "n_tokens": tokens.numel()}
+        if against:
+            original = api.load(against, device=device, progress=progress)
+            near = api.fidelity(original.model, loaded.model, tokens, progress=progress)
+            fields |= {"kl": near.kl, "top1_agreement": near.top1_agreement}
     bits = api.bits(loaded.model)
+    fields |= {"bits": bits.linears, "bits_model": bits.model, "n_bytes": bits.n_bytes}
     if as_json:
-        fields = {"perplexity": found, "n_tokens": tokens.numel(), "bits": bits.linears, "n_bytes": bits.n_bytes}
         print(json.dumps(fields))
-        return
-    cells = row(model, fixed(found), tokens.numel(), fixed(bits.linears), fixed(bits.model), size(bits.n_bytes))
-    columns = ("model", ">perplexity", ">tokens", ">bits, linears", ">bits, model", ">bytes")
-    stdout_console().print(render_table(Table("", columns, (cells,), f"text: {source}")))
+    else:
+        _print_evaluated(model, fields, source)
+
+
+def _print_evaluated(model: str, fields: dict[str, Any], source: str) -> None:
+    bits = (fixed(fields["bits"]), fixed(fields["bits_model"]), size(fields["n_bytes"]))
+    cells = [model, fixed(fields["perplexity"]), fields["n_tokens"], *bits]
+    columns = ["model", ">perplexity", ">tokens", ">bits, linears", ">bits, model", ">bytes"]
+    if "kl" in fields:
+        cells += [f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}"]
+        columns += [">KL, nats", ">same best token"]
+    note = f"text: {source}; context {fields['context']}, stride {fields['stride']}"
+    stdout_console().print(render_table(Table("", tuple(columns), (row(*cells),), note)))
 
 
 def _tokens(source: str, tokenizer: Any, *, sequences: int, length: int) -> Any:
@@ -155,10 +196,28 @@ def generate(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Continue a prompt."""
+    """Continue a prompt; the text appears as it is made."""
     from bwla_compiler import api
 
     with progress_bars() as progress:
         loaded = api.load(model, device=device, progress=progress)
-        text = api.generate(loaded.model, loaded.tokenizer, prompt, tokens=tokens, seed=seed)
-    print(text)
+    tell = lambda text: print(text, end="", flush=True)  # noqa: E731
+    api.generate(loaded.model, loaded.tokenizer, prompt, tokens=tokens, seed=seed, on_text=tell)
+    print()
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the exported model goes.")],
+    to: Annotated[
+        str, typer.Option("--to", help="dense: float16 weights that any reader of the family takes.")
+    ] = "dense",
+) -> None:
+    """Write a packed model in a form that other readers take; what the form cannot hold is refused with the reason."""
+    check_out(out)
+    from bwla_compiler import api
+
+    with progress_bars() as progress:
+        loaded = api.load(model, progress=progress)
+    api.export(loaded.model, out, to=to, tokenizer=loaded.tokenizer)
+    stdout_console().print(f"wrote {out}", highlight=False)

@@ -18,12 +18,13 @@ from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.calibrate.spill import Spill
 from bwla_compiler.checkpoint import hf
-from bwla_compiler.checkpoint.empty import empty_model
+from bwla_compiler.checkpoint.empty import empty_model, meta_model
 from bwla_compiler.checkpoint.files import file_sha256, write_json, writing
 from bwla_compiler.checkpoint.source import INDEX, SourceWeights
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
+from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.memory import memory_bytes
 from bwla_compiler.recipe import Recipe
 
@@ -74,6 +75,7 @@ def quantize_folder(
             model,
             job.recipe,
             _tokens(job, model, work, progress),
+            plan=make_plan(meta_model(model.config)),
             seed=job.seed,
             progress=progress,
             weights=weights,

@@ -14,16 +14,33 @@ import torch
 
 import bwla_compiler
 from bwla_compiler import cli, inspection
+from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape
 from bwla_compiler.errors import WeightError
+from bwla_compiler.evaluate.fidelity import Fidelity
+from bwla_compiler.evaluate.windows import Windowed
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
 from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.inspector.diff import compare_reports
 from bwla_compiler.inspector.report import build_report
+from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.recipe import Override, Recipe
 from bwla_compiler.spec import LinearSpec
 
-COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "generate", "verify", "zoo", "recipes", "doctor", "emit")
+COMMANDS = (
+    "demo",
+    "quantize",
+    "inspect",
+    "plan",
+    "eval",
+    "generate",
+    "export",
+    "verify",
+    "zoo",
+    "recipes",
+    "doctor",
+    "emit",
+)
 
 LEAF, LEAF8 = Expression("leaf", 4, "residual"), Expression("leaf", 8)
 PLAN = Plan(
@@ -71,11 +88,8 @@ class FakeApi(ModuleType):
     def quantize_to(self, source: str, out: Path, **options: Any) -> Any:
         self.calls["quantize"] = {"source": source, "out": out, **options}
         options["on_block"]("model.layers.0: done")
-        bits = SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
-        return SimpleNamespace(
-            plan=PLAN, recipe=options["recipe"], linears=(), passes=(), bits=bits, seconds={"fit": 2.0},
-            to_json=lambda: '{"x": 1}',
-        )  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        return QuantizeReport(options["recipe"], PLAN, (), (), Bits(1.25, 3.0, 2048), {"fit": 2.0})
 
     def bits(self, model: Any) -> Any:
         return SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)
@@ -88,8 +102,22 @@ class FakeApi(ModuleType):
         self.calls["perplexity"] = {"tokens": tokens}
         return 12.345
 
-    def generate(self, model: Any, tokenizer: Any, prompt: str, *, tokens: int, seed: int) -> str:
+    def windowed_perplexity(
+        self, model: Any, stream: torch.Tensor, *, context: int, stride: int, progress: Any
+    ) -> Windowed:
+        self.calls["windowed_perplexity"] = {"stream": stream}
+        return Windowed(12.345, stream.numel() - 1, context, stride)
+
+    def fidelity(self, reference: Any, model: Any, tokens: torch.Tensor, *, progress: Any) -> Fidelity:
+        return Fidelity(0.25, 0.75, tokens.numel())
+
+    def export(self, model: Any, path: Path, *, to: str, tokenizer: Any = None) -> None:
+        self.calls["export"] = {"path": path, "to": to, "tokenizer": tokenizer}
+
+    def generate(self, model: Any, tokenizer: Any, prompt: str, *, tokens: int, seed: int, on_text: Any = None) -> str:
         self.calls["generate"] = {"prompt": prompt, "tokens": tokens, "seed": seed}
+        on_text(" a ")
+        on_text("[continuation]")
         return " a [continuation]"
 
     def run_demo(self, *, json_path: Any, html_path: Any, quick: bool, progress: Any) -> dict[str, Any]:
@@ -235,7 +263,8 @@ def test_quantize_passes_the_recipe_and_saves(run: Run, api: FakeApi, tmp_path: 
     assert recipe.overrides == (Override("*.0.*", keep=True), Override("*.o_proj", set={"psp.rank": 8}))
     assert (options["source"], options["out"]) == ("demo:", out)
     assert (options["calibration"], options["seed"], options["spill"]) == ("random", 7, False)
-    assert json.loads(data.read_text()) == {"x": 1}
+    assert json.loads(data.read_text())["seconds"] == {"fit": 2.0}
+    assert json.loads((out / "inspector.json").read_text())["source"] == "demo:"
     assert page.read_text().startswith("<!doctype html>")
     assert "model.layers.0: done" in err
     assert "1.25 linears" in text
@@ -301,6 +330,29 @@ def test_eval_reads_a_file_of_ids(run: Run, api: FakeApi, tmp_path: Path) -> Non
     assert api.calls["perplexity"]["tokens"].tolist() == torch.arange(30).view(3, 10).tolist()
     code, text, _ = run("eval", "some/model", "--text", str(ids), "--json")
     assert json.loads(text)["perplexity"] == 12.345
+
+
+def test_eval_by_windows_and_against_the_original(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.pt"
+    torch.save(torch.arange(30), ids)
+    options = ("--data", str(ids), "--context", "9", "--stride", "3", "--against", "original")
+    code, text, _ = run("eval", "some/model", *options, "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert (found["context"], found["stride"], found["n_tokens"]) == (9, 3, 29)
+    assert (found["kl"], found["top1_agreement"]) == (0.25, 0.75)
+    assert api.calls["windowed_perplexity"]["stream"].tolist() == list(range(30))
+    assert api.calls["load"]["source"] == "original"
+    code, text, _ = run("eval", "some/model", *options)
+    assert "context 9, stride 3" in text
+    assert "75.0%" in text
+    code, _, err = run("eval", "demo:", "--stride", "3")
+    assert (code, "is no one stream" in err) == (1, True)
+
+
+def test_export_passes_the_form(run: Run, api: FakeApi, tmp_path: Path) -> None:
+    assert run("export", "packed", "-o", str(tmp_path / "dense"))[0] == 0
+    assert api.calls["export"] == {"path": tmp_path / "dense", "to": "dense", "tokenizer": "tokenizer"}
 
 
 def test_generate_prints_the_text_as_it_is(run: Run, api: FakeApi) -> None:

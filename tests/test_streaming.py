@@ -1,7 +1,6 @@
 """From folder to folder, block by block: the same bytes as in memory, after any interruption, and clear refusals."""
 
 import errno
-import functools
 import json
 import os
 import shutil
@@ -21,10 +20,8 @@ from bwla_compiler import api
 from bwla_compiler.calibrate.report import BlockReport
 from bwla_compiler.checkpoint import files
 from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, RecipeError, WeightError
-from bwla_compiler.graph.plan import Plan
-from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.zoo.models import tiny_model
-from tests import tiny
+from tests import planned, tiny
 from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 0}
@@ -55,17 +52,8 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rounded(source: Path, out: Path, **options: Any) -> None:
     """Quantize without data and, once a plan was made, by that plan, which takes the least time: llama alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bwla_compiler.calibrate.quantize.make_plan", llama_plan)
+        patch.setattr("bwla_compiler.streaming.make_plan", lambda model: planned.plan("llama"))
         api.quantize_to(source, out, recipe="rtn", **options)
-
-
-@functools.cache
-def plan_of_llama() -> Plan:
-    return make_plan(tiny.make("llama"))
-
-
-def llama_plan(model: nn.Module) -> Plan:
-    return plan_of_llama()
 
 
 def content(folder: Path) -> dict[str, bytes]:
