@@ -18,6 +18,7 @@ from bwla_compiler import cli_inspect
 from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, PlanError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.inspector.progress import ProgressBars
+from bwla_compiler.inspector.report import InspectorReport
 from bwla_compiler.inspector.table import Cell, Table, duration, fixed, row, size
 from bwla_compiler.inspector.terminal import print_report, render_table
 from bwla_compiler.recipe import Recipe, builtin_recipes, load_recipe, parse_setting
@@ -155,7 +156,7 @@ def quantize(
     chosen = _recipe(recipe, changes)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
-    from bwla_compiler import api
+    from bwla_compiler import api, inspection
 
     with _progress() as progress:
         loaded = api.load(model, device=device, progress=progress)
@@ -170,20 +171,19 @@ def quantize(
     api.save(loaded.model, out, tokenizer=loaded.tokenizer)
     if json_file:
         _write(json_file, report.to_json())
-    _print_quantized(report, model, out, html)
+    shown = inspection.inspect_module(loaded.model, source=model, outcome=report)
+    _write(out / inspection.STORED, shown.to_json())
+    _print_quantized(shown, sum(report.seconds.values()), out, html)
 
 
-def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
-    from bwla_compiler.inspector.report import build_report
-
-    shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
+def _print_quantized(shown: InspectorReport, seconds: float, out: Path, html: Path | None) -> None:
     console = _out()
     print_report(shown, console)
     if html:
         from bwla_compiler.inspector.sections import report_page
 
         _write(html, report_page(shown))
-    console.print(f"wrote {out} in {duration(sum(report.seconds.values()))}", highlight=False)
+    console.print(f"wrote {out} in {duration(seconds)}", highlight=False)
 
 
 cli_inspect.add_commands(app)
