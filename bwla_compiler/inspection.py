@@ -13,8 +13,8 @@ from bwla_compiler.errors import PlanError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.inspector.cost import DEFAULT_DEVICE, cost_report
 from bwla_compiler.inspector.diff import Difference, compare_reports
-from bwla_compiler.inspector.formats import packed_formats, planned_formats
 from bwla_compiler.inspector.report import InspectorReport, build_report
+from bwla_compiler.inspector.stored import packed_formats, planned_formats
 from bwla_compiler.passes.model_shape import packed_shape, planned_shape
 from bwla_compiler.recipe import Recipe, load_recipe
 

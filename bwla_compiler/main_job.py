@@ -20,7 +20,7 @@ from bwla_compiler.backend import compile_backend
 from bwla_compiler.codegen.isa import best_isa
 from bwla_compiler.comparison import Texts, compare, saved_name
 from bwla_compiler.demo import NAMES, demo_path
-from bwla_compiler.inspector.report import build_report
+from bwla_compiler.inspection import inspect_module
 from bwla_compiler.inspector.results import result_page
 from bwla_compiler.runtime.modules import set_activation_bits
 from bwla_compiler.workers import side_by_side
@@ -75,7 +75,7 @@ def run_demo(
         Path(json_path).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if html_path is not None:
         report = compared[NAMES[0]].report
-        shown = build_report(report.plan, source=NAMES[0], recipe=report.recipe.name, outcome=report)
+        shown = inspect_module(packed, source=NAMES[0], outcome=report)
         Path(html_path).write_text(result_page(result, shown, subtitle=_machine()), "utf-8")
     return result
 

@@ -60,6 +60,7 @@ def test_a_float_model_has_the_specs_that_quantizing_gives(architecture: str, re
     assert set(model_groups(model, recipe)) == set(want)
 
 
+@pytest.mark.exhaustive
 def test_members_that_share_an_input_are_one_spec() -> None:
     groups = model_groups(tiny.make("llama"), load_recipe("bwla-w1a6"))
     shapes = {(g.spec.in_features, g.spec.out_features): len(g.linears) for g in groups}

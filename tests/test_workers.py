@@ -67,6 +67,7 @@ def test_an_error_of_a_worker_is_raised_as_itself_and_ends_the_others() -> None:
         side_by_side(fail_or_wait, ("slow", "bad"), label="both", threads=2)
 
 
+@pytest.mark.exhaustive
 def test_an_unforeseen_error_brings_the_workers_trace() -> None:
     with pytest.raises(RuntimeError, match=r"worker of bad failed(.|\n)*ZeroDivisionError: of nothing"):
         side_by_side(break_or_wait, ("slow", "bad"), label="both", threads=2)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.graph.plan import Linear, Plan
-from bwla_compiler.numerics.distribution import TOKEN_SAMPLE, Spread, Tails, WeightSpread, tails, weight_spread
+from bwla_compiler.numerics.distribution import TOKEN_SAMPLE, tails, weight_spread
+from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
 from bwla_compiler.spec import FLOAT_BITS
 
 ROUNDED = 6

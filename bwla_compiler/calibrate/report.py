@@ -8,7 +8,7 @@ from typing import Any
 
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
-from bwla_compiler.numerics.distribution import Spread
+from bwla_compiler.numerics.spread import Spread
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.recipe import Recipe
 

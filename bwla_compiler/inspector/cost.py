@@ -8,7 +8,6 @@ from bwla_compiler.cost.parts import PartCost, step_parts
 from bwla_compiler.cost.roofline import region_cost
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.inspector.formats import transform_text
-from bwla_compiler.inspector.kernels import kernel_names
 from bwla_compiler.inspector.table import Cell, Table, number, row, size
 
 MODELLED = "Modelled, not measured: a roofline of peaks, without launches, caches and whatever else a kernel loses."
@@ -128,6 +127,8 @@ def check_device(name: str) -> None:
 
 
 def _group_cost(group: GroupShape) -> GroupCost:
+    from bwla_compiler.inspector.kernels import kernel_names  # needs torch, which the help must not wait for
+
     spec = group.spec
     costs = {
         name: region_cost(spec, tokens=1, device=device, n_experts=group.experts, n_used=group.used)
@@ -169,17 +170,35 @@ def _tokens(crossover: float | None) -> str:
     return "never" if crossover is None else number(crossover)
 
 
-def group_table(cost: CostReport) -> Table:
-    """Return what each kind of linear stores, and how long one token takes, in microseconds by device."""
-    names = [device.device for device in cost.devices]
-    rows = []
-    for g in cost.groups:
-        times = (f"{1e6 * g.seconds[n]:,.3g}, {g.shares[n]:.0%}" for n in names)
-        shape = f"{g.in_features} → {g.out_features}"
-        rows.append(row(f"{g.name} x {g.count}", shape, g.transform or "-", size(g.n_bytes), *times))
-    columns = ("linears", ">shape", "at run time", ">bytes", *(f">{n}" for n in names))
-    note = f"{MODELLED} Microseconds of one token, and the share that the change of basis and rounding take of it."
-    return Table("Linears: modelled", columns, tuple(rows), note)
+def region_table(cost: CostReport, name: str = "") -> Table:
+    """Return what each kind of group costs a token on one device, the chosen one if none is named."""
+    device = cost.device(name).device
+    rows = [
+        row(
+            f"{g.name} x {g.count}",
+            f"{g.in_features} → {g.out_features}",
+            g.transform or "-",
+            size(g.moved),
+            number(g.ops / 1e6),
+            f"{1e6 * g.seconds[device]:.3g}",
+            f"{g.shares[device]:.0%}",
+            Cell(g.kernels[device], "quiet"),
+        )
+        for g in cost.groups
+    ]
+    columns = ("region", ">shape", "transform", ">bytes", ">MFLOP", ">µs", ">before", "kernels")
+    note = (
+        f"{MODELLED} Of one such region, for one token on {device}; before: share of the change of basis and rounding."
+    )
+    return Table(f"Regions on {device}: modelled", columns, tuple(rows), note)
+
+
+def plain_regions(cost: CostReport) -> Table:
+    """Return the regions without transforms and kernels: what fits a narrow terminal."""
+    whole = region_table(cost)
+    kept = [i for i, name in enumerate(whole.columns) if name not in ("transform", "kernels")]
+    rows = tuple(tuple(cells[i] for i in kept) for cells in whole.rows)
+    return Table(whole.title, tuple(whole.columns[i] for i in kept), rows, whole.note)
 
 
 def device_table(cost: CostReport) -> Table:

@@ -1,5 +1,6 @@
 """One block's dataflow as an SVG picture: the residual stream as a rail, branches in layers, colours for bases."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -18,27 +19,34 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Palette:
-    """Colour classes of bases: "residual", "pinned", or "basis-<i>" in the order of first sight."""
+    """Colours and chains of the bases that a block's linears read or write, in the order of first sight.
+
+    chains: number of each basis' chain. Colour classes: "residual", "pinned", or "basis-<i>".
+    """
 
     names: tuple[str, ...]
+    chains: Mapping[str, int]
 
-    def of(self, expression: str) -> str:
-        """Return the class of an expression's text: that of its first named basis."""
-        for i, name in enumerate(self.names):
-            if name and name in expression:
-                return "residual" if name == "residual" else f"basis-{i % COLOURS}"
-        return "pinned"
+    def of(self, bases: Sequence[str]) -> str:
+        """Return the class of an axis: that of its first basis; "pinned" where it has none."""
+        if not bases or bases[0] not in self.names:
+            return "pinned"
+        return "residual" if bases[0] == "residual" else f"basis-{self.names.index(bases[0]) % COLOURS}"
+
+    def data(self, bases: Iterable[str]) -> str:
+        """Return the attribute that names the chains of an axis."""
+        found = dict.fromkeys(f"c{self.chains[name]}" for name in bases if name in self.chains)
+        return f' data-chain="{" ".join(found)}"' if found else ""
+
+    def drawn(self, shape: str, bases: Sequence[str]) -> str:
+        """Return the attributes of something that is drawn in the colour of an axis: its classes and chains."""
+        return f'class="{shape} {self.of(bases)}"{self.data(bases)}'
 
 
-def palette(block: BlockRow) -> Palette:
-    """Return the colours of the bases that a block's linears read or write; longer names are tried first."""
-    seen: dict[str, None] = {}
-    for linear in block.linears:
-        for text in (linear.input, linear.output):
-            for word in text.replace("(", " ").replace(")", " ").split():
-                if word not in ("x", "+") and not word.startswith("1["):
-                    seen.setdefault(word)
-    return Palette(tuple(sorted(seen, key=len, reverse=True)))
+def palette(block: BlockRow, chains: Sequence[Sequence[str]] = ()) -> Palette:
+    """Return the colours and chains of the bases that a block's linears read or write."""
+    seen = dict.fromkeys(name for x in block.linears for name in (*x.input_bases, *x.output_bases))
+    return Palette(tuple(seen), {name: i for i, chain in enumerate(chains) for name in chain})
 
 
 def branches(block: BlockRow) -> list[list[list[LinearRow]]]:
@@ -57,31 +65,31 @@ def branches(block: BlockRow) -> list[list[list[LinearRow]]]:
 
 
 def block_graph(block: BlockRow, norms: tuple[Norm, ...]) -> "list[nx.DiGraph]":
-    """Return one graph a branch. Nodes have kind (norm, linear, join) and texts; edges the text of their basis."""
+    """Return one graph a branch. Nodes have kind (norm, linear, join) and texts; edges their bases."""
     return [_branch_graph(i, run, norms) for i, run in enumerate(branches(block))]
 
 
 def _branch_graph(index: int, run: list[list[LinearRow]], norms: tuple[Norm, ...]) -> "nx.DiGraph":
     graph = nx.DiGraph()
     norm = next((n for n in norms if run[0][0].name in n.absorbed_by), None)
-    above: list[tuple[str, str]] = []
+    above: list[tuple[str, tuple[str, ...]]] = []
     if norm is not None:
         graph.add_node(
             f"{index}.norm", kind="norm", title=_last(norm.gain or norm.shift or "norm"), text="gain absorbed"
         )
-        above = [(f"{index}.norm", run[0][0].input)]
+        above = [(f"{index}.norm", run[0][0].input_bases)]
     for at, group in enumerate(run):
         if at and len(above) > 1:
             join = f"{index}.join{at}"
             graph.add_node(join, kind="join", title=_common(group[0].short), text="")
-            for source, basis in above:
-                graph.add_edge(source, join, basis=basis)
-            above = [(join, group[0].input)]
+            for source, bases in above:
+                graph.add_edge(source, join, bases=bases)
+            above = [(join, group[0].input_bases)]
         for linear in group:
             graph.add_node(linear.name, kind="linear", linear=linear)
             for source, _ in above:
-                graph.add_edge(source, linear.name, basis=linear.input)
-        above = [(linear.name, linear.output) for linear in group]
+                graph.add_edge(source, linear.name, bases=linear.input_bases)
+        above = [(linear.name, linear.output_bases) for linear in group]
     return graph
 
 
@@ -112,47 +120,52 @@ def layout(graphs: "list[nx.DiGraph]") -> tuple[dict[str, tuple[float, float]], 
     return at, width, y
 
 
-def block_svg(block: BlockRow, norms: tuple[Norm, ...]) -> str:
-    """Return the picture. Each linear is a link to its row (#linear-<name>), so it is reached by keyboard."""
+def block_svg(block: BlockRow, norms: tuple[Norm, ...], colours: Palette) -> str:
+    """Return the picture. Each linear is a link to its row (#linear-<name>), so it is reached by keyboard.
+
+    What lives in a free basis carries the number of its chain (data-chain="c0"): the page's script lights it up.
+    """
     graphs = block_graph(block, norms)
-    colours = palette(block)
     at, width, height = layout(graphs)
     residual = next((x for x in block.linears if x.writes_residual), block.linears[0])
-    rail = colours.of(residual.output if residual.writes_residual else residual.input)
+    stream = residual.output_bases if residual.writes_residual else residual.input_bases
     parts = [
-        f'<line class="rail {rail}" x1="{RAIL_X}" y1="{TOP - 14}" x2="{RAIL_X}" y2="{height - 6:.0f}"/>',
-        f'<path class="rail-end {rail}" d="M{RAIL_X - 7} {height - 12:.0f} l7 12 l7 -12 z"/>',
+        f'<line {colours.drawn("rail", stream)} x1="{RAIL_X}" y1="{TOP - 14}" x2="{RAIL_X}" y2="{height - 6:.0f}"/>',
+        f'<path {colours.drawn("rail-end", stream)} d="M{RAIL_X - 7} {height - 12:.0f} l7 12 l7 -12 z"/>',
         f'<text class="rail-name" x="{RAIL_X - 12}" y="{TOP - 22}">residual stream</text>',
     ]
     for graph in graphs:
-        parts += _branch_svg(graph, at, colours, rail)
+        parts += _branch_svg(graph, at, colours, stream)
     label = f"Dataflow of {block.label}"
     return (
-        f'<svg class="flow" viewBox="0 0 {width:.0f} {height + 8:.0f}" role="img" aria-label="{escape(label)}" '
+        f'<svg class="flow" viewBox="0 0 {width:.0f} {height + 8:.0f}" role="group" aria-label="{escape(label)}" '
         f'style="--width:{width:.0f}px">{"".join(parts)}</svg>'
     )
 
 
-def _branch_svg(graph: "nx.DiGraph", at: dict[str, tuple[float, float]], colours: Palette, rail: str) -> list[str]:
+def _branch_svg(
+    graph: "nx.DiGraph", at: dict[str, tuple[float, float]], colours: Palette, stream: Sequence[str]
+) -> list[str]:
+    edge, plus = colours.drawn("edge", stream), colours.drawn("plus", stream)
     starts = [n for n in graph if graph.in_degree(n) == 0]
     ends = [n for n in graph if graph.out_degree(n) == 0 and _writes(graph, n)]
     lines, boxes = [], []
     for start in starts:
         x, y = at[start]
         top = y - BOX_HEIGHT / 2
-        lines.append(f'<path class="edge {rail}" d="M{RAIL_X} {top - 18:.0f} H{x - 10:.0f} q10 0 10 10 V{top:.0f}"/>')
+        lines.append(f'<path {edge} d="M{RAIL_X} {top - 18:.0f} H{x - 10:.0f} q10 0 10 10 V{top:.0f}"/>')
     for end in ends:
         x, y = at[end]
         bottom = y + BOX_HEIGHT / 2
         bend = f"M{x:.0f} {bottom:.0f} v8 q0 10 -10 10 H{RAIL_X + 9}"
-        lines.append(f'<path class="edge {rail}" d="{bend}"/>')
+        lines.append(f'<path {edge} d="{bend}"/>')
         boxes.append(
-            f'<circle class="plus {rail}" cx="{RAIL_X}" cy="{bottom + 18:.0f}" r="9"/>'
+            f'<circle {plus} cx="{RAIL_X}" cy="{bottom + 18:.0f}" r="9"/>'
             f'<path class="plus-sign" d="M{RAIL_X - 4} {bottom + 18:.0f} h8 m-4 -4 v8"/>'
         )
     for a, b, data in graph.edges(data=True):
-        lines.append(_edge(at[a], at[b], colours.of(data["basis"])))
-    boxes += [_box(graph.nodes[n], at[n]) for n in graph]
+        lines.append(_edge(at[a], at[b], colours.drawn("edge", data["bases"])))
+    boxes += [_box(graph.nodes[n], at[n], colours) for n in graph]
     return lines + boxes
 
 
@@ -161,11 +174,11 @@ def _writes(graph: "nx.DiGraph", node: str) -> bool:
     return linear is not None and linear.writes_residual
 
 
-def _edge(a: tuple[float, float], b: tuple[float, float], colour: str) -> str:
+def _edge(a: tuple[float, float], b: tuple[float, float], drawn: str) -> str:
     (x1, y1), (x2, y2) = (a[0], a[1] + BOX_HEIGHT / 2), (b[0], b[1] - BOX_HEIGHT / 2)
     middle = (y1 + y2) / 2
     curve = f"M{x1:.0f} {y1:.0f} C{x1:.0f} {middle:.0f} {x2:.0f} {middle:.0f} {x2:.0f} {y2:.0f}"
-    return f'<path class="edge {colour}" d="{curve}"/>'
+    return f'<path {drawn} d="{curve}"/>'
 
 
 def _pill(title: str) -> float:
@@ -173,7 +186,7 @@ def _pill(title: str) -> float:
     return max(BOX_WIDTH, 36 + 7.6 * len(title))
 
 
-def _box(node: dict[str, object], centre: tuple[float, float]) -> str:
+def _box(node: dict[str, object], centre: tuple[float, float], colours: Palette) -> str:
     x, y = centre[0] - BOX_WIDTH / 2, centre[1] - BOX_HEIGHT / 2
     linear = node.get("linear")
     if not isinstance(linear, LinearRow):
@@ -188,8 +201,10 @@ def _box(node: dict[str, object], centre: tuple[float, float]) -> str:
             f"{second if node['text'] else ''}</g>"
         )
     title = f"{linear.name}: {linear.decision}. {linear.reason}"
+    lit = colours.data((*linear.input_bases, *linear.output_bases))
     return (
-        f'<a href="#linear-{escape(linear.name)}" class="linear {linear.decision}"><title>{escape(title)}</title>'
+        f'<a href="#linear-{escape(linear.name)}" class="linear {linear.decision}" '
+        f'data-linear="{escape(linear.name)}"{lit}><title>{escape(title)}</title>'
         f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="7"/>'
         f'<path class="badge" d="M{x + 7:.0f} {y:.0f} h17 v{BOX_HEIGHT} h-17 q-7 0 -7 -7 '
         f'v-{BOX_HEIGHT - 14} q0 -7 7 -7 z"/>'

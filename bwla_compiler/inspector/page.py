@@ -33,7 +33,7 @@ def render_page(
         f'<a class="skip" href="#content">Skip to the content</a>'
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
         f'<ul class="facts">{numbers}</ul><nav aria-label="Sections">{links}</nav></header>\n'
-        f'<main id="content">{body}</main></body></html>\n'
+        f'<main id="content">{body}</main><script>{script()}</script></body></html>\n'
     )
 
 
@@ -41,6 +41,12 @@ def render_page(
 def style() -> str:
     """Return the page's style sheet."""
     return (resources.files("bwla_compiler.inspector") / "page.css").read_text("utf-8")
+
+
+@functools.cache
+def script() -> str:
+    """Return the page's script: all that it does can be seen without it, too."""
+    return (resources.files("bwla_compiler.inspector") / "page.js").read_text("utf-8")
 
 
 def _section(section: Section) -> str:

@@ -16,7 +16,7 @@ from bwla_compiler.graph.reading import read
 from bwla_compiler.inspector.collapse import alike, mask, mask_name, span
 from bwla_compiler.inspector.cost import CostReport
 from bwla_compiler.inspector.formats import Format
-from bwla_compiler.numerics.distribution import Spread
+from bwla_compiler.numerics.spread import Spread
 
 SCHEMA = "bwla-inspector/2"
 """Name and version of the JSON form; the version rises when a field changes its meaning or goes."""

@@ -1,16 +1,20 @@
-"""The page's sections on one model: dataflow, heat map, linears, bases, norms, passes."""
+"""The page's sections on one model: dataflow, one linear, heat map, spreads, costs, tables."""
 
+import json
 from html import escape
 
-from bwla_compiler.inspector.cost import crossover_table, device_table, group_table
-from bwla_compiler.inspector.diagram import block_svg, palette
+from bwla_compiler.inspector.bars import cost_bars, seconds_text
+from bwla_compiler.inspector.cost import crossover_table, device_table
+from bwla_compiler.inspector.diagram import Palette, block_svg, palette
+from bwla_compiler.inspector.figures import linear_card
+from bwla_compiler.inspector.heat import heat_map
 from bwla_compiler.inspector.page import Section, render_page, table_html
 from bwla_compiler.inspector.report import LETTERS, MEANINGS, BlockRow, InspectorReport, LinearRow
 from bwla_compiler.inspector.table import Cell, Table, number, row, size
 from bwla_compiler.inspector.terminal import basis_table, norm_table, pass_table, unknown_table
 
-WIDE = 14
-"""Number of blocks up to which a heat map also writes its numbers."""
+LONG = 40
+"""Rows from which a table is folded away until it is asked for."""
 
 
 def report_page(report: InspectorReport) -> str:
@@ -30,29 +34,41 @@ def report_facts(report: InspectorReport) -> tuple[tuple[str, str], ...]:
             (f"{report.bits.model:.2f}", "true bits per weight of the model"),
             (size(report.bits.n_bytes), "model"),
         ]
+    elif report.cost:
+        facts.append((size(report.cost.n_bytes), f"packed, of {size(report.cost.float_bytes)} in 16 bit"))
+    if report.cost:
+        device = report.cost.device()
+        facts.append((seconds_text(device.seconds), f"a token on {device.device}, modelled"))
     return tuple(facts)
 
 
 def report_sections(report: InspectorReport) -> list[Section]:
     """Return the sections that have something to show."""
     found = [flow_section(report, i, block) for i, block in enumerate(report.blocks) if block.names[0]]
+    found.append(detail_section(report))
     if any(block.names[0] for block in report.blocks):
-        found.append(map_section(report))
+        found.append(Section("map", "Layers and linears", heat_map(report)))
+    if report.cost:
+        lead = "Where the time of a step goes: a roofline of the device's peaks, modelled and not measured."
+        found.append(Section("cost", "Costs", cost_bars(report.cost), lead))
     found.append(linear_section(report))
     tables = [("bases", basis_table(report)), ("norms", norm_table(report)), ("passes", pass_table(report))]
     tables.append(("unknown", unknown_table(report)))
     if report.cost:
         tables += [("decoding", device_table(report.cost)), ("crossover", crossover_table(report.cost))]
-        tables.append(("cost", group_table(report.cost)))
+    tables.append(("skipped", skipped_table(report)))
     for key, table in tables:
         if table.rows:
-            plain = Table("", table.columns, table.rows, table.note)
-            found.append(Section(key, table.title, table_html(plain)))
-    if skipped := skipped_table(report).rows:
-        found.append(
-            Section("skipped", "Left alone by the passes", table_html(Table("", ("pass", "what", "why"), skipped)))
-        )
+            found.append(Section(key, table.title, _folded(Table("", table.columns, table.rows, table.note))))
     return found
+
+
+def _folded(table: Table, ids: tuple[str, ...] = ()) -> str:
+    """Return a table, folded away where it is long."""
+    shown = table_html(table, ids=ids)
+    if len(table.rows) < LONG:
+        return shown
+    return f"<details><summary>{len(table.rows)} rows</summary>{shown}</details>"
 
 
 def flow_section(report: InspectorReport, index: int, block: BlockRow) -> Section:
@@ -64,78 +80,67 @@ def flow_section(report: InspectorReport, index: int, block: BlockRow) -> Sectio
         for d, letter in LETTERS.items()
         if d in used
     )
+    colours = palette(block, report.chains)
+    tools = "".join(
+        f'<button type="button" data-zoom="{key}" aria-label="{name}" title="{name}">{text}</button>'
+        for key, name, text in (("in", "Zoom in", "+"), ("out", "Zoom out", "-"), ("fit", "Whole picture", "⤢"))
+    )
     body = (
-        f'<div class="flow-side"><div class="scroll">{block_svg(block, report.norms)}</div>'
+        f'<div class="flow-side"><div class="canvas" tabindex="0" role="group" '
+        f'aria-label="Picture: plus and minus zoom, arrows move, 0 fits"><div class="tools">{tools}</div>'
+        f"{block_svg(block, report.norms, colours)}</div>"
         f'<div><h3>Inputs</h3><ul class="legend">{letters}</ul>'
-        f'<h3>Bases</h3><ul class="legend">{_basis_legend(report, block)}</ul></div></div>'
+        f'<h3>Chains <small>choose one to light it up</small></h3><ul class="legend chains">'
+        f"{_chain_legend(report, colours)}</ul></div></div>"
     )
     lead = (
-        "Lines carry the colour of the basis that their tensor lives in; dashed grey is pinned. A box leads to its row."
+        "Lines carry the colour of the basis that their tensor lives in; dashed grey is pinned. A box tells its story."
     )
     return Section(f"block-{index}", f"{block.label}{times}", body, lead)
 
 
-def _basis_legend(report: InspectorReport, block: BlockRow) -> str:
+def _chain_legend(report: InspectorReport, colours: Palette) -> str:
     known = {basis.name: basis for basis in report.bases}
-    colours = palette(block)
     items = []
     for name in sorted(colours.names, key=lambda n: n != "residual"):
         basis = known.get(name)
-        text = f"{basis.size} channels, {basis.freedom}. {basis.reason}" if basis else ""
-        items.append(_legend_item(colours.of(name), name, text))
-    items.append(_legend_item("pinned", "pinned", "an operation fixes these channels: no rotation folds here"))
+        if basis is None:
+            continue
+        ends = f"written by {', '.join(basis.writers) or 'none'}; read by {', '.join(basis.readers) or 'none'}"
+        text = f"{basis.size} channels, {basis.freedom}. {basis.reason}"
+        chain = f"c{colours.chains[name]}" if name in colours.chains else ""
+        items.append(
+            f'<li><button type="button" data-light="{chain}" aria-pressed="false"><span class="swatch '
+            f'{colours.of((name,))}"></span><span>{escape(name)}<small>{escape(text)}</small>'
+            f'<small class="ends">{escape(ends)}</small></span></button></li>'
+        )
+    note = "an operation fixes these channels: no rotation folds here"
+    items.append(f'<li><span class="swatch pinned"></span><span>pinned<small>{note}</small></span></li>')
     return "".join(items)
 
 
-def _legend_item(role: str, name: str, text: str) -> str:
-    return f'<li><span class="swatch {role}"></span><span>{escape(name)}<small>{escape(text)}</small></span></li>'
+def detail_section(report: InspectorReport) -> Section:
+    """Return the section that tells one linear's story; a script puts in the one that is chosen.
 
-
-def map_section(report: InspectorReport) -> Section:
-    """Return layers against linears: the output's error where it was measured, else the decisions."""
-    names = [name for block in report.blocks for name in block.names if name]
-    names.sort(key=[x.block for x in report.linears].index)
-    shorts = list(dict.fromkeys(x.short for x in report.linears if x.block))
-    cells = {(x.short, x.block): x for x in report.linears}
-    top = max((_error(x) or 0.0 for x in report.linears if x.block), default=0.0)
-    head = "".join(f'<th scope="col" title="{escape(n)}">{escape(_index(n))}</th>' for n in names)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(short)}</th>'
-        + "".join(_map_cell(cells.get((short, n)), top, len(names) <= WIDE) for n in names)
-        + "</tr>"
-        for short in shorts
-    )
-    what = (
-        "Relative output error of each linear; darker is worse."
-        if report.measured
-        else "What was decided for each linear's input."
-    )
+    The stories of all linears travel as JSON; without a script the first online one is told.
+    """
+    first = next((x for x in report.linears if x.decision in ("online", "partial")), report.linears[0])
+    cards = json.dumps({x.name: linear_card(report, x) for x in report.linears}, separators=(",", ":"))
+    options = "".join(_option(report, x, chosen=x is first) for x in report.linears)
     body = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Layers against linears">'
-        f'<table class="map"><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<label class="choice">Linear <select id="choose-linear">{options}</select></label>'
+        f'<div id="card" aria-live="polite">{linear_card(report, first)}</div>'
+        f'<script type="application/json" id="cards">{cards.replace("<", chr(92) + "u003c")}</script>'
     )
-    return Section("map", "Layers and linears", body, what)
+    lead = "What was decided, which operation pinned its basis, what would free it; grey is before, colour after."
+    return Section("linear", "One linear", body, lead if report.spreads else lead.partition(";")[0] + ".")
 
 
-def _index(block: str) -> str:
-    return next((part for part in reversed(block.split(".")) if part.isdigit()), block)
-
-
-def _error(linear: LinearRow) -> float | None:
-    return linear.output_error if linear.output_error is not None else linear.weight_error
-
-
-def _map_cell(linear: LinearRow | None, top: float, text: bool) -> str:
-    if linear is None:
-        return "<td></td>"
-    error = _error(linear)
-    if error is None:
-        hint = f"{escape(linear.name)}: {linear.decision}"
-        return f'<td class="{linear.decision}" title="{hint}">{LETTERS[linear.decision]}</td>'
-    level = f"{5 + 65 * error / top:.0f}%" if top else "5%"
-    shown = f"{error:.2g}" if text else ""
-    return f'<td class="heat" style="--level:{level}" title="{escape(linear.name)}: {error:.3g}">{shown}</td>'
+def _option(report: InspectorReport, x: LinearRow, *, chosen: bool) -> str:
+    name = escape(x.name)
+    return (
+        f'<option value="{name}"{" selected" if chosen else ""}>{escape(x.name.removeprefix(report.prefix))}</option>'
+    )
 
 
 def linear_table(report: InspectorReport) -> tuple[Table, tuple[str, ...]]:
@@ -163,7 +168,7 @@ def _near(basis: str, block: str) -> str:
 def linear_section(report: InspectorReport) -> Section:
     """Return the table of all linears."""
     table, ids = linear_table(report)
-    return Section("linears", "Linears", table_html(table, ids=ids))
+    return Section("linears", "Linears", _folded(table, ids))
 
 
 def skipped_table(report: InspectorReport) -> Table:

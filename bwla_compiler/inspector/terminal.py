@@ -6,7 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from bwla_compiler.inspector.collapse import collapse_bases, collapse_norms, mask
-from bwla_compiler.inspector.cost import crossover_table, device_table
+from bwla_compiler.inspector.cost import crossover_table, device_table, plain_regions, region_table
 from bwla_compiler.inspector.report import (
     LETTERS,
     MEANINGS,
@@ -14,7 +14,11 @@ from bwla_compiler.inspector.report import (
     InspectorReport,
     LinearRow,
 )
+from bwla_compiler.inspector.sparks import parts_table, spread_table
 from bwla_compiler.inspector.table import Cell, Table, duration, row, size
+
+WIDE = 120
+"""Columns of a terminal from which a table also names the kernels."""
 
 STYLES = {
     "folded": "green",
@@ -149,8 +153,11 @@ def print_report(report: InspectorReport, console: Console) -> None:
     console.print()
     console.print(legend(report))
     tables = [basis_table(report), norm_table(report), pass_table(report), unknown_table(report)]
+    if report.spreads:
+        tables.insert(0, spread_table(report))
     if report.cost:
-        tables += [device_table(report.cost), crossover_table(report.cost)]
+        regions = region_table(report.cost) if console.width >= WIDE else plain_regions(report.cost)
+        tables += [parts_table(report.cost), regions, device_table(report.cost), crossover_table(report.cost)]
     for table in tables:
         if table.rows:
             console.print(render_table(table))

@@ -1,64 +1,20 @@
-"""How values are spread: histograms and bimodality of weights, tails of activations. Plain data, cheap to gather.
+"""How values are spread: histograms and bimodality of weights, tails of activations, cheap to gather.
 
 Bimodality is Sarle's coefficient (g^2 + 1) / k of skewness g and kurtosis k of the whole population: 1/3 for a normal
 distribution, 5/9 for a uniform one, 1 for two values and nothing else.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.activations import fake_quantize
-
-BINS = 32
-"""Of each histogram."""
-
-REACH = 3.2
-"""A histogram of weights goes from -REACH to REACH times the row's mean |w|; what is beyond counts in the last bins."""
-
-CHANNELS = 48
-"""Parts that a profile of channels is cut into, at most."""
+from bwla_compiler.numerics.spread import BINS, CHANNELS, REACH, Tails, WeightSpread
 
 WEIGHT_SAMPLE, TOKEN_SAMPLE = 1 << 17, 512
 """Weights of a matrix, and tokens of an input, that are looked at."""
-
-
-@dataclass(frozen=True)
-class WeightSpread:
-    """Weights of a matrix, each over the mean |w| of its row. counts: of BINS bins over [-REACH, REACH]."""
-
-    counts: tuple[int, ...]
-    bimodality: float
-
-
-@dataclass(frozen=True)
-class Tails:
-    """An input, as rounding per token meets it.
-
-    kurtosis: mean fourth power of x over its token's rms (3 for a normal distribution). peak: mean over tokens of
-    max |x| over rms. bits: what it is rounded to; lost: share of its energy that this loses; zeroed: share of its
-    values that become 0. channels: largest max |x| over the input's rms in each of at most CHANNELS equal parts.
-    """
-
-    kurtosis: float
-    peak: float
-    bits: int
-    lost: float
-    zeroed: float
-    channels: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One linear's weight and input, before anything was done and as they were quantized; None where not gathered."""
-
-    weight_before: WeightSpread | None = None
-    weight_after: WeightSpread | None = None
-    input_before: Tails | None = None
-    input_after: Tails | None = None
 
 
 def weight_spread(weight: Tensor) -> WeightSpread:

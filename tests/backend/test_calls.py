@@ -160,6 +160,7 @@ def test_copies_and_saving_of_a_packed_model(graphs: list[GraphModule], tmp_path
             assert torch.equal(small.compiled(other)(ids).logits, expected)
 
 
+@pytest.mark.exhaustive
 def test_weights_made_in_inference_mode(graphs: list[GraphModule]) -> None:
     with torch.inference_mode():
         model = small.llama()

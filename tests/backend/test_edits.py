@@ -91,6 +91,7 @@ def test_edits_that_torch_sees(graphs: list[GraphModule], plan: Plan) -> None:
     assert len(graphs) == 1  # none of them needed new code
 
 
+@pytest.mark.exhaustive
 def test_edits_of_structure_are_planned_anew(graphs: list[GraphModule]) -> None:
     model = small.llama()
     fast = small.compiled(model, **RTN)

@@ -68,7 +68,7 @@ def test_the_entry_point_names_the_backend() -> None:
     assert points["bwla"] == "bwla_compiler.backend:compile_backend"
 
 
-@pytest.mark.parametrize("name", ["phi3", "opt", *wider("llama", "qwen2", "qwen3", "mistral", "gpt2")])
+@pytest.mark.parametrize("name", ["opt", *wider("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2")])
 def test_four_lengths_are_two_graphs(name: str, graphs: list[torch.fx.GraphModule]) -> None:
     model = small.architecture(name)
     quantize_model(model, load_recipe("hadamard-rtn"), None)
@@ -112,6 +112,7 @@ def test_adapters_stay_in_floats_beside_packed_linears(graphs: list[torch.fx.Gra
     assert small.error(found, eager) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_a_raw_model_with_adapters(graphs: list[torch.fx.GraphModule]) -> None:
     model = adapted(small.llama())
     with torch.no_grad():

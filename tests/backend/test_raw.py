@@ -127,6 +127,7 @@ def test_a_function_over_a_module_and_what_has_no_linears(graphs: list[GraphModu
         assert small.error(found, small.only_variant(body).quantized(norm(x)) @ table) < SAME
 
 
+@pytest.mark.exhaustive
 def test_two_parts_of_one_model_in_a_function(graphs: list[GraphModule]) -> None:
     model = small.llama()
     with torch.no_grad():

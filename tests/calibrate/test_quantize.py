@@ -144,6 +144,7 @@ def test_a_graph_that_fits_spares_a_capture_and_changes_nothing(name: str, monke
         assert torch.equal(spared.state_dict()[key], value), key
 
 
+@pytest.mark.exhaustive
 def test_a_graph_of_another_shape_is_not_used() -> None:
     plain, given = tiny.make("llama"), tiny.make("llama")
     plan = fit(plain, "llama", recipe(), tokens()).plan

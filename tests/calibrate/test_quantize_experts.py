@@ -105,6 +105,7 @@ def test_the_fit_beats_rounding_on_the_experts(mixtral: tuple[nn.Module, nn.Modu
     assert all(0 < x.output_error < x.weight_error < 1 for x in experts)
 
 
+@pytest.mark.exhaustive
 def test_an_expert_without_a_token_still_has_finite_weights() -> None:
     model = tiny_model("mixtral")
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_an_expert_without_a_token_still_has_finite_weights() -> None:
     assert logits(model).isfinite().all()  # now the others are asked
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "bwla-w1a6"])
+@pytest.mark.parametrize("recipe", ["rtn", *wider("bwla-w1a6")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_reload_gives_bit_equal_logits(name: str, recipe: str, tmp_path: Path) -> None:
     model = tiny_model(name)

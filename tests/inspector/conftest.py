@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from bwla_compiler.graph.plan import Axis, Basis, Decision, Expression, Group, Linear, Norm, Plan
-from bwla_compiler.numerics.distribution import Spread
+from bwla_compiler.numerics.spread import Spread
 
 RESIDUAL = Expression("leaf", 8, "residual")
 

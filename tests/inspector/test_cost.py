@@ -10,7 +10,7 @@ from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape, TableShape
 from bwla_compiler.cost.roofline import region_cost
 from bwla_compiler.graph.plan import Plan
-from bwla_compiler.inspector.cost import CostReport, cost_report, crossover_table, device_table, group_table
+from bwla_compiler.inspector.cost import CostReport, cost_report, crossover_table, device_table, region_table
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.sections import report_page
 from bwla_compiler.inspector.terminal import print_report
@@ -35,7 +35,7 @@ def texts(cells: tuple[object, ...]) -> list[str]:
 
 
 def test_every_table_says_that_it_is_modelled(cost: CostReport) -> None:
-    for table in (device_table(cost), crossover_table(cost), group_table(cost)):
+    for table in (device_table(cost), crossover_table(cost), region_table(cost)):
         assert "modelled" in table.title
         assert table.note.startswith("Modelled, not measured")
 
@@ -73,8 +73,11 @@ def test_terminal_and_page_show_it(cost: CostReport, plan: Plan, width: int) -> 
     if width > 80:
         assert "M*, modelled" in out.getvalue()
     page = report_page(report)
-    for title in ("Decoding by bwla-w1a6: modelled", "Where decoding becomes compute bound", "Linears: modelled"):
+    for title in ("Decoding by bwla-w1a6: modelled", "Where decoding becomes compute bound", "One decoded token"):
         assert title in page
+    text = out.getvalue()
+    assert "A step on h100-sxm: modelled" in text
+    assert ("kernels" in text) == (width > 120)
     data = json.loads(report.to_json())["cost"]
     assert data["devices"][0]["crossover"] is None
     assert data["groups"][0]["crossovers"].keys() == DEVICES.keys()

@@ -1,6 +1,9 @@
 """The pages: well-formed, self-contained, escaped, every link leads somewhere; the demo's tables and Markdown."""
 
+import dataclasses
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,14 +13,19 @@ from typing import Any
 
 import pytest
 
+from bwla_compiler.cost.devices import DEVICES
+from bwla_compiler.cost.model import GroupShape, ModelShape
 from bwla_compiler.graph.plan import Plan
+from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.inspector.diagram import block_graph, branches, layout, palette
 from bwla_compiler.inspector.page import Section, render_page
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.results import quality_table, result_markdown, result_page
 from bwla_compiler.inspector.sections import report_page
+from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
+from bwla_compiler.spec import LinearSpec
 
-VOID = {"meta", "link", "rect", "path", "line", "circle", "br"}
+VOID = {"meta", "link", "rect", "path", "line", "circle", "br", "input"}
 
 
 class Checker(HTMLParser):
@@ -87,8 +95,9 @@ def test_report_page_with_measurements_draws_the_heat(plan: Plan, quantized: Cal
     outcome = quantized({x.name: 0.05 * i for i, x in enumerate(plan.linears) if x.block})
     page = report_page(build_report(plan, outcome=outcome))
     check(page)
-    assert page.count('class="heat"') == 15
-    assert "--level:70%" in page
+    assert page.count('tabindex="-1"') == 15
+    assert "--e:70%" in page
+    assert 'value="e" checked' in page
     assert "read by a transpose" in page
 
 
@@ -141,28 +150,98 @@ def test_nothing_overlaps_in_the_picture(plan: Plan) -> None:
 
 
 def test_colours_follow_the_bases(plan: Plan) -> None:
-    colours = palette(build_report(plan).blocks[0])
-    assert colours.of("residual") == "residual"
-    assert colours.of("1[12]") == "pinned"
-    assert colours.of("(1[2] x model.layers.0.v_proj)").startswith("basis-")
+    report = build_report(plan)
+    colours = palette(report.blocks[0], report.chains)
+    assert colours.of(("residual",)) == "residual"
+    assert colours.of(()) == "pinned"
+    assert colours.of(("model.layers.0.v_proj",)).startswith("basis-")
+    assert colours.data(("residual", "model.layers.0.v_proj")) == ' data-chain="c0 c1"'
+
+
+def test_what_lives_in_a_chain_can_be_lit_up(plan: Plan) -> None:
+    page = report_page(build_report(plan))
+    buttons = set(re.findall(r'data-light="(c\d+)"', page))
+    marked = {name for found in re.findall(r'data-chain="([c\d ]+)"', page) for name in found.split()}
+    assert buttons == marked
+    assert "written by model.embed; read by lm_head" in page
+
+
+def test_the_story_of_every_linear_travels_along(plan: Plan) -> None:
+    page = report_page(build_report(plan))
+    found = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page)
+    assert found is not None
+    cards = json.loads(found[1])
+    assert list(cards) == [x.name for x in plan.linears]
+    assert "pinned by the operation silu_1" in cards["model.layers.1.mlp.down_proj"]
+    for card in cards.values():
+        assert not Checker(card).open
+
+
+def test_spreads_and_costs_are_drawn(plan: Plan, quantized: Callable[[dict[str, float]], Any]) -> None:
+    outcome = quantized({"model.layers.0.k_proj": 0.1})
+    seen, tails = WeightSpread((1, 4, 1), 0.4), Tails(9.0, 20.0, 6, 0.01, 0.1, (1.0, 50.0))
+    spread = Spread(seen, dataclasses.replace(seen, bimodality=0.6), tails, tails)
+    outcome = dataclasses.replace(outcome, linears=(dataclasses.replace(outcome.linears[0], spread=spread),))
+    shape = ModelShape((GroupShape("k_proj, v_proj", LinearSpec(8, (4, 4)), 3),))
+    page = report_page(build_report(plan, outcome=outcome, cost=cost_report(shape, chosen="a100-sxm")))
+    check(page)
+    found = re.search(r'id="cards">(.*?)</script>', page)
+    assert found is not None
+    assert "bimodality 0.400 → 0.600" in json.loads(found[1])["model.layers.0.k_proj"]
+    assert page.count('class="panel"') == len(DEVICES)
+    assert page.count(" hidden>") == len(DEVICES) - 1
+    assert 'data-device="a100-sxm">' in page
+
+
+def test_a_page_of_64_layers_stays_small(plan: Plan) -> None:
+    linears = tuple(
+        dataclasses.replace(x, name=x.name.replace("layers.1", f"layers.{i}"), block=f"model.layers.{i}")
+        for i in range(64)
+        for x in plan.linears[5:10]
+    )
+    page = report_page(build_report(dataclasses.replace(plan, linears=linears, groups=(), norms=(), axes=())))
+    assert len(page) * 3 < 3e6  # cards with pictures are about three times as large
 
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+
+PROBE = """<script>
+const seen = [];
+addEventListener("error", (event) => seen.push("error: " + event.message));
+addEventListener("load", () => {
+  seen.push(document.documentElement.scrollWidth <= innerWidth ? "fits" : "wide");
+  const button = document.querySelector('[data-light="c0"]');
+  if (button) {
+    button.click();
+    seen.push("pressed " + button.getAttribute("aria-pressed"), "lit " + document.querySelectorAll(".lit").length);
+    document.querySelector('.map a[data-linear="model.layers.1.mlp.down_proj"]').click();
+    seen.push("told " + document.querySelector("#card h3").textContent);
+    const before = document.querySelector(".flow").getAttribute("viewBox");
+    document.querySelector('[data-zoom="in"]').click();
+    seen.push("zoomed " + (document.querySelector(".flow").getAttribute("viewBox") !== before));
+  }
+  document.title = seen.join("; ");
+});
+</script>"""
+"""Put into a page's head: clicks through it and says in the title what happened, errors too."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
 @pytest.mark.parametrize("width", [1280, 375])
-def test_a_browser_draws_it_without_sideways_scrolling(plan: Plan, tmp_path: Path, width: int) -> None:
+def test_a_browser_draws_it_and_answers_clicks(plan: Plan, tmp_path: Path, width: int) -> None:
     page = result_page(RESULT, build_report(plan))
-    probe = "<script>document.title = document.documentElement.scrollWidth <= innerWidth ? 'fits' : 'wide'</script>"
+    (tmp_path / "page.html").write_text(page.replace("<head>", f"<head>{PROBE}", 1))
     frame = f'<!doctype html><iframe style="width:{width}px;height:900px;border:0" src="page.html"></iframe>'
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"{probe}</body>"))
-    (tmp_path / "frame.html").write_text(
-        frame + "<script>onload = () => document.body.append(frames[0].document.title)</script>"
-    )
+    after = "<script>onload = () => setTimeout(() => document.body.append(frames[0].document.title), 50)</script>"
+    (tmp_path / "frame.html").write_text(frame + after)
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom"]
+    command.append((tmp_path / "frame.html").as_uri())
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env={**os.environ})
-    assert "fits" in done.stdout, done.stdout[-500:] + done.stderr[-500:]
+    said = done.stdout[done.stdout.rfind("</iframe>") :]
+    assert "error:" not in said
+    assert "fits; pressed true; lit " in said, said[-500:] + done.stderr[-500:]
+    assert "lit 0" not in said
+    assert "told Omodel.layers.1.mlp.down_proj; zoomed true" in said

@@ -17,7 +17,7 @@ from bwla_compiler.inspector.collapse import collapse_bases, collapse_norms, mas
 from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.inspector.formats import Format
 from bwla_compiler.inspector.report import SCHEMA, InspectorReport, build_report
-from bwla_compiler.numerics.distribution import Spread, Tails, WeightSpread
+from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
 from bwla_compiler.spec import LinearSpec
 
 Quantized = Callable[[dict[str, float]], Any]

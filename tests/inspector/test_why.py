@@ -13,7 +13,7 @@ from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.inspector.formats import Format
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.why import REFUSALS, REMEDIES, explain
-from bwla_compiler.numerics.distribution import Spread, Tails, WeightSpread
+from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
 from bwla_compiler.spec import LinearSpec
 
 

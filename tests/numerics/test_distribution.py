@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwla_compiler.errors import ShapeError
-from bwla_compiler.numerics.distribution import BINS, CHANNELS, bimodality, tails, weight_spread
+from bwla_compiler.numerics.distribution import bimodality, tails, weight_spread
+from bwla_compiler.numerics.spread import BINS, CHANNELS
 
 GENERATOR = torch.Generator().manual_seed(0)
 NORMAL = torch.randn(256, 512, generator=GENERATOR)

@@ -102,6 +102,7 @@ def test_each_block_has_exactly_its_calls(name: str, recipe: str, dtype: torch.d
     assert float((found - expected).float().norm() / expected.float().norm()) < tolerance
 
 
+@pytest.mark.exhaustive
 def test_two_lengths_make_at_most_two_graphs() -> None:
     model, backend = packed("llama", "hadamard-rtn"), Fusing()
     torch._dynamo.reset()

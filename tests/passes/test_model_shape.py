@@ -43,6 +43,7 @@ def test_modelled_bytes_are_the_saved_ones(architecture: str, recipe: str, setti
     assert packed_shape(model, float_bytes=4).stored == n_bytes
 
 
+@pytest.mark.exhaustive
 def test_a_model_on_meta_has_the_shape_of_a_loaded_one() -> None:
     loaded = tiny.make("llama")
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.portable import Prologue
+from tests.wider import wider
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/runtime/test_on_triton.py instead"
 assert os.environ.get("BWLA_KERNELS") == "triton"
@@ -79,7 +80,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("tokens, columns, bits", [(3, 100, 8), (20, 200, 6), (16, 384, 4), (5, 128, 16)])
+@pytest.mark.parametrize("tokens, columns, bits", [(3, 100, 8), (5, 128, 16), *wider((20, 200, 6), (16, 384, 4))])
 @pytest.mark.parametrize("case", FORMATS)
 def test_matrix_kernel(case: str, tokens: int, columns: int, bits: int) -> None:
     x = torch.randn(tokens, columns, generator=seeded(1))
@@ -262,7 +263,7 @@ def test_prologues(kind: str) -> None:
 
 
 @pytest.mark.parametrize("parts", ["slr", "lr", "l", "r", "s"])
-@pytest.mark.parametrize("n1, n2", [(6, 10), (16, 8), (40, 3), (3, 40), (1, 64)])
+@pytest.mark.parametrize("n1, n2", [(6, 10), (40, 3), *wider((16, 8), (3, 40), (1, 64))])
 def test_changes_of_basis(n1: int, n2: int, parts: str) -> None:
     x = torch.randn(3, n1 * n2, generator=seeded(4))
     steps = make_steps("none", x.shape, n1, n2, parts)

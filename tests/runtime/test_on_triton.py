@@ -28,8 +28,9 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_equal_float64_in_the_interpreter() -> None:
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS), TRITON_INTERPRET="1", BWLA_KERNELS="triton")
+def test_kernels_equal_float64_in_the_interpreter(pytestconfig: pytest.Config) -> None:
+    chosen = ("-q", "-p", "no:cacheprovider", "-m", pytestconfig.getoption("-m"))
+    done = run("-m", "pytest", *chosen, str(CHECKS), TRITON_INTERPRET="1", BWLA_KERNELS="triton")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -52,6 +53,7 @@ def test_the_package_imports_and_runs_without_triton() -> None:
     assert "install it with: pip install 'triton>=3.6'" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_no_import_of_triton_until_it_is_needed() -> None:
     code = "import sys, bwla_compiler.runtime.on_triton, bwla_compiler.emit; sys.exit('triton' in sys.modules)"
     assert run("-c", code).returncode == 0
