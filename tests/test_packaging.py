@@ -41,7 +41,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_files() -> set[str]:
     """Return the Python files, recipes and style sheets of the package, as a wheel names them."""
     package = REPOSITORY / "bwla_compiler"
-    files = [*package.rglob("*.py"), *(package / "recipes").glob("*.toml"), *(package / "inspector").glob("*.css")]
+    page = [path for kind in ("css", "js") for path in (package / "inspector").glob(f"*.{kind}")]
+    files = [*package.rglob("*.py"), *(package / "recipes").glob("*.toml"), *page]
     return {str(f.relative_to(REPOSITORY)) for f in files}
 
 
