@@ -74,7 +74,7 @@ class GgmlLinear:
     """A product of one weight; `run()` computes it on `x`, which is float32 [tokens, in] shared with ggml."""
 
     def __init__(self, library: Ggml, kind: str, weight: Tensor, tokens: int, threads: int) -> None:
-        self.library, self.threads = library, threads
+        self.ggml, self.threads = library, threads
         out, width = weight.shape
         call, kind_number = library._call, ctypes.c_int(TYPES[kind])
         init = library._function("ggml_init")
@@ -98,10 +98,10 @@ class GgmlLinear:
     def _packed(self, weight: Tensor, kind: str) -> np.ndarray:
         out, width = weight.shape
         kind_number, source = ctypes.c_int(TYPES[kind]), weight.float().contiguous().numpy()
-        row_bytes = self.library._function("ggml_row_size")(kind_number, ctypes.c_int64(width))
+        row_bytes = self.ggml._function("ggml_row_size")(kind_number, ctypes.c_int64(width))
         packed = np.empty(out * row_bytes, dtype=np.uint8)
         importance = np.ones(width, dtype=np.float32)
-        self.library._function("ggml_quantize_chunk")(
+        self.ggml._function("ggml_quantize_chunk")(
             kind_number, ctypes.c_void_p(source.ctypes.data), ctypes.c_void_p(packed.ctypes.data),
             ctypes.c_int64(0), ctypes.c_int64(out), ctypes.c_int64(width), ctypes.c_void_p(importance.ctypes.data),
         )  # fmt: skip
@@ -111,9 +111,9 @@ class GgmlLinear:
         """Return the buffer type of repacked weights where this type has one."""
         if kind not in ("Q4_0", "Q8_0"):
             return 0
-        device = self.library._call("ggml_backend_get_device", self.library.backend)
-        registry = self.library._call("ggml_backend_dev_backend_reg", device)
-        getter = self.library._call(
+        device = self.ggml._call("ggml_backend_get_device", self.ggml.backend)
+        registry = self.ggml._call("ggml_backend_dev_backend_reg", device)
+        getter = self.ggml._call(
             "ggml_backend_reg_get_proc_address", registry, ctypes.c_char_p(b"ggml_backend_dev_get_extra_bufts")
         )
         if not getter:
@@ -124,13 +124,13 @@ class GgmlLinear:
 
     def run(self) -> Tensor:
         """Return y [tokens, out], valid until the next run."""
-        self.library._call("ggml_backend_cpu_set_n_threads", self.library.backend, ctypes.c_int(self.threads))
-        self.library._call("ggml_backend_graph_compute", self.library.backend, self._graph)
+        self.ggml._call("ggml_backend_cpu_set_n_threads", self.ggml.backend, ctypes.c_int(self.threads))
+        self.ggml._call("ggml_backend_graph_compute", self.ggml.backend, self._graph)
         return self.y
 
     def __del__(self) -> None:
         for context in (self._context, self._weights):
-            self.library._call("ggml_free", context)
+            self.ggml._call("ggml_free", context)
 
 
 def _tensor_at(address: int, shape: tuple[int, int]) -> Tensor:
