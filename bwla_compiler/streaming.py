@@ -25,7 +25,7 @@ from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.memory import memory_bytes
+from bwla_compiler.memory import memory_bytes, told_of_shortage
 from bwla_compiler.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,11 @@ Sampler = Callable[[], Tensor]
 """Samples calibration tokens from the float model as a whole."""
 
 CALIBRATION = "calibration.safetensors"
+SHORTAGE = (
+    "give --spill, a recipe without data (rtn) or a machine with more, and start again: with the same recipe it goes "
+    "on where it stopped"
+)
+
 TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
 """Memory that tuning takes for each weight: the pack, twice; where signs learn; of the head, its floats twice."""
 
@@ -60,7 +65,7 @@ def quantize_folder(
 ) -> QuantizeReport:
     """Do the job, or what an earlier run has left of it, and return the report.
 
-    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError.
+    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError, OutOfMemory.
     """
     if job.recipe.simulated:
         raise RecipeError(
@@ -68,7 +73,8 @@ def quantize_folder(
         )
     model = _empty(job.folder)
     source = SourceWeights(job.folder, model)
-    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
+    short = told_of_shortage(str(job.folder), remedy=SHORTAGE)
+    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work), short:
         tuned = work.state.setdefault("tuned", _tuned(job.recipe, model))
         weights = StreamedWeights(model, source, work, tuned=tuned)
         report = quantize_model(

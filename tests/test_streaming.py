@@ -19,9 +19,11 @@ from torch import nn
 from bwla_compiler import api
 from bwla_compiler.calibrate.report import BlockReport
 from bwla_compiler.checkpoint import files
-from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, RecipeError, WeightError
+from bwla_compiler.checkpoint.streamed import StreamedWeights
+from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, OutOfMemory, RecipeError, WeightError
 from bwla_compiler.zoo.models import tiny_model
 from tests import planned, tiny
+from tests.letters import letters
 from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 0}
@@ -294,6 +296,7 @@ def encoder(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Edit, type[BwlaError], str]] = {
     "NaN": (lambda f: edit(f, UP, nan), WeightError, f"{UP} holds 1 NaN or infinite"),
+    "infinity": (lambda f: edit(f, UP, lambda w: w.mul_(torch.inf)), WeightError, f"{UP} holds .* NaN or infinite"),
     "shape": (lambda f: edit(f, UP, lambda w: w[:5].clone()), CheckpointError, rf"{UP} has shape \[5, 64\]"),
     "integers": (lambda f: edit(f, UP, lambda w: w.to(torch.int32)), WeightError, "only floating-point"),
     "missing": (without_index_entry, CheckpointError, f"lacks {UP}"),
@@ -315,6 +318,37 @@ def test_bad_input_is_one_clear_error(what: str, source: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_activations_that_overflow_name_the_linear(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "float")
+    for name in ("gate_proj", "up_proj"):
+        edit(tmp_path / "float", f"model.layers.0.mlp.{name}.weight", lambda w: w.mul_(1e17))
+    settings = {"signs.sweeps": 1, "transform.kind": "none", "psp.hidden_over": 0, "tuning.steps": 0}
+    with pytest.raises(
+        CalibrationError, match=r"layers\.0\.mlp\.down_proj: its input: activations hold NaN or infinity"
+    ):
+        api.quantize_to(tmp_path / "float", tmp_path / "out", settings=settings, calibration=TOKENS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_is_one_clear_error_and_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = StreamedWeights.fetch
+
+    def short(self: StreamedWeights, *prefixes: str) -> None:
+        if "model.layers.1" in prefixes:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        fetch(self, *prefixes)
+
+    monkeypatch.setattr(StreamedWeights, "fetch", short)
+    with pytest.raises(OutOfMemory, match=r"llama: out of memory \(asked for \d+ bytes\); give --spill"):
+        rounded(source, tmp_path / "out")
+    monkeypatch.undo()
+    told: list[BlockReport] = []
+    rounded(source, tmp_path / "out", on_block=told.append)
+    assert [block.restored for block in told] == [True, False]
+
+
 def test_calibration_that_is_none(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     torch.save(torch.arange(5), tmp_path / "short.pt")
@@ -322,6 +356,13 @@ def test_calibration_that_is_none(source: Path, tmp_path: Path) -> None:
         api.quantize_to(source, tmp_path / "out", calibration=tmp_path / "empty.txt")
     with pytest.raises(CalibrationError, match="5 tokens do not fill one sequence of 256"):
         api.quantize_to(source, tmp_path / "out2", calibration=tmp_path / "short.pt")
+    shutil.copytree(source, tmp_path / "read")
+    letters().save_pretrained(tmp_path / "read")
+    with pytest.raises(CalibrationError, match=r"empty\.txt: .*1 tokens do not fill"):
+        api.quantize_to(tmp_path / "read", tmp_path / "out4", calibration=tmp_path / "empty.txt")
+    (tmp_path / "few.txt").write_text("abc")
+    with pytest.raises(CalibrationError, match="4 tokens do not fill one sequence of 256"):
+        api.quantize_to(tmp_path / "read", tmp_path / "out5", calibration=tmp_path / "few.txt")
     with pytest.raises(CalibrationError, match='is neither "self"'):
         api.quantize_to(source, tmp_path / "out3", calibration="nothing.txt")
 
