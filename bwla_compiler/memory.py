@@ -1,9 +1,11 @@
-"""How much memory the machine has, and what is said when there is not enough."""
+"""How much memory the machine has, how to give it back, and what is said when there is not enough."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,6 +18,26 @@ def memory_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 8 << 30
+
+
+def release() -> None:
+    """Give memory that is free, but that the C library holds on to, back to the system; nothing where it cannot.
+
+    glibc takes tensors of less than 32 MiB from its heap, which small live objects keep from shrinking: without this,
+    each block of a model leaves its size behind.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], object] | None:
+    try:
+        found: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # Windows has no such name
+        return None
+    return found
 
 
 @contextlib.contextmanager

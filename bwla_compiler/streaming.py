@@ -1,6 +1,7 @@
 """Quantize a model folder into another, block by block: memory for one block, and a killed run goes on."""
 
 import contextlib
+import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,9 @@ from bwla_compiler.checkpoint.source import INDEX, SourceWeights
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
+from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.memory import memory_bytes, told_of_shortage
+from bwla_compiler.memory import memory_bytes, release, told_of_shortage
 from bwla_compiler.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def quantize_folder(
             model,
             job.recipe,
             _tokens(job, model, work, progress),
-            plan=make_plan(meta_model(model.config)),
+            plan=_plan(model),
             seed=job.seed,
             progress=progress,
             weights=weights,
@@ -111,6 +113,14 @@ def _empty(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{folder}: its config does not describe a causal LM: {first}. Give a model folder or a hub id"
         ) from error
+
+
+def _plan(model: nn.Module) -> Plan:
+    """Return the plan; what making it took, some MB a layer in graphs that refer to themselves, is given back."""
+    plan = make_plan(meta_model(model.config))
+    gc.collect()
+    release()
+    return plan
 
 
 def _facts(job: Job, source: SourceWeights) -> dict[str, Any]:
