@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,27 +165,40 @@ def test_spilled_activations_change_nothing(
     assert content(tmp_path / "out") == content(whole)
 
 
-def begun_at(folder: Path, stage: str) -> bool:
-    """Whether a file of this name is there: half-written where it ends in .tmp."""
-    return any(folder.glob(stage))
+DYING = """
+import os, signal, sys
+from bwla_compiler import api
+from tests.test_streaming import FAST
+
+source, out, tokens, name, number = sys.argv[1:]
+real, calls = getattr(os, name), []
+
+def dying(*arguments):
+    calls.append(name)
+    if len(calls) == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+
+setattr(os, name, dying)
+api.quantize_to(source, out, settings=FAST, calibration=tokens)
+"""
+"""A run that is killed, as by kill -9, at one of its calls of a function of os; number 0: never."""
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stage", [".model-00001*.tmp", "model-00001*", ".progress.json.tmp", ".model-00003*.tmp"])
-def test_kill_9_at_any_moment(source: Path, whole: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("name, number", [("fsync", 3), ("replace", 3), ("fsync", 8), ("replace", 6)])
+def test_kill_9_at_any_moment(source: Path, whole: Path, tmp_path: Path, name: str, number: int) -> None:
     torch.save(TOKENS, tmp_path / "tokens.pt")
-    code = (
-        "import sys; from bwla_compiler import api; from tests.test_streaming import FAST\n"
-        "api.quantize_to(sys.argv[1], sys.argv[2], settings=FAST, calibration=sys.argv[3], on_block=print)"
-    )
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(tmp_path / "tokens.pt")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not begun_at(tmp_path / "out.partial", stage):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was not done
+    paths = [str(source), str(tmp_path / "out"), str(tmp_path / "tokens.pt")]
+
+    def run(at: int) -> int:
+        command = [sys.executable, "-c", DYING, *paths, name, str(at)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert run(number) == -signal.SIGKILL
+    assert (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    assert run(0) == 0
     assert content(tmp_path / "out") == content(whole)
 
 
