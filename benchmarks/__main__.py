@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time, kernels, quality, quantize
+from benchmarks import compile_time, kernels, quality, quantize, text
 from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
@@ -22,6 +22,7 @@ MEASUREMENTS: dict[str, Measure] = {
     "quantize": lambda progress, asked: quantize.measure(
         progress, config=asked.config, layers=asked.layers, recipe=asked.recipe, folder=asked.folder
     ),
+    "text": lambda progress, asked: text.measure(progress),
 }
 
 

@@ -156,6 +156,8 @@ def _refuse(name: str, module: nn.Module) -> None:
         why = f"a {type(module).__name__} has no GGUF form"
     if not why and not isinstance(module, Int8Embedding) and getattr(module, "column_scale", None) is not None:
         why = "has column scales; quantize with --recipe bwla-folded"
+    if isinstance(module, Int8Embedding) and module.gain is not None:
+        why = "multiplies its rows by a number of its own"
     if why:
         raise CheckpointError(f"{name}: {why}, or use --to dense")
 
