@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time, kernels, quality, text
+from benchmarks import compile_time, kernels, quality, quantize, text
 from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
@@ -18,6 +18,9 @@ MEASUREMENTS: dict[str, Measure] = {
     "kernels": lambda progress, asked: kernels.measure(progress, quick=asked.quick),
     "quality": lambda progress, asked: quality.measure(
         progress, seed=asked.seed, quick=asked.quick, outliers=asked.outliers, ways=asked.row
+    ),
+    "quantize": lambda progress, asked: quantize.measure(
+        progress, config=asked.config, layers=asked.layers, recipe=asked.recipe, folder=asked.folder
     ),
     "text": lambda progress, asked: text.measure(progress),
 }
@@ -33,6 +36,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--row", action="append", default=[], metavar="WAY", help="quality: this row alone (repeatable)"
     )
+    quantize.arguments(parser)
     asked = parser.parse_args(arguments)
     unknown = [name for name in asked.names if name not in MEASUREMENTS]
     if unknown:

@@ -19,7 +19,7 @@ from bwla_compiler.calibrate.residency import InMemory, Residency
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
-from bwla_compiler.errors import RecipeError
+from bwla_compiler.errors import CalibrationError, RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -278,7 +278,10 @@ class _Quantizer:
                 self.observer.see_input(members, q)
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
-            stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            try:
+                stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            except CalibrationError as found:
+                raise CalibrationError(f"{group.name}: its input: {found}") from found
         gram = stats.gram()
         if not gram.any():  # nothing is known of directions that no token has
             log.warning("%s: its input is zero on all calibration tokens; fitted to the weights alone", group.name)
