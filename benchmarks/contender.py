@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from benchmarks.memory import forget_peak, memory
+from benchmarks.memory import PeakMemory
 from benchmarks.noise import pinned
 from benchmarks.peers import Way, ways
 from bwla_compiler import api
@@ -47,7 +47,7 @@ class Runner:
         # Its tensors are made outside the compiled region, by a token that is then forgotten.
         self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True)
         start = time.perf_counter()
-        self._prefill()
+        self.prefill()
         filled = time.perf_counter()
         self.step(0)
         return {"first_prefill_seconds": filled - start, "first_decode_seconds": time.perf_counter() - filled}
@@ -55,7 +55,7 @@ class Runner:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Return the logits [prompt + steps, vocabulary] float32 that this way predicts with, prefill and decoded."""
-        parts = [self._prefill()[0].float()]
+        parts = [self.prefill()[0].float()]
         parts += [self.step(i)[0].float() for i in range(self.steps)]
         return torch.cat(parts)
 
@@ -64,7 +64,7 @@ class Runner:
         """Return seconds: from the prompt to the first token, of the prefill alone, and of a decoded token (mean)."""
         time.sleep(PAUSE_SECONDS)
         start = time.perf_counter()
-        logits = self._prefill()
+        logits = self.prefill()
         filled = time.perf_counter()
         logits[0, -1].argmax().item()
         first = time.perf_counter()
@@ -73,7 +73,8 @@ class Runner:
         done = time.perf_counter()
         return {"first_token": first - start, "prefill": filled - start, "decode": (done - first) / self.steps}
 
-    def _prefill(self) -> Tensor:
+    def prefill(self) -> Tensor:
+        """Return the logits of the prompt, read into an empty cache."""
         self.cache.reset()
         return self._logits(self.ids[:, : self.prompt])
 
@@ -118,7 +119,8 @@ def model_bytes(model: nn.Module) -> int:
 def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Load the job's way, then answer the commands of the standard input until it ends."""
     (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
-    before = memory()["peak_mib"]
+    memory = PeakMemory()
+    before = memory.fields()["peak_mib"]
     runner = Runner(way, job["folder"], torch.load(job["ids"]), prompt=job["prompt"])
     loaded = {"load_seconds": runner.load_seconds, "n_bytes": model_bytes(runner.model), "before_mib": before}
     answer({**loaded, "version": way.version()})
@@ -128,12 +130,12 @@ def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None
             answer(runner.first())
         elif command == "logits":
             torch.save(runner.logits(), argument)
-            forget_peak()
+            memory.forget()
             answer({})
         elif command == "round":
             answer(runner.round())
         elif command == "memory":
-            answer(memory())
+            answer(memory.fields())
         else:
             raise ValueError(f"no command is called {command!r}")
 

@@ -95,10 +95,8 @@ def trained(folder: Path, *, files: int) -> Subject:
 
 
 def _load(folder: Path) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert isinstance(model, nn.Module)
-    model.eval()
-    return model
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def with_outliers(subject: Subject) -> Subject:

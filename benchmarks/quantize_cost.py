@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.errors import ContenderError
-from benchmarks.memory import forget_peak, memory
+from benchmarks.memory import PeakMemory
 from benchmarks.noise import Noise
 from benchmarks.subject import random_model
 from bwla_compiler.calibrate.report import BlockReport
@@ -76,12 +76,13 @@ def quantize(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> Non
     """Quantize a folder and tell a row for each block as it is done, then one of the whole."""
     from bwla_compiler import api
 
-    before = memory()
+    memory = PeakMemory()
+    before = memory.fields()
 
     def on_block(block: BlockReport) -> None:
-        row = {"block": block.name, "seconds": round(block.seconds, 2), "peak_mib": memory()["recent_mib"]}
+        row = {"block": block.name, "seconds": round(block.seconds, 2), "peak_mib": memory.fields()["recent_mib"]}
         tell({**row, "true_bits": round(block.true_bits, 4), "done": block.done, "total": block.total})
-        forget_peak()
+        memory.forget()
 
     report = api.quantize_to(
         job["source"],
@@ -92,7 +93,7 @@ def quantize(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> Non
         on_block=on_block,
     )
     parts = {f"{name}_seconds": round(seconds, 2) for name, seconds in report.seconds.items()}
-    whole = {"block": "all", "seconds": round(report.seconds["total"], 2), "peak_mib": memory()["peak_mib"]}
+    whole = {"block": "all", "seconds": round(report.seconds["total"], 2), "peak_mib": memory.fields()["peak_mib"]}
     tell({**whole, "true_bits": round(report.bits.linears, 4), "before_mib": before["peak_mib"], **parts})
 
 

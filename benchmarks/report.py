@@ -1,4 +1,4 @@
-"""`bench report`: plots, and the marked blocks of README.md and docs/benchmarks.md, from files of results alone."""
+"""`bench report`: plots, and the marked blocks of README.md and docs, from files of results alone."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from benchmarks.record import RESULTS, latest, newest_device, read
 from benchmarks.tables import block_text, same_text
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "compile.md")
 
 
 def report(*, folder: Path = RESULTS, pages: Sequence[Path] = PAGES) -> list[Path]:

@@ -109,6 +109,7 @@ def profile_step(
         tell("profile: steps without the profiler", 1, 3)
         seconds = min(runner.round()["decode"] for _ in range(3))
         tell("profile: steps", 2, 3)
+        runner.prefill()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             start = time.perf_counter()
             for i in range(steps):

@@ -51,7 +51,7 @@ def models_table(rows: Sequence[Row]) -> str:
     columns = [
         Column("way", left=True), Column("decode, tokens/s", MORE, 1), Column("quartiles"), Column("time over bwla's"),
         Column("prefill, tokens/s", MORE, 1), Column("first token, ms", LESS, 1), Column("weights, MiB", LESS, 1),
-        Column("peak, MiB", LESS, 0), Column("compile cold, s", LESS, 1), Column("warm, s", LESS, 1),
+        Column("peak while it runs, MiB", LESS, 0), Column("compile cold, s", LESS, 1), Column("warm, s", LESS, 1),
         Column("top-1, %"),
     ]  # fmt: skip
     parts = []
@@ -192,6 +192,20 @@ def quantize_table(rows: Sequence[Row]) -> str:
     return f"{table(columns, cells)}\n\n{_ending(rows)}"
 
 
+def profile_table(rows: Sequence[Row]) -> str:
+    """Return where a decode step goes, a table a model and way: microseconds and shares by region."""
+    rows = latest(rows, by=("model", "way", "region"))
+    columns = [Column("region", left=True), Column("microseconds", decimals=0), Column("share, %", decimals=1)]
+    parts = []
+    for model, way in dict.fromkeys((row["model"], row["way"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
+        cells = [[row["region"], row["region_us"], 100 * row["share"]] for row in chosen]
+        title = f"**{model}, {way}**: {chosen[0]['step_us']:,.0f} microseconds a step, under the profiler "
+        title += f"{chosen[0]['profiled_us']:,.0f}"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+    return "\n\n".join(parts)
+
+
 def compile_time_table(rows: Sequence[Row]) -> str:
     """Return seconds to the first result in a process of its own."""
     rows = latest(rows, by=("way",))
@@ -207,6 +221,7 @@ BLOCKS: dict[str, tuple[str, Maker]] = {
     "models": ("models", models_table),
     "kernels": ("kernels", kernels_table),
     "transforms": ("kernels", transforms_table),
+    "profile": ("profile", profile_table),
     "quality": ("quality-*", quality_table),
     "quantize": ("quantize", quantize_table),
     "compile_time": ("compile_time", compile_time_table),

@@ -1,12 +1,12 @@
 """Comparing results: a slowed kernel is flagged, equal runs and a busy machine are not, other devices are refused."""
 
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from benchmarks import timing
 from benchmarks.compare import compare
 from benchmarks.contest import Contender, contest
 from benchmarks.errors import ResultsError
@@ -79,24 +79,22 @@ def test_other_devices_and_other_rows_are_refused() -> None:
         compare(old, [{**row, "linear": "other"} for row in old])
 
 
-def _busy(seconds: float) -> Callable[[], object]:
-    def call() -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+def test_a_kernel_that_was_slowed_is_flagged_from_its_timing_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole road from calls to the verdict, on a clock that only the calls move."""
+    now, generator = [0.0], random.Random(0)
 
-    return call
+    def takes(seconds: float) -> Callable[[], object]:
+        def call() -> None:
+            now[0] += seconds * generator.uniform(0.95, 1.05)
 
+        return call
 
-def test_a_kernel_that_really_waits_is_flagged() -> None:
     def measured(ours: float) -> list[dict[str, Any]]:
         contenders = {"bwla A6": ours, "torch bf16": 1e-3, "torch fp32": 1.5e-3}
-        rows = contest(
-            {way: Contender([_busy(seconds)], 1000) for way, seconds in contenders.items()},
-            ours="bwla A6",
-            macs=1,
-            rounds=9,
-        )
+        calls = {way: Contender([takes(seconds)] * 3, 1000) for way, seconds in contenders.items()}
+        rows = contest(calls, ours="bwla A6", macs=1, rounds=9)
         return [{"linear": "l", "tokens": 1, "threads": 1, **row, **DEVICE} for row in rows]
 
-    assert "l, 1, 1, bwla A6" in worse(measured(1e-3), measured(3e-3))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert worse(measured(1e-3), measured(1.2e-3)) == {"l, 1, 1, bwla A6"}
+    assert worse(measured(1e-3), measured(1e-3)) == set()
