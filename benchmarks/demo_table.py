@@ -4,16 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.noise import Noise
-from bwla_compiler.main_job import run_demo
+from bwla_compiler.main_job import QUICK, Size, run_demo
 
 Progress = Callable[[str, int, int], None]
 
 
 def measure(progress: Progress, *, quick: bool = False) -> list[dict[str, Any]]:
     """Return a row per embedded model and recipe, "fp" among them, and a row per way of decoding."""
-    noise = Noise()
+    noise, size = Noise(), QUICK if quick else Size()
     result = run_demo(html_path=None, quick=quick, progress=progress)
-    return [{**row, **noise.fields()} for row in rows_of(result)]
+    texts = {name: getattr(size, name) for name in ("calibration_sequences", "test_sequences", "length")}
+    return [{**row, **texts, **noise.fields()} for row in rows_of(result)]
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -178,21 +178,25 @@ class Race:
             part: {name: Times(tuple(found[part] for found in rounds)) for name, rounds in seconds.items()}
             for part in ("first_token", "prefill", "decode")
         }
-        ours = OURS if OURS in racing else next(iter(racing))
+        ours = times["decode"].get(OURS)
         for name in racing:
-            self.rows[name] |= self._figures({part: times[part][name] for part in times}, times["decode"][ours])
+            self.rows[name] |= self._figures({part: times[part][name] for part in times}, ours)
 
-    def _figures(self, times: Mapping[str, Times], ours: Times) -> Row:
+    def _figures(self, times: Mapping[str, Times], ours: Times | None) -> Row:
         decode = times["decode"]
         low, high = decode.quartiles
-        ratio_low, ratio_high = quartiles(ours.ratios(decode))
-        return {
+        figures: Row = {}
+        if ours is not None:
+            ratio_low, ratio_high = quartiles(ours.ratios(decode))
+            figures = {
+                "times_ours": round(ours.ratio(decode), 3),
+                "times_low": round(ratio_low, 3),
+                "times_high": round(ratio_high, 3),
+            }
+        return figures | {
             "decode_tokens_per_second": round(1 / decode.median, 1),
             "decode_low": round(1 / high, 1),
             "decode_high": round(1 / low, 1),
-            "times_ours": round(ours.ratio(decode), 3),
-            "times_low": round(ratio_low, 3),
-            "times_high": round(ratio_high, 3),
             "prefill_tokens_per_second": round(self.work.prompt / times["prefill"].median, 1),
             "prefill_spread": round(times["prefill"].spread, 3),
             "first_token_ms": round(times["first_token"].median * 1e3, 2),

@@ -21,12 +21,16 @@ def _ending(rows: Sequence[Row]) -> str:
 
 
 def demo_tables(rows: Sequence[Row]) -> str:
-    """Return perplexities of the main job, a table a model, and its decode speeds."""
-    rows = latest(rows, by=("model", "recipe", "way"))
+    """Return perplexities of the main job, a table a model, and its decode speeds: of the last run alone."""
+    rows = [row for row in rows if row["when"] == rows[-1]["when"]]
     fitted = [row for row in rows if "recipe" in row]
     columns = [Column("recipe", left=True), *(Column(f"A{bits}", LESS) for bits in (16, 8, 6, 4))]
     columns += [Column("true bits"), Column("file")]
-    parts = []
+    about = rows[-1]
+    parts = [
+        f"Perplexity on held-out text, {about['test_sequences']} sequences of {about['length']} tokens; "
+        f"{about['calibration_sequences']} sequences of calibration. Lower is better; columns are activation bits."
+    ]
     for model in dict.fromkeys(row["model"] for row in fitted):
         cells = [_demo_cells(row) for row in fitted if row["model"] == model]
         parts.append(f"**{model}**\n\n{table(columns, cells)}")
@@ -71,7 +75,7 @@ def _model_cells(row: Row) -> list[Cell]:
     top1 = row.get("top1_fp32")
     return [
         row["way"], row["decode_tokens_per_second"], f"{row['decode_low']:.1f}-{row['decode_high']:.1f}",
-        row["times_ours"], row["prefill_tokens_per_second"], row["first_token_ms"], _mib(row.get("n_bytes")),
+        row.get("times_ours"), row["prefill_tokens_per_second"], row["first_token_ms"], _mib(row.get("n_bytes")),
         row.get("recent_mib"), row.get("compile_cold_seconds"), row.get("compile_warm_seconds"),
         None if top1 is None else f"{top1:.1%}".rstrip("%"),
     ]  # fmt: skip

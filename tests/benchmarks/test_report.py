@@ -139,3 +139,43 @@ def test_results_are_appended_with_their_context_and_read_again(tmp_path: Path) 
     path.write_text("{")
     with pytest.raises(ResultsError, match="no file of JSON lines"):
         read(path)
+
+
+def test_the_main_job_is_shown_as_its_last_run_found_it(tmp_path: Path) -> None:
+    device = {"cpu": "x", "cores": 2, "isa": "avx2", "command": "demo", "commit": "abc", "torch": "2", "python": "3"}
+    size = {"calibration_sequences": 96, "test_sequences": 32, "length": 256}
+    rows = []
+    for when, a6 in (("2026-01-01", 30.0), ("2026-02-01", 20.0)):
+        figures = {"true_bits": 1.2, "n_bytes": 2048, "a16": 19.5, "a8": 19.5, "a6": a6, "a4": 25.0}
+        rows += [
+            {"model": "demo:", "recipe": "fp", "perplexity": 19.0, "n_bytes": 9 << 20},
+            {"model": "demo:", "recipe": "rtn", **figures, "a6": 90.0},
+            {"model": "demo:", "recipe": "bwla", **figures},
+            {"way": "bwla", "tokens_per_second": 10.0, "method": "greedy", "rounds": "bwla 9-11"},
+        ]
+        rows = [{**row, **size, **device, "when": row.get("when", when)} for row in rows]
+    (tmp_path / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = block_text("demo", tmp_path)
+    assert "32 sequences of 256 tokens; 96 sequences of calibration" in text
+    assert "| fp | 19.00 |  |  |  | - | 9.0 MiB |" in text
+    assert "| bwla | **19.50** | **19.50** | **20.00** | **25.00** | 1.20 | 2.0 KiB |" in text
+    assert "30.00" not in text
+    assert "greedy; rounds: bwla 9-11." in text
+
+
+def test_models_are_shown_with_what_is_missing(tmp_path: Path) -> None:
+    about = {"model": "m", "prompt": 8, "steps": 4, "threads": 1, "cpu": "x", "cores": 2, "isa": "avx2", "torch": "2",
+             "when": "2026-01-01", "command": "models m", "commit": "abc", "python": "3"}  # fmt: skip
+    figures = {"decode_low": 9.0, "decode_high": 11.0, "prefill_tokens_per_second": 50.0, "first_token_ms": 3.0}
+    rows = [
+        {**about, "way": "bwla", "decode_tokens_per_second": 10.0, "times_ours": 1.0, **figures},
+        {**about, "way": "inductor bf16", "decode_tokens_per_second": 12.0, "top1_fp32": 0.5, **figures},
+        {**about, "way": "torchao", "missing": "not installed"},
+        {**about, "way": "broken", "refused": "wrong by 1"},
+    ]
+    (tmp_path / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = block_text("models", tmp_path)
+    assert "| bwla | 10.0 | 9.0-11.0 | 1.00 | **50.0** |" in text
+    assert "| inductor bf16 | **12.0** | 9.0-11.0 | - | **50.0** |" in text
+    assert "| 50.0 |" in text
+    assert "Without figures: torchao (not installed); broken (wrong by 1)." in text
