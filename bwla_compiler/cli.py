@@ -1,4 +1,4 @@
-"""The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
+"""The command line, bwla-compile: the commands that show, check and emit, and those of the other cli_ files."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bwla_compiler import cli_inspect, cli_packing
+from bwla_compiler import cli_bench, cli_inspect, cli_packing
 from bwla_compiler.cli_options import (
     Device,
     JsonFile,
@@ -104,6 +104,9 @@ cli_packing.add_commands(app)
 
 
 cli_inspect.add_commands(app)
+
+
+cli_bench.add_commands(app)
 
 
 @app.command(

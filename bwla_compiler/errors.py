@@ -59,3 +59,7 @@ class DemoError(BwlaError, RuntimeError):
 
 class WorkerError(BwlaError, RuntimeError):
     """A worker process ended without a result."""
+
+
+class HarnessError(BwlaError, RuntimeError):
+    """The harness of the benchmarks is not beside the package."""

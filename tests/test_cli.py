@@ -37,6 +37,7 @@ COMMANDS = (
     "export",
     "verify",
     "zoo",
+    "bench",
     "recipes",
     "doctor",
     "emit",

@@ -3,7 +3,6 @@
 Memory is anonymous memory (RssAnon), sampled: pages of mapped files are the system's to drop, and are not counted.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ MIB = 1 << 20
 
 
 def measure(
-    progress: Progress, *, config: str, layers: list[int], recipe: str, folder: Path | None = None
+    progress: Progress, *, config: str, layers: Sequence[int], recipe: str, folder: Path | None = None
 ) -> list[dict[str, Any]]:
     """Return a row for each number of layers; without one, for the config's own.
 
@@ -102,7 +101,7 @@ def _drawn(shape: torch.Size, pool: Tensor, generator: torch.Generator) -> Tenso
 
 
 def _in_process(place: Path, recipe: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.quantize", str(place / "float"), str(place / "out"), recipe]
+    command = [sys.executable, "-m", "benchmarks.quantize_memory", str(place / "float"), str(place / "out"), recipe]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else "no message")
@@ -170,14 +169,6 @@ def _quantize(source: str, out: str, recipe: str) -> dict[str, Any]:
 
 def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this measurement's options."""
-    parser.add_argument("--config", default="qwen3-1024", help=f"quantize: {', '.join(CONFIGS)}, or a config.json")
-    parser.add_argument("--layers", type=int, action="append", default=[], help="quantize: this many (repeatable)")
-    parser.add_argument("--recipe", default="rtn", help="quantize: which recipe")
-    parser.add_argument("--folder", type=Path, help="quantize: where there is space for the model")
 
 
 if __name__ == "__main__":

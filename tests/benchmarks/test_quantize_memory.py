@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quantize import Peaks, anonymous_bytes, write_random
+from benchmarks.quantize_memory import Peaks, anonymous_bytes, write_random
 from tests import tiny
 
 
 def test_a_random_model_is_a_shard_a_block_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.quantize.POOL", 1 << 12)
+    monkeypatch.setattr("benchmarks.quantize_memory.POOL", 1 << 12)
     for name in ("a", "b"):
         write_random(tiny.CONFIGS["qwen3"](), tmp_path / name, progress=lambda *_: None)
     files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
