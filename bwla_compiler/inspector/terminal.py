@@ -141,6 +141,8 @@ def print_report(report: InspectorReport, console: Console) -> None:
     recipe = f"  recipe {report.recipe}" if report.recipe else ""
     console.print(Text.assemble((report.model, "bold"), f"  {report.source}{recipe}"))
     console.print(summary(report), highlight=False)
+    if report.repeated:
+        console.print(f"{report.repeated}.", style="bright_black", highlight=False)
     if report.bits:
         bits = report.bits
         console.print(
