@@ -197,8 +197,8 @@ class StreamedWeights:
         shared = {n: a for n in names for a in tied.get(n, ()) if a.rpartition(".")[0] in self._here}
         fresh = [n for n in names if n not in self._created and n not in shared]
         values = self.source.load(fresh)
-        for name, value in values.items():
-            self._look(name, value)
+        for name, read in values.items():
+            self._look(name, read)
         for name in names:
             if name in shared:
                 self._set(name, self.model.get_parameter(shared[name]))

@@ -70,7 +70,7 @@ def _values(value: Tensor) -> str:
     if value.is_meta or not value.numel() or isinstance(value, torch._subclasses.FakeTensor):
         return ""
     plain = value.detach().cpu().contiguous()
-    crc = zlib.crc32(plain.view(torch.uint8).numpy() if plain.ndim else plain.reshape(1).view(torch.uint8).numpy())
+    crc = zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     rms = f"rms {plain.double().square().mean().sqrt():.4g}, " if plain.is_floating_point() else ""
     return f"  # {rms}crc {crc:08x}"
 

@@ -93,8 +93,8 @@ def alike_blocks(model: nn.Module, *, at_least: int) -> tuple[str, int] | None:
 
 
 def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return {} if to_dict is None else to_dict()
 
 
 def _lists(table: Any) -> Iterator[Sequence[Any]]:

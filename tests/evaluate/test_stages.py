@@ -23,7 +23,7 @@ STEPS = ["untie", "fold-norms", "fold-rotations", "insert-online"]
 
 @pytest.mark.parametrize("name", ["llama-tied", *wider("gpt2", "qwen3", "mixtral")])
 def test_every_exact_pass_is_exact(name: str) -> None:
-    model = tiny.make(name) if name in tiny.CONFIGS else tiny_model(name)
+    model = tiny.make(name, layers=1) if name in tiny.CONFIGS else tiny_model(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     stages = check_passes(model, load_recipe("bwla-w1a6"))
     assert [stage.name for stage in stages] == STEPS
@@ -49,7 +49,7 @@ class ForgetGains:
 
 def test_a_pass_that_is_broken_on_purpose_is_named_and_is_the_last() -> None:
     steps = (Untie(), ForgetGains(), FoldRotations())
-    stages = check_passes(tiny.make("llama"), load_recipe("bwla-w1a6"), passes=steps)
+    stages = check_passes(tiny.make("llama", layers=1), load_recipe("bwla-w1a6"), passes=steps)
     assert [stage.name for stage in stages] == ["untie", "forget-gains"]
     assert stages[0].passed
     assert stages[1].error > 1e-2
@@ -64,5 +64,5 @@ def test_nan_is_a_failure() -> None:
 
 
 def test_a_recipe_that_does_not_rotate_has_nothing_to_check() -> None:
-    model: nn.Module = tiny.make("llama")
+    model: nn.Module = tiny.make("llama", layers=1)
     assert all(stage.n_changed == 0 for stage in check_passes(model, load_recipe("rtn")))
