@@ -34,6 +34,7 @@ from bwla_compiler.evaluate.windows import Windowed
 from bwla_compiler.evaluate.windows import windowed_perplexity as by_windows
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.graph.repetition import Repetition, plan_deep
 from bwla_compiler.inspector.cost import CostReport, cost_report
 from bwla_compiler.memory import memory_bytes
 from bwla_compiler.numerics.bits import Bits
@@ -164,6 +165,12 @@ def plan(model: nn.Module) -> Plan:
     """
     _refuse_packed(model, "planned")
     return make_plan(model)
+
+
+def quick_plan(model: nn.Module) -> tuple[Plan, Repetition | None]:
+    """Return what `plan` does, of a deep model by a few of its blocks, and what was repeated; see graph.repetition."""
+    _refuse_packed(model, "planned")
+    return plan_deep(model)
 
 
 def cost(

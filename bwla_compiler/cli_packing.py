@@ -8,9 +8,12 @@ import typer
 from rich.console import Console
 
 from bwla_compiler.cli_options import (
+    AsJson,
     Device,
     JsonFile,
     Model,
+    OutFolder,
+    Page,
     RecipeName,
     Seed,
     Settings,
@@ -53,7 +56,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the packed model goes.")],
+    out: OutFolder,
     recipe: RecipeName = "bwla-w1a6",
     changes: Settings = None,
     keep: Annotated[
@@ -70,9 +73,7 @@ def quantize(
     spill: Annotated[bool, typer.Option("--spill", help="Keep activations in files beside OUT.")] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")
-    ] = None,
+    html: Page = None,
 ) -> None:
     """Quantize a model into a folder, block by block; a killed run goes on when it is repeated.
 
@@ -142,7 +143,7 @@ def evaluate(
     ] = "",
     limit: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 for all.")] = 0,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text, and count true bits; against the original, KL, agreement and error by layer."""
     from bwla_compiler import api

@@ -1,5 +1,6 @@
 """From folder to folder, block by block: the same bytes as in memory, after any interruption, and clear refusals."""
 
+import dataclasses
 import errno
 import gc
 import json
@@ -92,6 +93,10 @@ def same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe:
     assert torch.equal(logits(again), logits(model))
     assert report.bits == expected.bits
     assert [x.output_error for x in report.linears] == [x.output_error for x in expected.linears]
+    for x, y in zip(report.linears, expected.linears, strict=True):  # the float model's inputs are not seen in streams
+        assert x.spread is not None
+        assert y.spread is not None
+        assert dataclasses.replace(x.spread, input_before=y.spread.input_before) == y.spread
 
 
 @pytest.mark.parametrize(

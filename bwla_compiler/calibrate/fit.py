@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bwla_compiler.graph.plan import Linear
 from bwla_compiler.numerics.billm import billm_bits, billm_weight
 from bwla_compiler.numerics.group_signs import descend_groups, round_groups
 from bwla_compiler.numerics.paper import split_as_paper
@@ -28,6 +29,13 @@ class LinearFit:
     weight: BinaryWeight | SimulatedWeight
     weight_error: float
     output_error: float
+
+
+def rank_of(recipe: Recipe, linear: Linear, *, hidden: int) -> int:
+    """Return the rank of a linear's pair in a model of a hidden size."""
+    if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
+        hidden = min(hidden, linear.in_features, linear.out_features)
+    return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
 
 
 def fit_group(

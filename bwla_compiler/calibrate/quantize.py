@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
-from bwla_compiler.calibrate.fit import LinearFit, fit_group
-from bwla_compiler.calibrate.observe import Observer, Unobserved
+from bwla_compiler.calibrate.fit import LinearFit, fit_group, rank_of
+from bwla_compiler.calibrate.observe import Observer
 from bwla_compiler.calibrate.overrides import check_overrides
 from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
 from bwla_compiler.calibrate.residency import InMemory, Residency
@@ -126,11 +126,13 @@ class _Quantizer:
         bits = measure_bits(self.model)
         return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
 
-    def _observer(self) -> Observer | Unobserved:
-        """Return who looks at weights and inputs; they are compared with the float model's where that is in memory."""
-        if not isinstance(self.weights, InMemory):
-            return Unobserved()
-        return Observer(self.model, self.plan, self.tokens, bits=self.recipe.activations.bits)
+    def _observer(self) -> Observer:
+        """Return who looks at weights and inputs, those of the float model among them where that is in memory."""
+        observer = Observer(self.plan, bits=self.recipe.activations.bits)
+        self.weights.watch(observer.see_original)
+        if self.tokens is not None and isinstance(self.weights, InMemory):
+            observer.see_inputs(self.model, self.tokens)
+        return observer
 
     def _context(self) -> PassContext:
         return PassContext(self.model, self.plan, self.recipe, self.seed)
@@ -351,10 +353,7 @@ class _Quantizer:
         return fits
 
     def _rank(self, recipe: Recipe, linear: Linear) -> int:
-        hidden = int(getattr(getattr(self.model, "config", None), "hidden_size", 0))
-        if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
-            hidden = min(hidden, linear.in_features, linear.out_features)
-        return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
+        return rank_of(recipe, linear, hidden=int(getattr(getattr(self.model, "config", None), "hidden_size", 0)))
 
     def _linear_report(self, linear: Linear, fit: LinearFit | ExpertsFit, seconds: float) -> LinearReport:
         module = self.model.get_submodule(linear.name)

@@ -5,7 +5,7 @@ parameters whenever these come. See `calibrate.residency` for what a run asks of
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class StreamedWeights:
         self.blocks = tuple(dict.fromkeys(block for name in names if (block := block_of(name))))
         self._stored: set[str] = set()
         self._gathered = False
+        self._look: Callable[[str, Tensor], None] = lambda name, values: None
 
     # ---- what a run asks for, in its order
 
@@ -56,6 +57,10 @@ class StreamedWeights:
         wanted = [n for n in self.model.state_dict(keep_vars=True) if n not in inside and self.source.has(n)]
         named = {name for norm in plan.norms for name in (norm.gain, norm.shift) if name}
         self._assign(self.source.load([*wanted, *sorted(named & inside)]))
+
+    def watch(self, look: Callable[[str, Tensor], None]) -> None:
+        """Have each weight shown when it is read."""
+        self._look = look
 
     def fold(self, step: Pass, ctx: PassContext) -> PassReport:
         """Run a pass; edits of parameters that are not here wait for them."""
@@ -194,6 +199,8 @@ class StreamedWeights:
         shared = {n: a for n in names for a in tied.get(n, ()) if a.rpartition(".")[0] in self._here}
         fresh = [n for n in names if n not in self._created and n not in shared]
         values = self.source.load(fresh)
+        for name, read in values.items():
+            self._look(name, read)
         for name in names:
             if name in shared:
                 self._set(name, self.model.get_parameter(shared[name]))
