@@ -191,7 +191,7 @@ def test_contenders_in_processes_of_their_own(subject: Subject, tmp_path: Path) 
     for way in ("eager fp32", "eager bf16", "bwla, eager"):
         assert rows[way]["decode_tokens_per_second"] > 0
         assert rows[way]["peak_mib"] > 50
-        assert rows[way]["compile_warm_seconds"] > 0
+        assert rows[way]["compile_warm_seconds"] >= 0  # next to nothing: nothing is compiled
 
 
 def test_kernels_belong_to_regions() -> None:
