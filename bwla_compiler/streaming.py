@@ -1,6 +1,7 @@
 """Quantize a model folder into another, block by block: memory for one block, and a killed run goes on."""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 from bwla_compiler import tokens as token_sources
+from bwla_compiler.calibrate.affordable import affordable
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.calibrate.spill import Spill
@@ -25,8 +27,7 @@ from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.memory import memory_bytes
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.recipe import Recipe, Tuning
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -34,8 +35,6 @@ Sampler = Callable[[], Tensor]
 """Samples calibration tokens from the float model as a whole."""
 
 CALIBRATION = "calibration.safetensors"
-TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
-"""Memory that tuning takes for each weight: the pack, twice; where signs learn; of the head, its floats twice."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def quantize_folder(
     model = _empty(job.folder)
     source = SourceWeights(job.folder, model)
     with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
-        tuned = work.state.setdefault("tuned", _tuned(job.recipe, model))
-        weights = StreamedWeights(model, source, work, tuned=tuned)
+        weights = StreamedWeights(model, source, work, *_tuning(job, model, work))
         report = quantize_model(
             model,
             job.recipe,
@@ -82,7 +80,7 @@ def quantize_folder(
             keep=Spill(work.path) if job.spill else None,
             on_block=on_block,
         )
-        hf.attach(model, recipe=job.recipe, plan=report.plan, bits=report.bits)
+        hf.attach(model, recipe=report.recipe, plan=report.plan, bits=report.bits)
         _publish(job, model, weights, work)
     return report
 
@@ -128,13 +126,11 @@ def _calibration_fact(job: Job) -> str:
     return hashlib.sha256("\0".join(map(str, given)).encode()).hexdigest()
 
 
-def _tuned(recipe: Recipe, model: nn.Module) -> bool:
-    """Return whether there is memory to tune the packed model as a whole, where the recipe asks for that."""
-    n_weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    n_bytes = n_weights * (TUNING_BYTES + LATENT_BYTES * (recipe.tuning.signs > 0))
-    n_bytes += 0 if head is None else HEAD_BYTES * head.weight.numel()
-    return recipe.tuning.steps > 0 and n_bytes <= memory_bytes() // 2
+def _tuning(job: Job, model: nn.Module, work: WorkFolder) -> tuple[Tuning, str]:
+    """Return the tuning that there is memory for, or was when this run was begun, and what was changed for that."""
+    tuning, change = affordable(job.recipe.tuning, model)
+    found = work.state.setdefault("tuning", {"fields": dataclasses.asdict(tuning), "change": change})
+    return Tuning(**found["fields"]), found["change"]
 
 
 @contextlib.contextmanager

@@ -1,13 +1,20 @@
 """Tuning: the loss falls, bits stay, the same seed gives the same bytes, and a failure leaves the model."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bwla_compiler.calibrate import affordable
 from bwla_compiler.calibrate import tune as tuning_module
 from bwla_compiler.calibrate.report import QuantizeReport
+from bwla_compiler.calibrate.student import Student
 from bwla_compiler.errors import GradientError
+from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.recipe import Tuning
+from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.calibrate.test_quantize import fit, logits, recipe, relative, tokens
 from tests.wider import wider
@@ -41,6 +48,12 @@ def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit() -> None:
     assert after.bits == before.bits
     state = still.state_dict()
     assert any(not torch.equal(v, state[k]) for k, v in learnt.state_dict().items() if k.endswith("signs"))
+
+
+def packed() -> PackedLinear:
+    return PackedLinear.from_binary(
+        BinaryWeight(torch.ones(1, 3, 8, dtype=torch.int8), torch.ones(1, 3, 1)), activation_bits=16
+    )
 
 
 def loss(report: QuantizeReport) -> float:
@@ -83,9 +96,49 @@ def test_the_divergence_is_that_of_the_definition_with_its_gradient() -> None:
     assert relative(gradient, wanted) < 1e-5
 
 
-def test_tuning_is_deterministic() -> None:
-    first, second = (quantized("qwen3", steps=3)[0].state_dict() for _ in range(2))
+@pytest.mark.parametrize("at_once", ["model", *wider("block")])
+def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(at_once: str) -> None:
+    how = {"tuning__signs": 0.6, "tuning__signs_at_once": at_once}  # near chance: many flip within a few steps
+    first, second = (quantized("qwen3", steps=8, **how)[0].state_dict() for _ in range(2))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+    still = quantized("qwen3", steps=8, tuning__signs=0.0)[0].state_dict()
+    assert any(not torch.equal(value, still[key]) for key, value in first.items() if key.endswith("signs"))
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(5, "00111"), (1, "1"), (6, "000111")])
+def test_blocks_take_turns_and_each_learns_as_far_as_if_it_were_all(steps: int, turns: str) -> None:
+    found = [Student(packed(), {}, block=f"layers.{i // 2}") for i in range(4)]
+    learning = tuning_module._Learning(found, Tuning(steps=steps, signs=0.4, signs_at_once="block"))
+    rates: list[list[float]] = []
+    for step in range(steps):
+        learning.turn(step)
+        awake = {student.block[-1] for student in found if student.planes.latent is not None}
+        assert awake == {turns[step]}
+        rates.append([student.planes.rate for student in found])
+    learning.end()
+    assert all(student.planes.latent is None for student in found)
+    walked = [math.hypot(*of_student) for of_student in zip(*rates, strict=True)]
+    expected = [0.4 if str(i // 2) in turns else 0.0 for i in range(4)]
+    assert walked == pytest.approx(expected)
+
+
+def test_signs_of_one_block_at_a_time_learn_too() -> None:
+    still, before = quantized("llama", steps=48, tuning__signs=0.0)
+    learnt, after = quantized("llama", steps=48, tuning__signs=0.3, tuning__signs_at_once="block")
+    assert loss(after) < loss(before)
+    state = still.state_dict()
+    changed = {k.split(".")[2] for k, v in learnt.state_dict().items() if "signs" in k and not torch.equal(v, state[k])}
+    assert changed == {"0", "1"}
+    assert "one block at a time" in next(p.changed for p in after.passes if p.name == "tune")[0][0]
+
+
+def test_where_memory_is_short_less_is_tuned_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affordable, "memory_bytes", lambda: 1000)
+    _, report = quantized("llama", steps=2)
+    assert report.recipe.tuning.steps == 0
+    (done,) = (p for p in report.passes if p.name == "tune")
+    assert not done.changed
+    assert done.skipped[0][1].startswith("nothing is tuned: tuning as asked for takes ")
 
 
 @pytest.mark.parametrize("base", ["bwla-paper", *wider("bwla-folded", "rtn")])
