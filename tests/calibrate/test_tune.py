@@ -42,12 +42,46 @@ def test_tuning_moves_the_logits_towards_the_float_model_and_keeps_signs_and_bit
     assert "tune" in {p.name for p in report.passes}
 
 
-def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit() -> None:
-    (still, before), (learnt, after) = (quantized("llama", steps=48, tuning__signs=rate) for rate in (0.0, 0.3))
-    assert loss(after) < loss(before)
-    assert after.bits == before.bits
-    state = still.state_dict()
-    assert any(not torch.equal(v, state[k]) for k, v in learnt.state_dict().items() if k.endswith("signs"))
+Quantized = tuple[nn.Module, QuantizeReport]
+
+
+@pytest.fixture(scope="module")
+def still() -> Quantized:
+    return quantized("llama", steps=48, tuning__signs=0.0)
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Quantized:
+    return quantized("llama", steps=48, tuning__signs=0.3)
+
+
+def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit(still: Quantized, learnt: Quantized) -> None:
+    assert loss(learnt[1]) < loss(still[1])
+    assert learnt[1].bits == still[1].bits
+    assert flipped(learnt[0], still[0])
+
+
+def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(learnt: Quantized) -> None:
+    again, _ = quantized("llama", steps=48, tuning__signs=0.3)
+    first, second = learnt[0].state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_signs_of_one_block_at_a_time_learn_too_and_give_the_same_bytes(still: Quantized) -> None:
+    (learnt, report), (again, _) = (
+        quantized("llama", steps=48, tuning__signs=0.3, tuning__signs_at_once="block") for _ in range(2)
+    )
+    assert loss(report) < loss(still[1])
+    assert {name.split(".")[2] for name in flipped(learnt, still[0])} == {"0", "1"}
+    assert not flipped(learnt, again)
+    assert "one block at a time" in next(p.changed for p in report.passes if p.name == "tune")[0][0]
+
+
+def flipped(model: nn.Module, other: nn.Module) -> set[str]:
+    """Return the names of sign tensors that differ."""
+    theirs = other.state_dict()
+    return {k for k, v in model.state_dict().items() if k.endswith("signs") and not torch.equal(v, theirs[k])}
 
 
 def packed() -> PackedLinear:
@@ -96,15 +130,6 @@ def test_the_divergence_is_that_of_the_definition_with_its_gradient() -> None:
     assert relative(gradient, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("at_once", ["model", *wider("block")])
-def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(at_once: str) -> None:
-    how = {"tuning__signs": 0.6, "tuning__signs_at_once": at_once}  # near chance: many flip within a few steps
-    first, second = (quantized("qwen3", steps=8, **how)[0].state_dict() for _ in range(2))
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
-    still = quantized("qwen3", steps=8, tuning__signs=0.0)[0].state_dict()
-    assert any(not torch.equal(value, still[key]) for key, value in first.items() if key.endswith("signs"))
-
-
 @pytest.mark.parametrize(("steps", "turns"), [(5, "00111"), (1, "1"), (6, "000111")])
 def test_blocks_take_turns_and_each_learns_as_far_as_if_it_were_all(steps: int, turns: str) -> None:
     found = [Student(packed(), {}, block=f"layers.{i // 2}") for i in range(4)]
@@ -120,16 +145,6 @@ def test_blocks_take_turns_and_each_learns_as_far_as_if_it_were_all(steps: int, 
     walked = [math.hypot(*of_student) for of_student in zip(*rates, strict=True)]
     expected = [0.4 if str(i // 2) in turns else 0.0 for i in range(4)]
     assert walked == pytest.approx(expected)
-
-
-def test_signs_of_one_block_at_a_time_learn_too() -> None:
-    still, before = quantized("llama", steps=48, tuning__signs=0.0)
-    learnt, after = quantized("llama", steps=48, tuning__signs=0.3, tuning__signs_at_once="block")
-    assert loss(after) < loss(before)
-    state = still.state_dict()
-    changed = {k.split(".")[2] for k, v in learnt.state_dict().items() if "signs" in k and not torch.equal(v, state[k])}
-    assert changed == {"0", "1"}
-    assert "one block at a time" in next(p.changed for p in after.passes if p.name == "tune")[0][0]
 
 
 def test_where_memory_is_short_less_is_tuned_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
