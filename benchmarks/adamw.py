@@ -1,20 +1,45 @@
-"""Training by AdamW alone, as most models are: a contrast to the embedded model's Muon, whose weights round worse."""
+"""python -m benchmarks.adamw DIR: the embedded model's architecture and text, trained by AdamW alone, without Muon.
+
+DIR then holds the model and its tokens, for `python -m benchmarks quality --model DIR`.
+"""
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 from bwla_compiler.demo import DemoConfig
+from bwla_compiler.demo.model import TOKENS, text_path
+from bwla_compiler.demo.train import new_model
 from bwla_compiler.errors import DemoError
+from bwla_compiler.inspector.progress import ProgressBars
 
 Progress = Callable[[str, int, int], None]
 
 CONFIG = DemoConfig(batch=8, steps=500, learning_rate=3e-3, warmup_steps=50)
 LAST_RATE = 0.02
 """Of the learning rate, at the end of the cosine."""
+
+
+def main(folder: Path) -> None:
+    """Train, and write model, tokenizer and tokens."""
+    text = text_path()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(text)
+    streams = load_file(text / TOKENS)
+    model = new_model(CONFIG, len(tokenizer))
+    with ProgressBars(Console()) as progress:
+        facts = train(model, streams["train"].to(torch.int64), config=CONFIG, progress=progress)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    save_file(streams, folder / TOKENS)
+    print(facts)
 
 
 def train(model: nn.Module, stream: Tensor, *, config: DemoConfig, progress: Progress) -> dict[str, float]:
@@ -54,3 +79,7 @@ def train(model: nn.Module, stream: Tensor, *, config: DemoConfig, progress: Pro
 def _schedule(step: int, config: DemoConfig) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return min(1.0, (step + 1) / config.warmup_steps) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -4,8 +4,7 @@ Held-out perplexity at A16, A6 and A4 as a ratio to the float model's, with inte
 files, and at A6 on text of another kind (code). Every row is fitted on the same calibration sequences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +26,45 @@ Progress = Callable[[str, int, int], None]
 BITS = (16, 6, 4)
 SEQUENCES, FILES = 96, 24
 RESAMPLES = 2000
+FLOOR = 1e-3
+"""Least excess of a ratio over 1 that the plot shows."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is measured, on what.
+def measure(
+    progress: Progress,
+    *,
+    seed: int | None = None,
+    quick: bool = False,
+    outliers: bool = False,
+    ways: Sequence[str] = (),
+    fair: bool = False,
+    calibration_seed: int | None = None,
+    model: Path | None = None,
+    tokens: Path | None = None,
+    keep: Callable[[dict[str, Any]], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
-    seed: of a fresh model and split (trained once, then cached); None: the embedded one. adamw: trained by AdamW alone
-    in place of Muon. outliers: rewritten as demo:outliers is. model, tokens: a folder and its text in place of all
-    these (see `quality_folder`). calibration_seed: of the calibration's draw and of the fit; None: that of the model.
-    ways: rows by name, none for all (or, where quick, for a few on less text). fair: the rows of the fair table.
+    outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
+    fair: the rows of the fair table. calibration_seed: of the calibration's draw and of the fit, by default the
+    model's. model, tokens: a folder and its text in place of these models (see `quality_folder`). keep: gets each row
+    as soon as it is there. Raises ValueError for a name that no row has.
     """
-
-    seed: int | None = None
-    adamw: bool = False
-    outliers: bool = False
-    model: Path | None = None
-    tokens: Path | None = None
-    calibration_seed: int | None = None
-    ways: Sequence[str] = ()
-    fair: bool = False
-    quick: bool = False
-
-
-def measure(progress: Progress, asked: Asked) -> Iterator[dict[str, Any]]:
-    """Give a row per recipe as soon as it is measured. Raises ValueError for a name that no row has."""
-    rows = fair_rows() if asked.fair else ROWS
-    if unknown := set(asked.ways) - {row.way for row in rows}:
+    rows = fair_rows() if fair else ROWS
+    if unknown := set(ways) - {row.way for row in rows}:
         raise ValueError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in rows)}")
-    subject = _subject(asked, progress)
-    chosen = asked.ways or (QUICK if asked.quick and not asked.fair else [row.way for row in rows])
-    seed = (asked.seed or 0) if asked.calibration_seed is None else asked.calibration_seed
-    table = Table(subject, sequences=SEQUENCES, seed=seed, progress=progress)
-    yield from table.run([row for row in rows if row.way in chosen])
-
-
-def _subject(asked: Asked, progress: Progress) -> Subject:
-    files = 8 if asked.quick else FILES
-    if asked.model is not None:
-        return from_folder(asked.model, asked.tokens, files=files)
-    if asked.seed is None and not asked.adamw:
-        return embedded("demo:outliers" if asked.outliers else "demo:", files=files)
-    subject = fresh(asked.seed or 0, adamw=asked.adamw, files=files, progress=progress)
-    return with_outliers(subject) if asked.outliers else subject
+    files = 8 if quick else FILES
+    if model is not None:
+        subject = from_folder(model, tokens, files=files)
+    elif seed is None:
+        subject = embedded("demo:outliers" if outliers else "demo:", files=files)
+    else:
+        subject = fresh(seed, files=files, progress=progress)
+        subject = with_outliers(subject) if outliers else subject
+    chosen = ways or (QUICK if quick and not fair else [row.way for row in rows])
+    drawn = (seed or 0) if calibration_seed is None else calibration_seed
+    table = Table(subject, sequences=SEQUENCES, seed=drawn, progress=progress)
+    return table.run([row for row in rows if row.way in chosen], keep=keep)
 
 
 class Table:
@@ -82,17 +77,23 @@ class Table:
         self.graph = capture(model, batch=BATCH, length=LENGTH)
         self.plan = make_plan(model, graph=self.graph)
         self.fp = nats(model, subject.windows)
-        self.fp_ood = None if subject.ood is None else nats(model, subject.ood)
+        self.fp_ood = nats(model, subject.ood) if subject.ood.numel() else None
 
-    def run(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """Fit and measure rows one after another."""
+    def run(
+        self, rows: Sequence[Row], *, keep: Callable[[dict[str, Any]], object] | None = None
+    ) -> list[dict[str, Any]]:
+        """Fit and measure rows one after another. keep: gets each as soon as it is there."""
+        found = []
         for done, row in enumerate(rows):
             self.progress(f"quality, {self.subject.label}: {row.way}", done, len(rows))
-            yield self._measure(row)
+            found.append(self._measure(row))
+            if keep is not None:
+                keep(found[-1])
         self.progress("quality", len(rows), len(rows))
+        return found
 
     def _measure(self, row: Row) -> dict[str, Any]:
-        model, subject = self.subject.load(), self.subject
+        model = self.subject.load()
         recipe = recipe_for(row, self.plan)
         report = quantize_model(model, recipe, self.calibration, plan=self.plan, graph=self.graph, seed=self.seed)
         figures: dict[str, Any] = {
@@ -100,19 +101,19 @@ class Table:
             "table": row.table,
             "recipe": row.recipe,
             "settings": str(row.settings),
-            "model": subject.label,
-            "calibration_seed": self.seed,
+            "model": self.subject.label,
+            "seed": self.seed,
             "true_bits": round(report.bits.linears, 4),
             "fp_perplexity": round(float(self.fp.mean().exp()), 3),
         }
         for bits in BITS:
             set_activation_bits(model, bits)
-            low, middle, high = ratio(nats(model, subject.windows), self.fp, subject.files, seed=0)
+            low, middle, high = ratio(nats(model, self.subject.windows), self.fp, self.subject.files, seed=self.seed)
             figures |= {f"a{bits}": round(middle, 4), f"a{bits}_95": f"{low:.3f}-{high:.3f}"}
-        if subject.ood is not None and subject.ood_files is not None and self.fp_ood is not None:
+        if self.fp_ood is not None:
             set_activation_bits(model, 6)
-            code = nats(model, subject.ood)
-            figures["a6_ood"] = round(ratio(code, self.fp_ood, subject.ood_files, seed=0)[1], 4)
+            code = nats(model, self.subject.ood)
+            figures["a6_ood"] = round(ratio(code, self.fp_ood, self.subject.ood_files, seed=self.seed)[1], 4)
         return figures | {"fit_seconds": round(report.seconds["total"], 1)}
 
 
@@ -140,3 +141,40 @@ def ratio(quantized: Tensor, fp: Tensor, files: Tensor, *, seed: int) -> tuple[f
     means = (sums[drawn].sum(1) / counts[drawn].sum(1)).exp()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, float((sums.sum() / counts.sum()).exp()), high
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
+    """Draw what perplexity loses against true bits at each activation width; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+    except ImportError:
+        return None
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    marks = {"as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "ours": ("D", "tab:red")}
+    for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True, sharey=True), BITS, strict=True):
+        for table, (marker, color) in marks.items():
+            chosen = [r for r in rows if r["table"] == table]
+            x, y, error = [r["true_bits"] for r in chosen], *_excess(chosen, bits)
+            axes.errorbar(x, y, yerr=error, fmt=marker, color=color, capsize=2, label=table, markersize=5)
+            for row, place, value in zip(chosen, x, y, strict=True):
+                axes.annotate(row["way"], (place, value), (6, 3), textcoords="offset points", fontsize=6, color=color)
+        axes.set_yscale("log")  # of the ratio less 1, so that what is near the float model stays apart
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 + value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("true bits a weight")
+        axes.set_title(f"A{bits}")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("perplexity over the float model's")
+    figure.axes[0].legend(loc="upper right")
+    figure.savefig(path)
+    return path
+
+
+def _excess(rows: Sequence[dict[str, Any]], bits: int) -> tuple[list[float], list[list[float]]]:
+    """Return the ratios less 1, at least FLOOR, and how far their intervals reach below and above."""
+    values = [max(FLOOR, row[f"a{bits}"] - 1) for row in rows]
+    spans = [[max(FLOOR, float(end) - 1) for end in row[f"a{bits}_95"].split("-")] for row in rows]
+    below = [max(0.0, value - span[0]) for value, span in zip(values, spans, strict=True)]
+    above = [max(0.0, span[1] - value) for value, span in zip(values, spans, strict=True)]
+    return values, [below, above]

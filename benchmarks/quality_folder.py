@@ -31,7 +31,8 @@ def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
     streams = _streams(tokens or folder / TOKENS, folder)
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     windows, owners = windows_of(streams["test"], end=end, files=files)
-    ood = windows_of(streams["ood"], end=end, files=files) if "ood" in streams else (None, None)
+    nothing = torch.zeros(0, LENGTH + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    ood = windows_of(streams["ood"], end=end, files=files) if "ood" in streams else nothing
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
     return Subject(folder.resolve().name, load, streams["train"], windows, owners, *ood)
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from benchmarks import adamw as by_adamw
 from bwla_compiler.demo import DemoConfig, load_demo
 from bwla_compiler.demo.corpus import Document, read_corpus, source_files
 from bwla_compiler.demo.model import PCA_SEQUENCES
@@ -34,16 +33,16 @@ class Subject:
     """A float model and its texts.
 
     load(): a new copy. train: stream of tokens int64. windows, files: of held-out prose, [n, LENGTH + 1] int64 and the
-    number of each one's file [n]; ood: the same of text of another kind (code), None where there is none.
+    number of each one's file [n]; ood: the same of code.
     """
 
     label: str
-    load: Callable[[], PreTrainedModel]
+    load: Callable[[], Qwen3ForCausalLM]
     train: Tensor
     windows: Tensor
     files: Tensor
-    ood: Tensor | None = None
-    ood_files: Tensor | None = None
+    ood: Tensor
+    ood_files: Tensor
 
     def calibration(self, sequences: int, *, seed: int) -> Tensor:
         """Return sequences drawn from the training text, [sequences, LENGTH] int64."""
@@ -60,23 +59,21 @@ def embedded(name: str, *, files: int) -> Subject:
     return Subject(name.strip(":").replace(":", "-"), lambda: load_demo(name).model, stream, *texts)
 
 
-def fresh(seed: int, *, adamw: bool = False, files: int, progress: Progress) -> Subject:
-    """Return a model of the embedded one's architecture, trained and split by this seed; cached. adamw: no Muon."""
-    base = by_adamw.CONFIG if adamw else DemoConfig()
-    config = replace(base, seed=seed, second_limit=math.inf)  # the same model on a slow machine
+def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
+    """Return a model of the embedded one's architecture, trained and split by this seed; cached."""
+    config = DemoConfig(seed=seed, second_limit=math.inf)  # the same model on a slow machine
     corpus = read_corpus()
     held_out, kept = _split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
     held = {document.name for document in held_out}
     key = hashlib.sha256(repr((corpus.sha256, asdict(config))).encode()).hexdigest()[:16]
-    name = f"seed{seed}-adamw" if adamw else f"seed{seed}"
-    build = lambda folder: _build(folder, kept, config, progress, adamw=adamw)  # noqa: E731
-    folder = ensure(settings().cache / "quality" / f"{name}-{key}", build)
+    build = lambda folder: _build(folder, kept, config, progress)  # noqa: E731
+    folder = ensure(settings().cache / "quality" / f"seed{seed}-{key}", build)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in source_files() if name in held]
     texts = _held_out(tokenizer, held_out, code, files=files)
     stream = load_file(folder / "tokens.safetensors")["train"].to(torch.int64)
     load = lambda: Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
-    return Subject(name, load, stream, *texts)
+    return Subject(f"seed{seed}", load, stream, *texts)
 
 
 def with_outliers(subject: Subject) -> Subject:
@@ -104,20 +101,15 @@ def _split(documents: Sequence[Document], seed: int, *, fraction: float) -> tupl
     return held_out, [d for d in documents if d.name not in names]
 
 
-def _build(
-    folder: Path, documents: Sequence[Document], config: DemoConfig, progress: Progress, *, adamw: bool
-) -> dict[str, Any]:
+def _build(folder: Path, documents: Sequence[Document], config: DemoConfig, progress: Progress) -> dict[str, Any]:
     tokenizer = train_tokenizer(documents, config.vocab_size)
     stream = encode_documents(tokenizer, documents)
     model = new_model(config, len(tokenizer))
-    if adamw:
-        facts = by_adamw.train(model, stream, config=config, progress=progress)
-    else:
-        facts = asdict(train(model, stream, config=config, progress=progress))
+    training = train(model, stream, config=config, progress=progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file({"train": stream.to(torch.int32)}, folder / "tokens.safetensors")
-    return facts
+    return asdict(training)
 
 
 def _held_out(

@@ -1,7 +1,7 @@
 """Perplexity of raw models under torch.compile(model, backend="bwla"), by where the calibration comes from."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,16 +20,18 @@ WAYS = (("bwla-w1a6", "self"), ("bwla-w1a6", "none"), ("hadamard-rtn", "none"))
 SEQUENCES, LENGTH, BATCH = 96, 256, 8
 
 
-def measure(progress: Progress, *, quick: bool, outliers: bool) -> Iterator[dict[str, Any]]:
-    """Give a row per embedded model and way; nothing is tuned, as nothing is where a raw model is compiled.
+def measure(progress: Progress, *, quick: bool, outliers: bool) -> list[dict[str, Any]]:
+    """Return a row per embedded model and way; nothing is tuned, as nothing is where a raw model is compiled.
 
     quick: the graphs run as they are, without Inductor's code (to 1e-5 the same). outliers: of that model alone.
     """
     jobs = [(name, *way) for name in NAMES for way in WAYS if name == "demo:outliers" or not outliers]
+    rows = []
     for done, (name, recipe, calibration) in enumerate(jobs):
         progress(f"raw, {name} {recipe}, calibration {calibration}", done, len(jobs))
-        yield _row(name, recipe, calibration, quick=quick)
+        rows.append(_row(name, recipe, calibration, quick=quick))
     progress("raw", len(jobs), len(jobs))
+    return rows
 
 
 def _row(name: str, recipe: str, calibration: str, *, quick: bool) -> dict[str, Any]:
