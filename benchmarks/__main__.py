@@ -82,9 +82,9 @@ def _label(name: str, row: dict[str, Any], asked: argparse.Namespace) -> str:
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=name)
-    shown = [column for column in rows[0] if column not in ("settings", "seed")]
+    shown = [column for column in rows[0] if column not in ("settings", "recipe", "model", "seed", "fp_perplexity")]
     for column in shown:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("way", "table", "model") else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column in ("way", "table") else "right")
     for row in rows:
         cells = (row[column] for column in shown)
         table.add_row(*(f"{v:.3f}".rstrip("0").rstrip(".") if isinstance(v, float) else str(v) for v in cells))
