@@ -18,7 +18,7 @@ MEASUREMENTS: dict[str, Measure] = {
     "compile_time": lambda progress, asked: compile_time.measure(progress),
     "kernels": lambda progress, asked: kernels.measure(progress, quick=asked.quick),
     "quality": lambda progress, asked: _quality(progress, asked),
-    "raw": lambda progress, asked: raw.measure(progress, quick=asked.quick, outliers=asked.outliers),
+    "raw": lambda progress, asked: raw.measure(progress, quick=asked.quick, outliers=asked.outliers, ways=asked.row),
     "text": lambda progress, asked: text.measure(progress),
 }
 
@@ -28,10 +28,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument("--seed", type=int, help="quality: a fresh model and split; else the embedded model")
-    parser.add_argument("--quick", action="store_true", help="quality: a few rows on less text; kernels: two shapes")
-    parser.add_argument("--outliers", action="store_true", help="quality: the model with heavy-tailed activations")
     parser.add_argument(
-        "--row", action="append", default=[], metavar="WAY", help="quality: this row alone (repeatable)"
+        "--quick",
+        action="store_true",
+        help="quality: a few rows on less text; kernels: two shapes; raw: without Inductor",
+    )
+    parser.add_argument("--outliers", action="store_true", help="quality, raw: the model with heavy-tailed activations")
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="WAY", help="quality, raw: this row alone (repeatable)"
     )
     parser.add_argument("--fair", action="store_true", help="quality: the same help for all, at equal true bits")
     parser.add_argument("--calibration-seed", type=int, help="quality: of the calibration's draw and of the fit")

@@ -20,12 +20,17 @@ WAYS = (("bwla-w1a6", "self"), ("bwla-w1a6", "none"), ("hadamard-rtn", "none"))
 SEQUENCES, LENGTH, BATCH = 96, 256, 8
 
 
-def measure(progress: Progress, *, quick: bool, outliers: bool) -> list[dict[str, Any]]:
+def measure(progress: Progress, *, quick: bool, outliers: bool, ways: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return a row per embedded model and way; nothing is tuned, as nothing is where a raw model is compiled.
 
-    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same). outliers: of that model alone.
+    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same). outliers: of that model alone. ways: rows by name,
+    none for all. Raises ValueError for a name that no row has.
     """
-    jobs = [(name, *way) for name in NAMES for way in WAYS if name == "demo:outliers" or not outliers]
+    named = {f"{recipe}, calibration {calibration}": (recipe, calibration) for recipe, calibration in WAYS}
+    if unknown := set(ways) - named.keys():
+        raise ValueError(f"no row is called {', '.join(sorted(unknown))}; there are {'; '.join(named)}")
+    chosen = [named[way] for way in ways] or WAYS
+    jobs = [(name, *way) for name in NAMES for way in chosen if name == "demo:outliers" or not outliers]
     rows = []
     for done, (name, recipe, calibration) in enumerate(jobs):
         progress(f"raw, {name} {recipe}, calibration {calibration}", done, len(jobs))
