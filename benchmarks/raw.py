@@ -18,13 +18,15 @@ Progress = Callable[[str, int, int], None]
 WAYS = (("bwla-w1a6", "self"), ("bwla-w1a6", "none"), ("hadamard-rtn", "none"))
 """Recipe and calibration."""
 SEQUENCES, LENGTH, BATCH = 96, 256, 8
+QUICK_SEQUENCES, QUICK_CALIBRATION = 48, 64
+"""Of a short run: test sequences, and at most so many for calibration."""
 
 
 def measure(progress: Progress, *, quick: bool, outliers: bool, ways: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return a row per embedded model and way; nothing is tuned, as nothing is where a raw model is compiled.
 
-    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same). outliers: of that model alone. ways:
-    rows by name, none for all. Raises ValueError for a name that no row has.
+    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same), on less text, half of the calibration.
+    outliers: of that model alone. ways: rows by name, none for all. Raises ValueError for a name that no row has.
     """
     named = {f"{recipe}, calibration {calibration}": (recipe, calibration) for recipe, calibration in WAYS}
     if unknown := set(ways) - named.keys():
@@ -42,10 +44,12 @@ def measure(progress: Progress, *, quick: bool, outliers: bool, ways: Sequence[s
 def _row(name: str, recipe: str, calibration: str, *, quick: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     model = load_demo(name).model
-    rows = demo_tokens("test", sequences=SEQUENCES, length=LENGTH)
+    rows = demo_tokens("test", sequences=QUICK_SEQUENCES if quick else SEQUENCES, length=LENGTH)
     fp = _perplexity(model, rows)
     backend = partial(compile_backend, hand_over=_as_it_is) if quick else compile_backend
-    options = {"recipe": recipe, "calibration": calibration, "activation_bits": 6}
+    options: dict[str, Any] = {"recipe": recipe, "calibration": calibration, "activation_bits": 6}
+    if quick:
+        options["calibration.sequences"] = QUICK_CALIBRATION
     start = time.perf_counter()
     fast = torch.compile(model, backend=backend, options=options, fullgraph=True)
     found = _perplexity(fast, rows)
@@ -53,6 +57,7 @@ def _row(name: str, recipe: str, calibration: str, *, quick: bool) -> dict[str, 
         "model": name.strip(":").replace(":", "-"),
         "way": f"{recipe}, calibration {calibration}",
         "inductor": not quick,
+        "test_sequences": len(rows),
         "fp_perplexity": round(fp, 3),
         "perplexity": round(found, 3),
         "a6": round(found / fp, 4),
