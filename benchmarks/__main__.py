@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time, kernels, quality, raw, text
+from benchmarks import compile_time, kernels, quality, quantize, raw, text
 from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
@@ -19,6 +19,9 @@ MEASUREMENTS: dict[str, Measure] = {
     "kernels": lambda progress, asked: kernels.measure(progress, quick=asked.quick),
     "quality": lambda progress, asked: _quality(progress, asked),
     "raw": lambda progress, asked: raw.measure(progress, quick=asked.quick, outliers=asked.outliers, ways=asked.row),
+    "quantize": lambda progress, asked: quantize.measure(
+        progress, config=asked.config, layers=asked.layers, recipe=asked.recipe, folder=asked.folder
+    ),
     "text": lambda progress, asked: text.measure(progress),
 }
 
@@ -43,6 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=Path, metavar="FILE", help="quality: its text, or streams of ids train and test"
     )
+    quantize.arguments(parser)
     asked = parser.parse_args(arguments)
     unknown = [name for name in asked.names if name not in MEASUREMENTS]
     if unknown:

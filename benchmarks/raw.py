@@ -25,8 +25,8 @@ QUICK_SEQUENCES, QUICK_CALIBRATION = 48, 64
 def measure(progress: Progress, *, quick: bool, outliers: bool, ways: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return a row per embedded model and way; nothing is tuned, as nothing is where a raw model is compiled.
 
-    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same), on less
-    text, with less to calibrate on. outliers: of that model alone. ways: rows by name, none for all. Raises ValueError for a name that no row has.
+    quick: the graphs run as they are, without Inductor's code (to 1e-5 the same), on less text, with less to calibrate
+    on. outliers: of that model alone. ways: rows by name, none for all. Raises ValueError for a name that no row has.
     """
     named = {f"{recipe}, calibration {calibration}": (recipe, calibration) for recipe, calibration in WAYS}
     if unknown := set(ways) - named.keys():

@@ -49,6 +49,10 @@ class GradientError(BwlaError, RuntimeError):
     """Gradients were asked through a quantized linear, which has none."""
 
 
+class OutOfMemory(BwlaError, MemoryError):
+    """What was asked for needs more memory than there is."""
+
+
 class DemoError(BwlaError, RuntimeError):
     """The embedded model cannot be built or found."""
 

@@ -114,6 +114,13 @@ class FakeApi(ModuleType):
     def fidelity(self, reference: Any, model: Any, tokens: torch.Tensor, *, progress: Any) -> Fidelity:
         return Fidelity(0.25, 0.75, tokens.numel())
 
+    def layer_errors(self, reference: Any, model: Any, tokens: torch.Tensor, *, progress: Any) -> dict[str, float]:
+        return {"model.layers.0": 0.125}
+
+    def run_tasks(self, model: Any, tokenizer: Any, tasks: list[str], *, limit: int | None) -> dict[str, Any]:
+        self.calls["run_tasks"] = {"tasks": tasks, "limit": limit}
+        return {task: {"acc": 0.625} for task in tasks}
+
     def export(self, model: Any, path: Path, *, to: str, tokenizer: Any = None) -> None:
         self.calls["export"] = {"path": path, "to": to, "tokenizer": tokenizer}
 
@@ -345,13 +352,26 @@ def test_eval_by_windows_and_against_the_original(run: Run, api: FakeApi, tmp_pa
     assert code == 0
     assert (found["context"], found["stride"], found["n_tokens"]) == (9, 3, 29)
     assert (found["kl"], found["top1_agreement"]) == (0.25, 0.75)
+    assert found["layer_errors"] == {"model.layers.0": 0.125}
     assert api.calls["windowed_perplexity"]["stream"].tolist() == list(range(30))
     assert api.calls["load"]["source"] == "original"
     code, text, _ = run("eval", "some/model", *options)
     assert "context 9, stride 3" in text
     assert "75.0%" in text
+    assert "0.1250" in text
     code, _, err = run("eval", "demo:", "--stride", "3")
     assert (code, "is no one stream" in err) == (1, True)
+
+
+def test_eval_runs_tasks_without_a_text(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("eval", "some/model", "--tasks", "piqa,own.yaml", "--limit", "5", "--json")
+    assert code == 0
+    assert json.loads(text)["tasks"] == {"piqa": {"acc": 0.625}, "own.yaml": {"acc": 0.625}}
+    assert api.calls["run_tasks"] == {"tasks": ["piqa", "own.yaml"], "limit": 5}
+    assert "perplexity" not in api.calls
+    assert "0.6250" in run("eval", "demo:", "--tasks", "piqa")[1]
+    code, _, err = run("eval", "some/model", "--tasks", "piqa", "--against", "original")
+    assert (code, "on which text?" in err) == (1, True)
 
 
 def test_export_passes_the_form(run: Run, api: FakeApi, tmp_path: Path) -> None:

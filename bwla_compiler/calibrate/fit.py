@@ -15,7 +15,7 @@ from bwla_compiler.numerics.row_column import round_rows_columns
 from bwla_compiler.numerics.signs import descend_signs, round_signs
 from bwla_compiler.numerics.stats import damped
 from bwla_compiler.numerics.target import drift_corrected
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.recipe import DATA_FREE, Recipe
 
 GROUP = 128
 """Columns that share a scale where a recipe asks for groups: what the kernels take."""
@@ -44,7 +44,9 @@ def fit_group(
     if gram is not None and cross is not None and recipe.target.drift:
         stacked = drift_corrected(stacked, gram, cross, damping=recipe.target.damping)
     targets = stacked.split(rows)
-    hessian = torch.eye(stacked.shape[1]) if gram is None else damped(gram, recipe.signs.damping).float()
+    # rounding reads none, and the identity of a wide input takes more memory than its weights
+    columns = 0 if recipe.signs.method in DATA_FREE else stacked.shape[1]
+    hessian = torch.eye(columns) if gram is None else damped(gram, recipe.signs.damping).float()
     fitted = _weights(targets, hessian, recipe, rank)
     seen = None if gram is None else hessian
     return [_with_errors(target, weight, seen) for target, weight in zip(targets, fitted, strict=True)]

@@ -20,7 +20,7 @@ from bwla_compiler.calibrate.residency import InMemory, Residency
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
-from bwla_compiler.errors import RecipeError
+from bwla_compiler.errors import CalibrationError, RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -131,14 +131,12 @@ class _Quantizer:
 
     def _afford(self) -> None:
         """Tune as much as there is memory for."""
-        if self.tokens is None:
-            return
-        tuning, change = self.weights.afford(self.recipe.tuning)
+        tuning, change = (
+            self.weights.afford(self.recipe.tuning) if self.tokens is not None else (self.recipe.tuning, "")
+        )
         self.recipe = dataclasses.replace(self.recipe, tuning=tuning)
         if change:
-            report = PassReport("tune")
-            report.skip("all", change)
-            self.passes.append(report)
+            self.passes.append(PassReport("tune", skipped=[("all", change)]))
             log.warning("%s", change)
 
     def _observer(self) -> Observer | Unobserved:
@@ -272,7 +270,7 @@ class _Quantizer:
         return {group.name: torch.stack(maxima).amax(0).float()}
 
     def _statistics(self, group: Group, members: Sequence[Linear]) -> tuple[Tensor | None, Tensor | None]:
-        """Return gram [in, in] and cross [sum of out, in] of the inputs as the linears will see them."""
+        """Return gram [in, in] and cross [sum of out, in] of the inputs as the linears will see them; None: unknown."""
         if self.stream is None:
             return None, None
         weight = torch.cat([self._weight(x) for x in members])
@@ -290,10 +288,17 @@ class _Quantizer:
                 self.observer.see_input(members, q)
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
-            stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            try:
+                stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            except CalibrationError as found:
+                raise CalibrationError(f"{group.name}: its input: {found}") from found
+        gram = stats.gram()
+        if not gram.any():  # nothing is known of directions that no token has
+            log.warning("%s: its input is zero on all calibration tokens; fitted to the weights alone", group.name)
+            return None, None
         if not wanted:
-            return stats.gram(), None
-        return stats.gram(), stats.cross() if added is not None else weight.double() @ stats.cross()
+            return gram, None
+        return gram, stats.cross() if added is not None else weight.double() @ stats.cross()
 
     def _added_drifts(self, members: Sequence[Linear]) -> list[Tensor] | None:
         """Per batch, the drift [tokens, out] of what a lone member's output is added to.

@@ -20,6 +20,7 @@ from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.capture import attribute, parameter_name
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of
+from bwla_compiler.memory import release
 from bwla_compiler.passes.apply import apply_module, replace_module
 from bwla_compiler.passes.base import Edit, Pass, PassContext, PassReport, ShiftBias, Untie
 from bwla_compiler.recipe import Tuning
@@ -134,6 +135,7 @@ class StreamedWeights:
             self.work.put(block, self._file(block), self._shard(block), {**kept, "source": self._fingerprint(block)})
         self._stored.add(block)
         self._free(block)
+        release()
 
     def gather(self) -> None:
         """Load all packed modules."""
