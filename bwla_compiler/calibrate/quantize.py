@@ -214,11 +214,10 @@ class _Quantizer:
         start, report = time.perf_counter(), PassReport("tune")
         known = dict(self.model.named_parameters())
         gains = [known[norm.gain] for norm in self.plan.norms if norm.gain in known]
-        batches = self.stream.batches
         self.weights.gather()
         try:
             first, last = tune(
-                self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress
+                self.model, self.stream.batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress
             )
         except RuntimeError as error:  # GradientError, and what autograd raises of models that edit in place
             report.skip("all", f"left as fitted: {error}")
