@@ -46,11 +46,15 @@ def main(arguments: Sequence[str]) -> int:
 def _kept(kind: str, rows: Sequence[Row], label: str = "") -> None:
     """Show rows and append them to the results."""
     from benchmarks.record import record
+
+    _shown(kind, rows)
+    stdout_console().print(f"appended to {record(label or kind, rows, command=_asked)}", highlight=False)
+
+
+def _shown(kind: str, rows: Sequence[Row]) -> None:
     from benchmarks.shown import rows_table
 
-    console = stdout_console()
-    console.print(render_table(rows_table(kind, rows)))
-    console.print(f"appended to {record(label or kind, rows, command=_asked)}", highlight=False)
+    stdout_console().print(render_table(rows_table(kind, rows)))
 
 
 def _budget(minutes: float) -> Any:
@@ -113,7 +117,14 @@ def quality(
     seed: Annotated[int, typer.Option(help="A fresh model of this seed and split; else the embedded one.")] = -1,
     outliers: Annotated[bool, typer.Option("--outliers", help="The model with heavy-tailed activations.")] = False,
     row: Annotated[list[str] | None, typer.Option(metavar="WAY", help="This row alone; repeatable.")] = None,
-    model: Annotated[str, typer.Option(metavar="DIR", help="A folder of bench train; with --anchor any model.")] = "",
+    fair: Annotated[bool, typer.Option("--fair", help="The same help for all, at equal true bits.")] = False,
+    calibration_seed: Annotated[int, typer.Option(help="Of the calibration's draw; the model's by default.")] = -1,
+    model: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of bench train; with --tokens or --anchor any model.")
+    ] = "",
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text of --model, or ids: streams train and test.")
+    ] = None,
     anchors: Annotated[bool, typer.Option("--anchors", help="List published figures and stop.")] = False,
     anchor: Annotated[str, typer.Option(metavar="FIGURE", help="Measure the model beside this one.")] = "",
     data: Annotated[str, typer.Option(metavar="FILE", help="WikiText-2's test split; the hub's by default.")] = "",
@@ -128,13 +139,33 @@ def quality(
         _measure_anchor(anchor, model, data, activations)
     else:
         from benchmarks import quality as kind
+        from benchmarks.record import record
+
+        def keep(found: Row) -> None:  # a row takes minutes: each is written as soon as it is there
+            record("quality-fair" if fair else f"quality-{found['model']}", [found], command=_asked)
 
         with progress_bars() as progress:
             rows = kind.measure(
-                progress, seed=None if seed < 0 else seed, folder=model, quick=quick, outliers=outliers,
-                ways=row or (), budget=_budget(minutes),
+                progress, seed=None if seed < 0 else seed, folder="" if tokens else model, quick=quick,
+                outliers=outliers, ways=row or (), fair=fair,
+                calibration_seed=None if calibration_seed < 0 else calibration_seed,
+                model=Path(model) if tokens else None, tokens=tokens, budget=_budget(minutes), keep=keep,
             )  # fmt: skip
-        _kept("quality", rows, f"quality-{rows[0]['model']}")
+        _shown("quality", rows)
+
+
+@app.command(epilog=examples("bwla-compile bench raw --outliers"))
+def raw(
+    outliers: Annotated[bool, typer.Option("--outliers", help="The model with heavy-tailed activations.")] = False,
+    row: Annotated[list[str] | None, typer.Option(metavar="WAY", help="This row alone; repeatable.")] = None,
+    quick: Quick = False,
+) -> None:
+    """Perplexity of raw models under torch.compile, by where their calibration comes from."""
+    from benchmarks import raw as kind
+
+    with progress_bars() as progress:
+        rows = kind.measure(progress, quick=quick, outliers=outliers, ways=row or ())
+    _kept("raw", rows)
 
 
 def _print_anchors() -> None:

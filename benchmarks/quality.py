@@ -5,7 +5,6 @@ files, and at A6 on text of another kind (code). Every row is fitted on the same
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from benchmarks.budget import Budget
 from benchmarks.errors import ResultsError
 from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
+from benchmarks.quality_folder import from_folder
 from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, trained, with_outliers
+from benchmarks.quality_rows import QUICK, ROWS, Row, fair_rows, recipe_for
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
 from bwla_compiler.tokens import evaluating
 
@@ -34,53 +34,6 @@ FLOOR = 1e-3
 """Least excess of a ratio over 1 that the plot shows."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A recipe with settings; table: "as published", "fair" (a baseline with our help), "ours"."""
-
-    way: str
-    recipe: str
-    table: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-HELP = {
-    "transform.kind": "hadamard",
-    "residual": "folded",
-    "smoothing.exponent": 0.5,
-    "target.drift": True,
-    "signs.damping": 0.2,
-}
-"""What a baseline can take of ours: rotations and smoothing before it, the drift-corrected target, the damping."""
-
-TUNED = {f"tuning.{key}": getattr(load_recipe("bwla-w1a6").tuning, key) for key in ("steps", "signs")}
-"""The last help, for weights that are packed."""
-
-ROWS = (
-    Row("rounding", "rtn", "as published"),
-    Row("Hadamard + rounding", "hadamard-rtn", "as published"),
-    Row("GPTQ", "gptq", "as published"),
-    Row("ARB row + column", "arb-rc", "as published"),
-    Row("BiLLM-like", "billm-like", "as published"),
-    Row("ARB-like", "arb-like", "as published"),
-    Row("BWLA, the paper's reading", "bwla-paper", "as published"),
-    Row("rounding", "rtn", "fair", HELP | TUNED),
-    Row("GPTQ", "gptq", "fair", HELP | TUNED),
-    Row("GPTQ, 2 planes", "gptq", "fair", HELP | TUNED | {"weights.planes": 2}),
-    Row("BiLLM-like", "billm-like", "fair", HELP),
-    Row("ARB-like", "arb-like", "fair", HELP),
-    Row("ours, folded alone", "bwla-folded", "ours"),
-    Row("ours, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0}),
-    Row("ours", "bwla-w1a6", "ours"),
-    Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
-    Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),
-    Row("ours, 2 planes, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0, "weights.planes": 2}),
-    Row("ours, 2 planes", "bwla-w1a6", "ours", {"weights.planes": 2}),
-)
-QUICK = ("rounding", "GPTQ", "BiLLM-like", "ours, no pair", "ours")
-"""Rows of a short run."""
-
-
 def measure(
     progress: Progress,
     *,
@@ -89,27 +42,38 @@ def measure(
     quick: bool = False,
     outliers: bool = False,
     ways: Sequence[str] = (),
+    fair: bool = False,
+    calibration_seed: int | None = None,
+    model: Path | None = None,
+    tokens: Path | None = None,
     budget: Budget | None = None,
+    keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
-    folder: in their place a model that `bench train` has made.
-    outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
-    budget: of wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has.
+    folder: in their place a model that `bench train` has made. outliers: rewritten as demo:outliers is. ways: rows by
+    name, none for all (or, where quick, for a few on less text). fair: the rows of the fair table. calibration_seed: of
+    the calibration's draw and of the fit, by default the model's. model, tokens: a folder and its text in place of
+    these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of wall time; rows that do
+    not fit are not begun. Raises ResultsError for a name that no row has.
     """
-    if unknown := set(ways) - {row.way for row in ROWS}:
-        raise ResultsError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in ROWS)}")
+    rows = fair_rows() if fair else ROWS
+    if unknown := set(ways) - {row.way for row in rows}:
+        raise ResultsError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in rows)}")
     files = 8 if quick else FILES
-    if folder:
+    if model is not None:
+        subject = from_folder(model, tokens, files=files)
+    elif folder:
         subject = trained(Path(folder), files=files)
     elif seed is None:
         subject = embedded("demo:outliers" if outliers else "demo:", files=files)
     else:
         subject = fresh(seed, files=files, progress=progress)
         subject = with_outliers(subject) if outliers else subject
-    chosen = ways or (QUICK if quick else [row.way for row in ROWS])
-    table = Table(subject, sequences=SEQUENCES, seed=seed or 0, progress=progress)
-    return table.run([row for row in ROWS if row.way in chosen], budget=budget)
+    chosen = ways or (QUICK if quick and not fair else [row.way for row in rows])
+    drawn = (seed or 0) if calibration_seed is None else calibration_seed
+    table = Table(subject, sequences=SEQUENCES, seed=drawn, progress=progress)
+    return table.run([row for row in rows if row.way in chosen], budget=budget, keep=keep)
 
 
 class Table:
@@ -121,21 +85,30 @@ class Table:
         self.calibration = subject.calibration(sequences, seed=seed)
         self.graph = capture(model, batch=BATCH, length=LENGTH)
         self.plan = make_plan(model, graph=self.graph)
-        self.fp, self.fp_ood = nats(model, subject.windows), nats(model, subject.ood)
+        self.fp = nats(model, subject.windows)
+        self.fp_ood = nats(model, subject.ood) if subject.ood.numel() else None
 
-    def run(self, rows: Sequence[Row], *, budget: Budget | None = None) -> list[dict[str, Any]]:
-        """Fit and measure rows one after another, as many as the budget allows."""
+    def run(
+        self,
+        rows: Sequence[Row],
+        *,
+        budget: Budget | None = None,
+        keep: Callable[[dict[str, Any]], object] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Fit and measure rows in turn, as many as the budget allows. keep: gets each as soon as it is there."""
         found = []
         for done, row in enumerate((budget or Budget()).within(rows)):
             self.progress(f"quality, {self.subject.label}: {row.way}", done, len(rows))
             noise = Noise()
             found.append({**self._measure(row), **noise.fields()})
+            if keep is not None:
+                keep(found[-1])
         self.progress("quality", len(rows), len(rows))
         return found
 
     def _measure(self, row: Row) -> dict[str, Any]:
         model = self.subject.load()
-        recipe = load_recipe(row.recipe, row.settings)
+        recipe = recipe_for(row, self.plan)
         report = quantize_model(model, recipe, self.calibration, plan=self.plan, graph=self.graph, seed=self.seed)
         figures: dict[str, Any] = {
             "way": row.way,
@@ -152,9 +125,10 @@ class Table:
             set_activation_bits(model, bits)
             low, middle, high = ratio(nats(model, self.subject.windows), self.fp, self.subject.files, seed=self.seed)
             figures |= {f"a{bits}": round(middle, 4), f"a{bits}_95": f"{low:.3f}-{high:.3f}"}
-        set_activation_bits(model, 6)
-        code = nats(model, self.subject.ood)
-        figures["a6_ood"] = round(ratio(code, self.fp_ood, self.subject.ood_files, seed=self.seed)[1], 4)
+        if self.fp_ood is not None:
+            set_activation_bits(model, 6)
+            code = nats(model, self.subject.ood)
+            figures["a6_ood"] = round(ratio(code, self.fp_ood, self.subject.ood_files, seed=self.seed)[1], 4)
         return figures | {"fit_seconds": round(report.seconds["total"], 1)}
 
 

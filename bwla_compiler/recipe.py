@@ -133,7 +133,9 @@ class Tuning:
     steps: of gradient descent, each on so many calibration sequences; 0 is off. scales, diagonals, pairs, gains,
     biases: Adam's rate for row scales, online diagonals, low-rank pairs, norm gains and linears' biases, relative to
     their size; 0 keeps them. signs: how far chance alone would carry a sign's latent number over all steps, in units of
-    its start; 0 keeps the signs, and their memory at a bit (see `calibrate.student`).
+    its start; 0 keeps the signs, and their memory at a bit (see `calibrate.student`). signs_at_once: whether those of
+    the whole "model" learn together, or in turn those of one "block", each for its share of the steps: two bytes of
+    memory then for each weight of a block, not of the model.
     """
 
     steps: int = 0
@@ -144,6 +146,7 @@ class Tuning:
     gains: float = 0.003
     biases: float = 0.003
     signs: float = 0.0
+    signs_at_once: Literal["model", "block"] = "model"
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,9 @@ def _check_ranges(recipe: Recipe) -> None:
         f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
         "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,
-        "tuning's rates must be 0 or more": min(dataclasses.astuple(recipe.tuning)) >= 0,
+        "tuning's rates must be 0 or more": all(
+            value >= 0 for value in dataclasses.asdict(recipe.tuning).values() if isinstance(value, float)
+        ),
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
         "calibration.sequences and calibration.length must be at least 1": min(
             recipe.calibration.sequences, recipe.calibration.length

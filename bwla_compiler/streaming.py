@@ -1,6 +1,7 @@
 """Quantize a model folder into another, block by block: memory for one block, and a killed run goes on."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import logging
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 from bwla_compiler import tokens as token_sources
+from bwla_compiler.calibrate.affordable import affordable
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.calibrate.spill import Spill
@@ -27,8 +29,8 @@ from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.memory import memory_bytes, release, told_of_shortage
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.memory import release, told_of_shortage
+from bwla_compiler.recipe import Recipe, Tuning
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -40,9 +42,6 @@ SHORTAGE = (
     "give --spill, a recipe without data (rtn) or a machine with more, and start again: with the same recipe it goes "
     "on where it stopped"
 )
-
-TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
-"""Memory that tuning takes for each weight: the pack, twice; where signs learn; of the head, its floats twice."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ def quantize_folder(
     source = SourceWeights(job.folder, model)
     short = told_of_shortage(str(job.folder), remedy=SHORTAGE)
     with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work), short:
-        tuned = work.state.setdefault("tuned", _tuned(job.recipe, model))
-        weights = StreamedWeights(model, source, work, tuned=tuned)
+        weights = StreamedWeights(model, source, work, *_tuning(job, model, work))
         report = quantize_model(
             model,
             job.recipe,
@@ -90,7 +88,7 @@ def quantize_folder(
             keep=Spill(work.path) if job.spill else None,
             on_block=on_block,
         )
-        hf.attach(model, recipe=job.recipe, plan=report.plan, bits=report.bits)
+        hf.attach(model, recipe=report.recipe, plan=report.plan, bits=report.bits)
         _publish(job, model, weights, work)
     return report
 
@@ -144,13 +142,11 @@ def _calibration_fact(job: Job) -> str:
     return hashlib.sha256("\0".join(map(str, given)).encode()).hexdigest()
 
 
-def _tuned(recipe: Recipe, model: nn.Module) -> bool:
-    """Return whether there is memory to tune the packed model as a whole, where the recipe asks for that."""
-    n_weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    n_bytes = n_weights * (TUNING_BYTES + LATENT_BYTES * (recipe.tuning.signs > 0))
-    n_bytes += 0 if head is None else HEAD_BYTES * head.weight.numel()
-    return recipe.tuning.steps > 0 and n_bytes <= memory_bytes() // 2
+def _tuning(job: Job, model: nn.Module, work: WorkFolder) -> tuple[Tuning, str]:
+    """Return the tuning that there is memory for, or was when this run was begun, and what was changed for that."""
+    tuning, change = affordable(job.recipe.tuning, model)
+    found = work.state.setdefault("tuning", {"fields": dataclasses.asdict(tuning), "change": change})
+    return Tuning(**found["fields"]), found["change"]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """A failed allocation is told with what was being done, how much was asked for, and what helps."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from bwla_compiler import memory
 from bwla_compiler.errors import OutOfMemory
 from bwla_compiler.memory import memory_bytes, told_of_shortage
 
@@ -26,3 +28,15 @@ def test_torchs_and_pythons_failures_are_one_error() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="something else"), told_of_shortage("the job", remedy="use less"):
         raise RuntimeError("something else")
+
+
+def test_a_limit_counts_where_it_is_a_number_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "absent", path))
+    path.write_text("max\n")
+    whole = memory.memory_bytes()
+    assert whole > 1 << 27
+    path.write_text("1000000\n")
+    assert memory.memory_bytes() == 1_000_000
+    path.write_text(str(1 << 62))
+    assert memory.memory_bytes() == whole

@@ -115,6 +115,35 @@ def test_tuning_works_on_what_was_streamed(tmp_path: Path) -> None:
     same_as_in_memory("llama", tmp_path, {**FAST, "tuning.steps": 2})
 
 
+@pytest.mark.exhaustive
+def test_a_tuned_run_that_was_killed_goes_on_to_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**FAST, "tuning.steps": 6, "tuning.signs": 0.6}  # near chance, so that signs flip in so few steps
+    api.quantize_to(source, tmp_path / "whole", settings=settings, calibration=TOKENS)
+    with pytest.raises(Killed):
+        api.quantize_to(source, tmp_path / "out", settings=settings, calibration=TOKENS, on_block=kill_after(1))
+    # what the first run could afford holds: with less memory the same would be done
+    monkeypatch.setattr("bwla_compiler.calibrate.affordable.memory_bytes", lambda: 0)
+    report = api.quantize_to(source, tmp_path / "out", settings=settings, calibration=TOKENS)
+    assert report.recipe.tuning.steps == 6
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    signs = {"tuning.signs": 0.0}
+    api.quantize_to(source, tmp_path / "still", settings=settings | signs, calibration=TOKENS)
+    assert content(tmp_path / "still") != content(tmp_path / "whole")
+
+
+def test_where_memory_is_short_the_checkpoint_tells_what_was_tuned(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bwla_compiler.calibrate.affordable.memory_bytes", lambda: 0)
+    report = api.quantize_to(source, tmp_path / "out", settings={**FAST, "tuning.steps": 2}, calibration=TOKENS)
+    assert report.recipe.tuning.steps == 0
+    assert any("nothing is tuned" in why for p in report.passes for _, why in p.skipped)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["recipe"]["tuning"]["steps"] == 0
+
+
 def test_blocks_are_told_and_files_are_few(source: Path, tmp_path: Path) -> None:
     told: list[BlockReport] = []
     rounded(source, tmp_path / "out", on_block=told.append)

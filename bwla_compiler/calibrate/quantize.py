@@ -1,5 +1,6 @@
 """Quantize a model in place: plan, fold, then group by group along the data flow: gather, rotate, fit, replace."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,8 @@ def quantize_model(
     tokens [sequences, length] int64: calibration; None fits to the weights alone. plan: as `make_plan` gave it for
     this model, None to make it here. graph: as `capture` gave it for this architecture, which spares a capture where
     it was made for batches [BATCH, length] and the folds add no parameter. weights: who holds them, by default the
-    model. keep: puts the streams' results where they are kept, by default nowhere else. on_block: told of each block
+    model. Where memory is too short for the recipe's tuning, less is tuned, which is logged and stands in the report's
+    recipe. keep: puts the streams' results where they are kept, by default nowhere else. on_block: told of each block
     that is done. Deterministic given the seed.
     Raises WeightError, CaptureError, PlanError, RecipeError or CalibrationError before anything is changed.
     """
@@ -110,6 +112,7 @@ class _Quantizer:
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
+        self._afford()
         self.weights.prepare(self.plan)
         self.observer = self._observer()
         for step in folding_passes(self.recipe):
@@ -125,6 +128,16 @@ class _Quantizer:
         self.seconds["total"] = time.perf_counter() - start
         bits = measure_bits(self.model)
         return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
+
+    def _afford(self) -> None:
+        """Tune as much as there is memory for."""
+        tuning, change = (
+            self.weights.afford(self.recipe.tuning) if self.tokens is not None else (self.recipe.tuning, "")
+        )
+        self.recipe = dataclasses.replace(self.recipe, tuning=tuning)
+        if change:
+            self.passes.append(PassReport("tune", skipped=[("all", change)]))
+            log.warning("%s", change)
 
     def _observer(self) -> Observer:
         """Return who looks at weights and inputs, those of the float model among them where that is in memory."""
@@ -203,22 +216,18 @@ class _Quantizer:
         start, report = time.perf_counter(), PassReport("tune")
         known = dict(self.model.named_parameters())
         gains = [known[norm.gain] for norm in self.plan.norms if norm.gain in known]
-        batches = self.stream.batches
-        if reason := self.weights.gather():
-            report.skip("all", f"left as fitted: {reason}")
-            log.warning("not tuned, left as fitted: %s", reason)
-            self.passes.append(report)
-            return
+        self.weights.gather()
         try:
             first, last = tune(
-                self.model, batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress
+                self.model, self.stream.batches, teacher, tuning=self.recipe.tuning, gains=gains, progress=self.progress
             )
         except RuntimeError as error:  # GradientError, and what autograd raises of models that edit in place
             report.skip("all", f"left as fitted: {error}")
             log.warning("not tuned, left as fitted: %s", error)
         else:
             what = f"KL to the float model on the first tokens: {first:.4f} nats a token, then {last:.4f}"
-            signs = "signs, " if self.recipe.tuning.signs else ""
+            in_turn = " (one block at a time)" if self.recipe.tuning.signs_at_once == "block" else ""
+            signs = f"signs{in_turn}, " if self.recipe.tuning.signs else ""
             report.changed.append((f"{signs}scales, low-rank pairs, norm gains", what))
             log.info("tuned: %s", what)
         report.seconds = self.seconds["tune"] = time.perf_counter() - start

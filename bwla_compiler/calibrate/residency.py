@@ -10,11 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from bwla_compiler.calibrate.affordable import affordable
 from bwla_compiler.graph.capture import attribute
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import Pass, PassContext, PassReport
 from bwla_compiler.passes.pipeline import run_pass
+from bwla_compiler.recipe import Tuning
 
 
 class Residency(Protocol):
@@ -22,6 +24,10 @@ class Residency(Protocol):
 
     def check(self) -> None:
         """Raise WeightError for weights that cannot be quantized, as far as they are in memory."""
+        ...
+
+    def afford(self, tuning: Tuning) -> tuple[Tuning, str]:
+        """Return the tuning that there is memory for, and what was changed of the one asked for, "" for nothing."""
         ...
 
     def prepare(self, plan: Plan) -> None:
@@ -59,8 +65,8 @@ class Residency(Protocol):
         """Take a block that is done and that nothing will read again."""
         ...
 
-    def gather(self) -> str:
-        """Bring all packed modules back; return "", or the reason why they cannot all be in memory."""
+    def gather(self) -> None:
+        """Bring all packed modules back, to be tuned."""
         ...
 
 
@@ -73,6 +79,10 @@ class InMemory:
     def check(self) -> None:
         """Raise WeightError, naming the parameter."""
         check_weights(self.model)
+
+    def afford(self, tuning: Tuning) -> tuple[Tuning, str]:
+        """See `calibrate.affordable`."""
+        return affordable(tuning, self.model)
 
     def prepare(self, plan: Plan) -> None:
         """Nothing to do."""
@@ -104,6 +114,5 @@ class InMemory:
     def store(self, block: str, record: dict[str, Any]) -> None:
         """Nothing to do."""
 
-    def gather(self) -> str:
-        """Return "": they are all here."""
-        return ""
+    def gather(self) -> None:
+        """Nothing to do."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from bwla_compiler.graph.planner import block_of
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
 from bwla_compiler.passes.apply import replace_module
@@ -25,7 +26,7 @@ from bwla_compiler.spec import FLOAT_BITS
 
 
 @contextmanager
-def students(model: nn.Module, *, learn_signs: bool) -> Iterator[list["Student"]]:
+def students(model: nn.Module) -> Iterator[list["Student"]]:
     """Hold differentiable stand-ins in the model's place of packed modules; afterwards pack what they became.
 
     After an error the packed modules are back as they were.
@@ -36,7 +37,7 @@ def students(model: nn.Module, *, learn_signs: bool) -> Iterator[list["Student"]
     try:
         for name, module in packed:
             if isinstance(module, PackedLinear):
-                found[name] = Student(module, diagonals, learn_signs=learn_signs)
+                found[name] = Student(module, diagonals, block=block_of(f"{name}."))
                 replace_module(model, name, found[name])
             else:
                 replace_module(model, name, _Head(module))
@@ -74,16 +75,24 @@ class Diagonal(nn.Module):
 
 
 class Planes:
-    """The signs [planes, out, in] of one linear: bits, and where they learn a latent float16 each.
+    """The signs [planes, out, in] of one linear: bits, and while they learn a latent float16 each.
 
     rate: how far a latent, 1 at the start, moves a step, over its gradient's expected size: the root mean square of its
     row times that of its column, over that of all (the second moments of Adafactor, 1804.04235).
     """
 
-    def __init__(self, packed: Tensor, in_features: int, *, learn: bool) -> None:
+    def __init__(self, packed: Tensor, in_features: int) -> None:
         self.bits, self.in_features = packed, in_features
-        self.latent = unpack_signs(packed, in_features).half() if learn else None
+        self.latent: Tensor | None = None
         self.rate = 0.0
+
+    def wake(self) -> None:
+        """Have the signs learn from now on."""
+        self.latent = unpack_signs(self.bits, self.in_features).half()
+
+    def sleep(self) -> None:
+        """Keep the signs as they have become, as bits."""
+        self.bits, self.latent, self.rate = self.packed(), None, 0.0
 
     def signs(self) -> Tensor:
         """Return the signs as float32."""
@@ -137,16 +146,19 @@ class _Product(torch.autograd.Function):
 
 
 class Student(nn.Module):
-    """A packed linear in floats: y = sum_p a_p exp(scale_p) (B_p q(x)) + onto (into q(x)) + bias."""
+    """A packed linear in floats: y = sum_p a_p exp(scale_p) (B_p q(x)) + onto (into q(x)) + bias.
 
-    def __init__(self, linear: PackedLinear, diagonals: dict[int, Diagonal], *, learn_signs: bool) -> None:
+    block: the repeated block of the model that it stands in.
+    """
+
+    def __init__(self, linear: PackedLinear, diagonals: dict[int, Diagonal], *, block: str = "") -> None:
         super().__init__()
-        self.source = (linear,)
+        self.source, self.block = (linear,), block
         self.activation_bits = linear.activation_bits
         self.diagonal: Diagonal | None = None
         if linear.transform is not None:
             self.diagonal = diagonals.setdefault(id(linear.transform), Diagonal(linear.transform))
-        self.planes = Planes(linear.signs, linear.in_features, learn=learn_signs)
+        self.planes = Planes(linear.signs, linear.in_features)
         first, self.column_scale = read_half(linear, "row_scale"), read_half(linear, "column_scale")
         assert first is not None
         self.first = first

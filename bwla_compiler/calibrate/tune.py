@@ -57,12 +57,14 @@ def tune(
     with ExitStack() as scope:
         scope.enter_context(_frozen(model))
         scope.enter_context(_kept(gains))
-        found = scope.enter_context(students(model, learn_signs=tuning.signs > 0))
+        found = scope.enter_context(students(model))
+        learning = _Learning(found, tuning)
         scope.enter_context(_recomputed(model, found, n_tokens=batches[0][: tuning.sequences].numel()))
         scope.enter_context(torch.enable_grad())
         optimizer, first = _optimizer(found, gains, tuning), math.nan
         for step, lesson in zip(range(tuning.steps), _lessons(batches, teacher, tuning.sequences), strict=False):
-            _set_rates(optimizer, found, tuning, step)
+            _set_rates(optimizer, tuning, step)
+            learning.turn(step)
             loss = loss_on(*lesson)
             first = loss.item() if step == 0 else first
             optimizer.zero_grad()
@@ -70,6 +72,7 @@ def tune(
             optimizer.step()
             if progress:
                 progress("tuning", step + 1, tuning.steps)
+        learning.end()
         with torch.no_grad():
             last = loss_on(*next(_lessons(batches, teacher, tuning.sequences))).item()
         if not last < first:
@@ -130,12 +133,48 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, found: Sequence[Student], tuning: Tuning, step: int) -> None:
-    schedule = [min(1.0, (i + 1) / WARMUP) * _cosine(i / tuning.steps) for i in range(tuning.steps)]
+class _Learning:
+    """The signs' turns: those of all students learn through all steps, or those of one block after those of another."""
+
+    def __init__(self, found: Sequence[Student], tuning: Tuning) -> None:
+        together = tuning.signs_at_once == "model"
+        parts: dict[str, list[Student]] = {}
+        for student in found if tuning.signs > 0 else ():
+            parts.setdefault("" if together else student.block, []).append(student)
+        self.parts, self.tuning = [*parts.values()], tuning
+        self.awake: list[Student] = []
+
+    def turn(self, step: int) -> None:
+        """Have the signs whose turn it is learn at this step, each part's rates as if its steps were all."""
+        n_parts, n_steps = len(self.parts), self.tuning.steps
+        for i, part in enumerate(self.parts):
+            first, end = i * n_steps // n_parts, (i + 1) * n_steps // n_parts
+            if not first <= step < end:
+                continue
+            if step == first:
+                self.end()
+                self.awake = part
+                for student in part:
+                    student.planes.wake()
+            rates = _schedule(end - first)
+            for student in part:
+                student.planes.rate = self.tuning.signs * rates[step - first] / math.hypot(*rates)
+
+    def end(self) -> None:
+        """Put the latents of the last turn away."""
+        for student in self.awake:
+            student.planes.sleep()
+        self.awake = []
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, tuning: Tuning, step: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = schedule[step] * group["full_rate"]
-    for student in found:
-        student.planes.rate = tuning.signs * schedule[step] / math.hypot(*schedule)
+        group["lr"] = _schedule(tuning.steps)[step] * group["full_rate"]
+
+
+def _schedule(steps: int) -> list[float]:
+    """Return the share of the full rate at each step."""
+    return [min(1.0, (i + 1) / WARMUP) * _cosine(i / steps) for i in range(steps)]
 
 
 def _cosine(done: float) -> float:

@@ -23,17 +23,22 @@ from bwla_compiler.graph.planner import block_of
 from bwla_compiler.memory import release
 from bwla_compiler.passes.apply import apply_module, replace_module
 from bwla_compiler.passes.base import Edit, Pass, PassContext, PassReport, ShiftBias, Untie
+from bwla_compiler.recipe import Tuning
 from bwla_compiler.runtime.skeleton import build_skeleton, describe, packed_modules
 
 
 class StreamedWeights:
     """The weights of an empty model (see `checkpoint.empty`) between a source and a work folder.
 
-    tuned: whether the packed model will be tuned as a whole, so that what is stored first is not final.
+    tuning: of the packed model as a whole; where it has steps, what is stored first is not final. change: what was
+    given up of the tuning asked for.
     """
 
-    def __init__(self, model: nn.Module, source: SourceWeights, work: WorkFolder, *, tuned: bool) -> None:
-        self.model, self.source, self.work, self.tuned = model, source, work, tuned
+    def __init__(
+        self, model: nn.Module, source: SourceWeights, work: WorkFolder, tuning: Tuning, change: str = ""
+    ) -> None:
+        self.model, self.source, self.work = model, source, work
+        self.tuning, self.change, self.tuned = tuning, change, tuning.steps > 0
         self._modules = _parameters_by_module(model)
         self._here: set[str] = set()
         self._held: dict[str, Tensor] = {}
@@ -50,6 +55,10 @@ class StreamedWeights:
 
     def check(self) -> None:
         """Each weight is checked when it is read."""
+
+    def afford(self, tuning: Tuning) -> tuple[Tuning, str]:
+        """Return what was decided on when the run was begun."""
+        return self.tuning, self.change
 
     def prepare(self, plan: Plan) -> None:
         """Load norms' vectors and buffers, and what the plan's norms name wherever it is."""
@@ -133,19 +142,13 @@ class StreamedWeights:
         self._free(block)
         release()
 
-    def gather(self) -> str:
-        """Load all packed modules; return "", or why not."""
-        if not self.tuned:
-            return (
-                "the packed model as a whole does not fit into memory beside the gradients; quantize on a machine "
-                "with more, or set tuning.steps = 0"
-            )
+    def gather(self) -> None:
+        """Load all packed modules."""
         for block in self.blocks:
             record = self.work.unit(block)
             assert record is not None
             self._restore(block, record, real=True)
         self._gathered = True
-        return ""
 
     def write(self) -> tuple[dict[str, str], int]:
         """Write what is not stored yet under its final name; return the file of each tensor, and the bytes of all."""

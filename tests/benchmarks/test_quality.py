@@ -11,6 +11,7 @@ from benchmarks import quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
 from benchmarks.record import latest, read
 from bwla_compiler.demo.corpus import Document
+from bwla_compiler.recipe import load_recipe
 from tests import tiny
 
 
@@ -47,7 +48,7 @@ def test_splits_follow_the_seed_and_share_no_file() -> None:
 
 def test_recipes_of_all_rows_load_and_every_baseline_has_a_fair_row() -> None:
     for row in ROWS:
-        quality.load_recipe(row.recipe, row.settings)
+        load_recipe(row.recipe, row.settings)
     published = {r.way for r in ROWS if r.table == "as published"}
     assert {"rounding", "GPTQ", "BiLLM-like", "ARB-like"} <= published & {r.way for r in ROWS if r.table == "fair"}
     assert set(quality.QUICK) <= {r.way for r in ROWS}

@@ -26,7 +26,9 @@ def packed(*, planes: int = 1, groups: int = 1) -> PackedLinear:
 
 
 def student(source: PackedLinear, *, learn: bool = False) -> Student:
-    found = Student(source, {}, learn_signs=learn)
+    found = Student(source, {})
+    if learn:
+        found.planes.wake()
     found.scale.requires_grad_(True)
     return found
 
@@ -69,7 +71,8 @@ def test_no_weight_is_kept_as_floats_for_the_backward_pass() -> None:
 
 
 def test_a_latent_moves_by_the_rate_whatever_the_size_of_its_row_and_column() -> None:
-    planes, generator = Planes(packed().signs, IN, learn=True), torch.Generator().manual_seed(5)
+    planes, generator = Planes(packed().signs, IN), torch.Generator().manual_seed(5)
+    planes.wake()
     directions = torch.randn(OUT, IN, generator=generator).sign()
     sizes = torch.rand(OUT, 1, generator=generator).exp() * (9 * torch.rand(IN, generator=generator)).exp()
     before = planes.signs()
@@ -82,7 +85,20 @@ def test_a_latent_moves_by_the_rate_whatever_the_size_of_its_row_and_column() ->
         planes.learn(1e-6 * sizes * directions)
         found = planes.signs()
         assert torch.equal(found != before, (before == directions) & (flipped > 0))
-    assert torch.equal(Planes(planes.packed(), IN, learn=False).signs(), planes.signs())
+    assert torch.equal(Planes(planes.packed(), IN).signs(), planes.signs())
+
+
+def test_signs_that_fall_asleep_stay_as_they_have_become() -> None:
+    planes = Planes(packed().signs, IN)
+    planes.wake()
+    planes.rate = 1.5
+    planes.learn(torch.ones(OUT, IN))
+    expected = planes.signs()
+    planes.sleep()
+    assert planes.latent is None
+    assert torch.equal(planes.signs(), expected)
+    planes.learn(-torch.ones(OUT, IN))
+    assert torch.equal(planes.signs(), expected)
 
 
 def test_the_backward_pass_teaches_the_signs() -> None:
@@ -99,8 +115,11 @@ def test_the_backward_pass_teaches_the_signs() -> None:
 def test_the_stand_ins_compute_what_the_packed_modules_do() -> None:
     model, _ = quantized("qwen3", steps=0)
     expected = logits(model)
-    with students(model, learn_signs=True):
+    with students(model) as stand_ins:
         assert not any(isinstance(m, (PackedLinear, Int8Linear, TiedHead)) for m in model.modules())
+        assert {student.block for student in stand_ins} == {"model.layers.0", "model.layers.1"}
+        for student in stand_ins:
+            student.planes.wake()
         found = logits(model)
     # float32 sums in another order; a code that so rounds the other way moves a logit by a step of 6 bits
     assert relative(found, expected) < 1e-2
@@ -110,6 +129,6 @@ def test_the_stand_ins_compute_what_the_packed_modules_do() -> None:
 def test_an_interrupt_puts_the_packed_modules_back() -> None:
     model, _ = quantized("llama", steps=0)
     expected = logits(model)
-    with pytest.raises(KeyboardInterrupt), students(model, learn_signs=False):
+    with pytest.raises(KeyboardInterrupt), students(model):
         raise KeyboardInterrupt
     assert torch.equal(logits(model), expected)

@@ -1,13 +1,20 @@
 """Tuning: the loss falls, bits stay, the same seed gives the same bytes, and a failure leaves the model."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bwla_compiler.calibrate import affordable
 from bwla_compiler.calibrate import tune as tuning_module
 from bwla_compiler.calibrate.report import QuantizeReport
+from bwla_compiler.calibrate.student import Student
 from bwla_compiler.errors import GradientError
+from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.recipe import Tuning
+from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.calibrate.test_quantize import fit, logits, recipe, relative, tokens
 from tests.wider import wider
@@ -35,12 +42,52 @@ def test_tuning_moves_the_logits_towards_the_float_model_and_keeps_signs_and_bit
     assert "tune" in {p.name for p in report.passes}
 
 
-def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit() -> None:
-    (still, before), (learnt, after) = (quantized("llama", steps=48, tuning__signs=rate) for rate in (0.0, 0.3))
-    assert loss(after) < loss(before)
-    assert after.bits == before.bits
-    state = still.state_dict()
-    assert any(not torch.equal(v, state[k]) for k, v in learnt.state_dict().items() if k.endswith("signs"))
+Quantized = tuple[nn.Module, QuantizeReport]
+
+
+@pytest.fixture(scope="module")
+def still() -> Quantized:
+    return quantized("llama", steps=48, tuning__signs=0.0)
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Quantized:
+    return quantized("llama", steps=48, tuning__signs=0.3)
+
+
+def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit(still: Quantized, learnt: Quantized) -> None:
+    assert loss(learnt[1]) < loss(still[1])
+    assert learnt[1].bits == still[1].bits
+    assert flipped(learnt[0], still[0])
+
+
+def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(learnt: Quantized) -> None:
+    again, _ = quantized("llama", steps=48, tuning__signs=0.3)
+    first, second = learnt[0].state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_signs_of_one_block_at_a_time_learn_too_and_give_the_same_bytes(still: Quantized) -> None:
+    (learnt, report), (again, _) = (
+        quantized("llama", steps=48, tuning__signs=0.3, tuning__signs_at_once="block") for _ in range(2)
+    )
+    assert loss(report) < loss(still[1])
+    assert {name.split(".")[2] for name in flipped(learnt, still[0])} == {"0", "1"}
+    assert not flipped(learnt, again)
+    assert "one block at a time" in next(p.changed for p in report.passes if p.name == "tune")[0][0]
+
+
+def flipped(model: nn.Module, other: nn.Module) -> set[str]:
+    """Return the names of sign tensors that differ."""
+    theirs = other.state_dict()
+    return {k for k, v in model.state_dict().items() if k.endswith("signs") and not torch.equal(v, theirs[k])}
+
+
+def packed() -> PackedLinear:
+    return PackedLinear.from_binary(
+        BinaryWeight(torch.ones(1, 3, 8, dtype=torch.int8), torch.ones(1, 3, 1)), activation_bits=16
+    )
 
 
 def loss(report: QuantizeReport) -> float:
@@ -83,9 +130,30 @@ def test_the_divergence_is_that_of_the_definition_with_its_gradient() -> None:
     assert relative(gradient, wanted) < 1e-5
 
 
-def test_tuning_is_deterministic() -> None:
-    first, second = (quantized("qwen3", steps=3)[0].state_dict() for _ in range(2))
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
+@pytest.mark.parametrize(("steps", "turns"), [(5, "00111"), (1, "1"), (6, "000111")])
+def test_blocks_take_turns_and_each_learns_as_far_as_if_it_were_all(steps: int, turns: str) -> None:
+    found = [Student(packed(), {}, block=f"layers.{i // 2}") for i in range(4)]
+    learning = tuning_module._Learning(found, Tuning(steps=steps, signs=0.4, signs_at_once="block"))
+    rates: list[list[float]] = []
+    for step in range(steps):
+        learning.turn(step)
+        awake = {student.block[-1] for student in found if student.planes.latent is not None}
+        assert awake == {turns[step]}
+        rates.append([student.planes.rate for student in found])
+    learning.end()
+    assert all(student.planes.latent is None for student in found)
+    walked = [math.hypot(*of_student) for of_student in zip(*rates, strict=True)]
+    expected = [0.4 if str(i // 2) in turns else 0.0 for i in range(4)]
+    assert walked == pytest.approx(expected)
+
+
+def test_where_memory_is_short_less_is_tuned_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affordable, "memory_bytes", lambda: 1000)
+    _, report = quantized("llama", steps=2)
+    assert report.recipe.tuning.steps == 0
+    (done,) = (p for p in report.passes if p.name == "tune")
+    assert not done.changed
+    assert done.skipped[0][1].startswith("nothing is tuned: tuning as asked for takes ")
 
 
 @pytest.mark.parametrize("base", ["bwla-paper", *wider("bwla-folded", "rtn")])

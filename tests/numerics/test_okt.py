@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwla_compiler.errors import ShapeError
+from bwla_compiler.numerics import okt
 from bwla_compiler.numerics.kronecker import apply_kronecker, haar
 from bwla_compiler.numerics.okt import fit_okt
 
@@ -34,8 +35,8 @@ def test_factors_are_orthogonal_and_hard_losses_fall(m: int, n1: int, n2: int, s
     fit = fit_okt(W, n1=n1, n2=n2, iterations=8, start=start, generator=generator())  # type: ignore[arg-type]
     for factor, n in ((fit.left, n1), (fit.right, n2)):
         assert factor is not None
-        # float32 rounding of entries up to 1
-        torch.testing.assert_close(factor.mT @ factor, torch.eye(n), atol=1e-5, rtol=0)
+        # each entry is rounded once, to 2^-25 of at most 1, from a float64 polar factor
+        torch.testing.assert_close(factor.mT @ factor, torch.eye(n), atol=1e-6, rtol=0)
     assert len(fit.losses) == 9
     # float32: the loss is a difference of sums near 1
     assert all(b <= a + 1e-5 for a, b in zip(fit.losses, fit.losses[1:], strict=False))
@@ -67,6 +68,40 @@ def test_losses_are_those_of_the_returned_factors() -> None:
     alpha = rotated.abs().mean(1, keepdim=True)
     direct = (rotated - alpha * rotated.sign()).square().sum() / W.square().sum()
     assert fit.losses[-1] == pytest.approx(float(direct), abs=1e-12)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_factor_of_a_real_size_is_orthogonal_to_one_part_in_a_million(soft: bool) -> None:
+    W = torch.randn(96, 24 * 32, generator=generator())
+    fit = fit_okt(W, n1=24, n2=32, iterations=3, soft=soft, generator=generator())
+    assert fit.left is not None
+    assert fit.right is not None
+    Q = torch.kron(fit.left, fit.right)
+    # float32: both factors and their product are rounded, 2^-24 each of entries that are mostly below 0.3
+    assert float((Q.mT.double() @ Q.double() - torch.eye(768)).abs().max()) < 1e-6
+
+
+@given(
+    m=st.integers(1, 30), n1=st.integers(1, 5), n2=st.integers(1, 8), start=st.sampled_from(["hadamard", "identity"])
+)
+@settings(deadline=None, max_examples=25)
+def test_the_likelihood_of_soft_em_never_falls(m: int, n1: int, n2: int, start: str) -> None:
+    W = torch.randn(m, n1 * n2, generator=generator(m), dtype=torch.float64)
+    W *= torch.logspace(-2, 2, m, dtype=torch.float64)[:, None]  # rows of very different sizes count by their fit
+    fit = fit_okt(W, n1=n1, n2=n2, iterations=8, soft=True, start=start, generator=generator())  # type: ignore[arg-type]
+    assert len(fit.likelihoods) == 8
+    # float64 sums of terms up to 10
+    assert all(b >= a - 1e-9 for a, b in zip(fit.likelihoods, fit.likelihoods[1:], strict=False))
+
+
+def test_the_likelihood_is_that_of_two_gaussians() -> None:
+    W = planted(angle=0.3)
+    fit = fit_okt(W, n1=3, n2=4, iterations=1, soft=True, fit_right=False, start="identity", generator=generator())
+    assert fit.likelihoods[0] < 5
+    mixture = okt._fit_mixture(W, None)
+    near, far = ((W - sign * mixture.alpha).square() / (2 * mixture.variance) for sign in (1, -1))
+    direct = ((-near).exp() + (-far).exp()).log() - (2 * (2 * torch.pi * mixture.variance).sqrt()).log()
+    assert fit.likelihoods[0] == pytest.approx(float(direct.mean()), abs=1e-12)
 
 
 @pytest.mark.parametrize("rows", [8, 200])

@@ -73,6 +73,13 @@ def test_more_rank_lowers_the_error_and_the_best_is_kept() -> None:
     assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0]
 
 
+@given(m=st.integers(8, 48), n=st.integers(8, 48), rank=st.integers(1, 8), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=10)
+def test_at_convergence_a_pair_is_no_worse_than_none(m: int, n: int, rank: int, seed: int) -> None:
+    W, H = problem(m, n, seed)
+    assert min(split_low_rank(W, H, rank=rank).losses) <= min(split_low_rank(W, H, rank=0).losses)
+
+
 def test_rank_zero_is_descent() -> None:
     W, H = problem(12, 16)
     split = split_low_rank(W, H, rank=0)
