@@ -4,8 +4,8 @@ With S the sum of the codes whose sign is +1 and X the sum of all, B q = 2 S - X
 gives 2^p at four channels; times 2^(7 - p) each plane of bits adds up to 128 S in int32, exact up to 132 000 columns.
 """
 
-from bwla_compiler.codegen.triton_linear import choice, constants, describe, group_of, member_parameters
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel
+from bwla_compiler.codegen.triton_linear import choice, constants, describe, group_of, member_parameters, more_parts
+from bwla_compiler.codegen.triton_spec import GROUP, Emitted, LinearKernel, Work
 from bwla_compiler.codegen.triton_text import head, indented
 
 _DP4A = {
@@ -86,7 +86,7 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     body = _GEMV.format(
         names=", ".join(name for name, _ in parameters),
         title=title,
-        choice=choice(spec),
+        choice=choice(spec, spec.tile.rows),
         zeros=indented(["total = tl.zeros((SPLIT, ROWS), tl.float32)"] if spec.grouped else _integers(spec)),
         loads="".join(_loads(spec, p) for p in range(spec.planes)) + (_group_zeros(spec) if spec.grouped else ""),
         sum_x=indented(_SUM_X, 3) if spec.grouped else "",
@@ -97,7 +97,9 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     )
     numbers = {**constants(spec), "SPLIT": spec.tile.split}
     source = head(title, numbers) + _DP4A[spec.assembly] + _SPLIT4 + body
-    return Emitted("linear_gemv", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
+    steps = -(-spec.groups // spec.tile.split) * spec.tile.split
+    work = Work(spec.tile.rows * steps * GROUP * spec.planes, 1)
+    return Emitted("linear_gemv", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages, work)
 
 
 _SUM_X = ["sum_x = four(0x01010101, 0x01010101, 0x01010101, 0x01010101, x0, x1, x2, x3, sum_x)"]
@@ -158,7 +160,9 @@ def _finish(spec: LinearKernel) -> str:
     if spec.ranked:
         lines += [
             "component = tl.arange(0, RANK)",
-            "t = tl.load(mixed + token * RANKS + rank_first + component, mask=component < rank, other=0.0)",
+            "at = token * RANKS + rank_first + component",
+            "t = tl.load(mixed + at, mask=component < rank, other=0.0)",
+            *more_parts(spec, "tl.num_programs(1)", "mask=component < rank"),
             "inside = live_row[:, None] & (component[None, :] < rank)",
             "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
             "total += tl.sum(factor.to(tl.float32) * t[None, :], 1)",

@@ -192,6 +192,8 @@ def _int8_linear_with(fast: bool) -> Any:
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
         scale, rows = values(scale, scale_exponent), _rows(x)
+        if on_triton.serves(rows):
+            return _shaped_like(on_triton.int8_linear(rows, codes, scale, bias), x)
         library = (
             compiled.kernels() if fast and native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
         )
