@@ -59,11 +59,9 @@ def linear_gemv({names}):
     codes += token * (STRIDE // 4)
 {zeros}    for start in tl.range(0, GROUPS, SPLIT, num_stages=STAGES):
         group = start + tl.arange(0, SPLIT)
-        live_group = group < GROUPS
-        inside = live_group[:, None] & live_row[None, :]
-{loads}        for bit in tl.static_range(8):
+{live}{loads}        for bit in tl.static_range(8):
             x_at = group[:, None, None] * 32 + bit * 4 + word[None, None, :]
-            x0, x1, x2, x3 = split4(tl.load(codes + x_at, mask=live_group[:, None, None], other=0), SPLIT, 1)
+            x0, x1, x2, x3 = split4(tl.load(codes + x_at{live_codes}), SPLIT, 1)
 {sum_x}            x0, x1 = tl.broadcast_to(x0, (SPLIT, ROWS)), tl.broadcast_to(x1, (SPLIT, ROWS))
             x2, x3 = tl.broadcast_to(x2, (SPLIT, ROWS)), tl.broadcast_to(x3, (SPLIT, ROWS))
             mask = (0x01010101 << bit) if bit < 7 else -2139062144
@@ -88,6 +86,8 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
         title=title,
         choice=choice(spec, spec.tile.rows),
         zeros=indented(["total = tl.zeros((SPLIT, ROWS), tl.float32)"] if spec.grouped else _integers(spec)),
+        live=_live(spec),
+        live_codes="" if _whole(spec)[1] else ", mask=live_group[:, None, None], other=0",
         loads="".join(_loads(spec, p) for p in range(spec.planes)) + (_group_zeros(spec) if spec.grouped else ""),
         sum_x=indented(_SUM_X, 3) if spec.grouped else "",
         planes="".join(_plane(spec, p) for p in range(spec.planes)),
@@ -105,6 +105,20 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
 _SUM_X = ["sum_x = four(0x01010101, 0x01010101, 0x01010101, 0x01010101, x0, x1, x2, x3, sum_x)"]
 
 
+def _whole(spec: LinearKernel) -> tuple[bool, bool]:
+    """Whether every tile's rows, and every step's groups, are all there: a mask costs a tenth of all instructions."""
+    return all(out % spec.tile.rows == 0 for out in spec.out_features), spec.groups % spec.tile.split == 0
+
+
+def _live(spec: LinearKernel) -> str:
+    """Return the lines that say which groups, and which of the step's weights, are there."""
+    rows, groups = _whole(spec)
+    lines = [] if groups else ["live_group = group < GROUPS"]
+    parts = [] if groups else ["live_group[:, None]"]
+    parts += [] if rows else ["live_row[None, :]"]
+    return indented([*lines, *([f"inside = tl.broadcast_to({' & '.join(parts)}, (SPLIT, ROWS))"] if parts else [])], 2)
+
+
 def _integers(spec: LinearKernel) -> list[str]:
     return [f"sums_{p} = tl.zeros((SPLIT, ROWS), tl.int32)" for p in range(spec.planes)]
 
@@ -117,7 +131,7 @@ def _loads(spec: LinearKernel, plane: int) -> str:
     names = ", ".join(f"w{c}_{plane}" for c in range(4))
     group = group_of(spec, plane)
     at = f"(({group}[:, None] * outputs + row[None, :]) * 4)[:, :, None] + word[None, None, :]"
-    load = "tl.load(words + at, mask=inside[:, :, None], other=0)"
+    load = "tl.load(words + at)" if all(_whole(spec)) else "tl.load(words + at, mask=inside[:, :, None], other=0)"
     return indented([f"at = {at}", f"{names} = split4({load}, SPLIT, ROWS)"], 2)
 
 
@@ -136,7 +150,7 @@ def _group_end(spec: LinearKernel, plane: int) -> str:
     at = f"{group_of(spec, plane)}[:, None] * outputs + row[None, :]"
     return indented(
         [
-            f"group_scale = tl.load(scale + {at}, mask=inside, other=0.0)",
+            f"group_scale = tl.load(scale + {at}{'' if all(_whole(spec)) else ', mask=inside, other=0.0'})",
             f"total += (sums_{plane} - 64 * sum_x).to(tl.float32) * group_scale",
         ],
         2,

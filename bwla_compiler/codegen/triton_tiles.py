@@ -31,7 +31,7 @@ LAUNCH = 2e-6
 REGISTERS, SHARED, WARPS = 65536, 200_000, 48
 """Of a unit: registers, bytes of shared memory, warps that are resident at once."""
 
-DECODE_COST, EXPAND_COST = 0.65, 0.62
+DECODE_COST, EXPAND_COST = 0.66, 0.62
 """Instructions a weight of the decode kernel, and of the matrix kernel before its products (counted in SASS)."""
 
 SMALLEST_PART = 4
@@ -69,14 +69,14 @@ def candidates(spec: LinearKernel, tokens: int, *, smallest: int = 8) -> list[Ti
 
 
 def _decode_tiles(spec: LinearKernel) -> Iterator[Tile]:
-    """Yield tiles whose threads have 2 or 4 rows each, so that a read is a whole line and registers suffice."""
-    most = max(8, power_of_two(spec.groups, least=1))
+    """Yield tiles whose threads have 4 or 8 rows each, with groups side by side that leave none over where they can."""
+    splits = [n for n in (8, 16, 32) if spec.groups % n == 0] or [8]
     for rows in (16, 32, 64):
-        for split in (8, 16, 32):
-            for lanes in (2, 4):
+        for split in splits:
+            for lanes in (4, 8):
                 warps = rows * split // (32 * lanes)
-                if split <= most and 2 <= warps <= 8:
-                    yield Tile(rows, 1, warps, 2, split=split)
+                if 1 <= warps <= 8:
+                    yield from (Tile(rows, 1, warps, stages, split=split) for stages in (2, 4))
 
 
 def _dot_shapes(spec: LinearKernel, tokens: int, smallest: int) -> list[tuple[int, int, int]]:
@@ -116,7 +116,7 @@ class _Program:
 def _decode_program(spec: LinearKernel, tile: Tile) -> _Program:
     steps = -(-spec.groups // tile.split)
     lanes = tile.rows * tile.split // (32 * tile.warps)
-    each = DECODE_COST + 0.12 * 2 / lanes  # reads of the codes are shared by a thread's rows
+    each = DECODE_COST + 0.3 / lanes  # a thread's rows share its reads of the codes
     instructions = 100 + each * spec.planes * lanes * GROUP * steps
     registers = 40 + 10 * lanes * spec.planes
     resident = min(WARPS // tile.warps, REGISTERS // (registers * 32 * tile.warps))

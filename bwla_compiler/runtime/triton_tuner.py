@@ -23,7 +23,7 @@ from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
 
-TIMED = 4
+TIMED = 3
 """Tiles that are timed, of the modelled order."""
 
 
