@@ -38,8 +38,8 @@ lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gate: setup lint  ## lint, and every kernel against its reference on each ISA that this machine runs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime
+gate: setup lint  ## lint, every kernel against its reference, and the budgets of GPU kernels (no GPU needed)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime tests/benchmarks/test_gpu.py
 
 bench: setup  ## time the kernels and models on this machine
 	$(BIN)/python -m benchmarks

@@ -341,9 +341,8 @@ def models(bench: Bench, left_out: list[str]) -> Iterator[dict[str, Any]]:
             _say(title)
             try:
                 model = make(config, bench.device)
-                yield from _steps(
-                    bench, model, way, {"model": name, "layers": config.num_hidden_layers}, batches, prompt
-                )
+                about = {"model": name, "layers": config.num_hidden_layers, "way": way}
+                yield from _steps(bench, model, about, left_out, (*batches, *((0,) if prompt else ())), prompt)
             except torch.cuda.OutOfMemoryError as error:
                 left_out.append(f"{title}: {error}"[:300])
             model = None  # the next one needs its memory

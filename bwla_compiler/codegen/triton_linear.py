@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from bwla_compiler.codegen.triton_spec import GROUP, Emitted, LinearKernel, Work, padded
 from bwla_compiler.codegen.triton_text import (
-    EXPAND,
     choose_number,
     choose_pointers,
+    expand_function,
     head,
     indented,
     members,
@@ -43,7 +43,11 @@ _SUMS = """\
     channel = tl.arange(0, 128)
     word = tl.arange(0, 4)
     codes += block * STRIDE
-{zeros}    for group in {groups}:
+{zeros}    for start in {groups}:
+{steps}"""
+
+_STEP = """\
+        group = start + {step}
         q = tl.load(codes + token[:, None] * STRIDE + group * 128 + channel[None, :], mask=live_token[:, None], other=0)
 {planes}"""
 
@@ -161,9 +165,9 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     parameters += [("tokens", "i32")]
     title = f"{describe(spec)}: tiles of {spec.tile.rows} x {spec.tile.tokens} tokens"
     title += "" if whole else f", sums over {spec.tile.parts} parts of the channels"
-    sums = _SUMS.format(
-        zeros=indented(_zeros(spec)), groups=_range(spec), planes="".join(_plane(spec, p) for p in range(spec.planes))
-    )
+    planes = "".join(_plane(spec, p) for p in range(spec.planes))
+    steps = "".join(_STEP.format(step=step, planes=planes) for step in range(unrolled(spec)))
+    sums = _SUMS.format(zeros=indented(_zeros(spec)), groups=_range(spec), steps=steps)
     body = tile_head("linear_dot", parameters, title=title, choice=choice(spec, spec.tile.rows, rest=whole)) + _LIVE
     body += sums + (_totals(spec) + finish(spec) if whole else _store_sums(spec))
     numbers = {**constants(spec), "TOKENS": spec.tile.tokens}
@@ -171,7 +175,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
         numbers |= {"SLAB": RANK_SLAB, "RANK": _slabs(spec) * RANK_SLAB} if spec.ranked else {}
     else:
         numbers |= {"CHUNK": spec.part_groups, "OUTPUTS": sum(spec.out_features)}
-    functions = EXPAND + (_product(spec) if whole or not spec.rounds else "")
+    functions = expand_function(assembly=spec.assembly) + (_product(spec) if whole or not spec.rounds else "")
     source = head(title, numbers) + "\n" + functions + body
     tile = spec.tile
     work = Work(
@@ -210,11 +214,20 @@ def _slabs(spec: LinearKernel) -> int:
     return -(-max(spec.ranks) // RANK_SLAB)
 
 
+def unrolled(spec: LinearKernel) -> int:
+    """Return the groups of one step of the loop: several spare instructions where warps multiply alone."""
+    parts, chunk = spec.tile.parts, spec.part_groups
+    if spec.tile.warps >= 4 or not spec.rounds or parts * chunk != spec.groups:
+        return 1
+    return next(n for n in (4, 5, 3, 2, 1) if chunk % n == 0)
+
+
 def _range(spec: LinearKernel) -> str:
     """Return the groups that a program goes through."""
+    step = f"{unrolled(spec)}, num_stages=STAGES)"
     if spec.tile.parts == 1:
-        return "tl.range(0, GROUPS, num_stages=STAGES)"
-    return "tl.range(tl.program_id(2) * CHUNK, tl.minimum(tl.program_id(2) * CHUNK + CHUNK, GROUPS), num_stages=STAGES)"
+        return f"tl.range(0, GROUPS, {step}"
+    return f"tl.range(tl.program_id(2) * CHUNK, tl.minimum(tl.program_id(2) * CHUNK + CHUNK, GROUPS), {step}"
 
 
 def _sum_names(spec: LinearKernel) -> list[str]:

@@ -31,8 +31,9 @@ LAUNCH = 2e-6
 REGISTERS, SHARED, WARPS = 65536, 200_000, 48
 """Of a unit: registers, bytes of shared memory, warps that are resident at once."""
 
-DECODE_COST, EXPAND_COST = 0.66, 0.62
-"""Instructions a weight of the decode kernel, and of the matrix kernel before its products (counted in SASS)."""
+DECODE_COST, EXPAND_COST, WIDE_COST = 0.66, 0.75, 1.5
+"""Instructions a weight, counted in SASS: of the decode kernel; of the matrix kernel before its products, where warps
+multiply alone, and where four do so together (signs then go through shared layouts)."""
 
 SMALLEST_PART = 4
 """Groups of 128 channels that a program gets at least."""
@@ -87,7 +88,7 @@ def _dot_shapes(spec: LinearKernel, tokens: int, smallest: int) -> list[tuple[in
         return [(64, wide, 2), (32, wide, 2)]
     if tokens <= 64:
         wide = 32 if tokens <= 32 else 64
-        return [(64, wide, 4), (128, wide, 8)]
+        return [(64, wide, 4), (128, wide, 8), *([(64, wide, 2)] if wide == 32 else [])]
     if heavy:
         return [(128, 64, 8), (64, 64, 4)]
     return [(128, 128, 8), (64, 128, 4), (128, 256, 8)] if tokens > 128 else [(128, 128, 8), (64, 128, 4)]
@@ -125,9 +126,8 @@ def _decode_program(spec: LinearKernel, tile: Tile) -> _Program:
 
 def _dot_program(spec: LinearKernel, tile: Tile) -> _Program:
     own = tile.rows / (32 * tile.warps)  # rows a thread
-    multiply = 0.08 * tile.tokens / 8 if tile.tokens <= 16 else 0.02 * tile.tokens / 8
-    scaled = 3 * tile.tokens / GROUP if spec.grouped else 0.0
-    each = EXPAND_COST + multiply + scaled
+    multiply = (EXPAND_COST + 0.1 * tile.tokens / 8) if tile.warps < 4 else (WIDE_COST + 0.03 * tile.tokens / 8)
+    each = multiply + (3 * tile.tokens / GROUP if spec.grouped else 0.0)
     instructions = 200 + each * spec.planes * own * GROUP * spec.part_groups
     registers = 80 + tile.rows * tile.tokens * (spec.planes + spec.grouped) // (32 * tile.warps)
     step = 16 * tile.rows * spec.planes + (GROUP if spec.rounds else 4 * GROUP) * tile.tokens

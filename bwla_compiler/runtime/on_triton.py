@@ -4,6 +4,7 @@ Serves CUDA and HIP tensors; CPU tensors where BWLA_KERNELS=triton and Triton ru
 """
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
@@ -47,6 +48,12 @@ class _Codes:
     code_sum: Tensor | None
 
 
+@functools.cache
+def warn_slow(reason: str) -> None:
+    """Warn, once for each reason, that plain torch computes where kernels should."""
+    warnings.warn(f"{reason}. Until then plain torch computes, many times slower", RuntimeWarning, stacklevel=3)
+
+
 def serves(x: Tensor) -> bool:
     """Return whether Triton computes operators of x, which has entries.
 
@@ -56,6 +63,8 @@ def serves(x: Tensor) -> bool:
     if chosen in ("cpp", "torch") or (chosen == "auto" and not x.is_cuda) or x.numel() == 0 or x.is_meta:
         return False
     if chosen == "auto":
+        if not triton_module.installed():
+            warn_slow(f"Triton, which quantized linears need on a GPU, is not installed; {triton_module.REMEDY}")
         return triton_module.installed()
     if not x.is_cuda and not triton_module.interpreted():
         raise BuildError(
@@ -283,7 +292,7 @@ def _spec(rows: Tensor, members: Sequence[Linear], residuals: Sequence[Tensor | 
         activation_bits=bits,
         tile=NO_TILE,
         precision=precision_of(rows),
-        assembly=rows.is_cuda and not triton_module.interpreted(),
+        assembly=rows.is_cuda and has_dp4a(rows) and not triton_module.interpreted(),
         decodes=has_dp4a(rows),
     )
 

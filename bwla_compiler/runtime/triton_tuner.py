@@ -84,11 +84,11 @@ def smallest_product(x: Tensor) -> int:
 
 def seconds_of(run: Callable[[], object]) -> float:
     """Return the median seconds of a launch with cold caches; infinite where the device has not the resources."""
-    import triton
     from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
 
     try:
-        return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")) / 1e3
+        return float(do_bench(run, warmup=5, rep=20, return_mode="median")) / 1e3
     except OutOfResources:
         return float("inf")
 

@@ -10,8 +10,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import Graph, GraphModule
 from triton.runtime.errors import OutOfResources
 
+from bwla_compiler.backend.prepare import prepare
 from bwla_compiler.codegen import triton_spec
 from bwla_compiler.codegen.triton_spec import Emitted, Kind, Tile
 from bwla_compiler.errors import ShapeError
@@ -449,3 +451,37 @@ def test_what_does_not_fit_is_refused() -> None:
         on_triton.fused(x, Prologue("rms_norm", gain=torch.ones(59)), [make_linear(60, 8)], [None], None, 8)
     with pytest.raises(ShapeError, match="gate \\[2, 30\\]: expected the shape of the input, \\[2, 60\\]"):
         on_triton.fused(x, Prologue("silu_mul", gate=torch.randn(2, 30)), [make_linear(60, 8)], [None], None, 8)
+
+
+def test_a_graph_prepared_derives_nothing_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    member = make_linear(60, 20, rank=2, bias=True)
+    assert member.low_rank is not None
+    names = ("x", "signs", "scale", "into", "onto", "rank_scale", "bias", "codes", "head_scale", "left")
+    graph = Graph()
+    x, signs, scale, into, onto, rank_scale, bias, codes, head_scale, left = map(graph.placeholder, names)
+    turned = graph.call_function(torch.ops.bwla.transform.default, (x, None, left, None))
+    y = graph.call_function(
+        torch.ops.bwla.linear.default, (turned, signs, scale, None, into, onto, rank_scale, bias, 8)
+    )
+    graph.output(graph.call_function(torch.ops.bwla.int8_linear.default, (y, codes, head_scale, None)))
+    gm = GraphModule({}, graph)
+    double = [t.double() for t in (member.scale, member.low_rank[2], torch.ones(5))]  # float32 copies are derived
+    inputs = (torch.randn(1, 60), member.signs, double[0], *member.low_rank[:2], double[1], member.bias,
+              torch.ones(5, 20, dtype=torch.int8), double[2], torch.eye(6))  # fmt: skip
+    assert prepare(gm, inputs) == 3
+    for cache in (triton_layout.PACKED_SIGNS, triton_layout.PACKED_SCALES, triton_layout.FLOATS):
+        monkeypatch.setattr(cache, "get", only_known(cache))
+    assert gm(*inputs).isfinite().all()
+
+
+def only_known(cache: Any) -> Callable[..., Any]:
+    """Return the cache's `get`, which fails where something has to be derived."""
+    get = cache.get
+
+    def known(tensor: Tensor, make: Callable[[], Any], **rest: Any) -> Any:
+        def refuse() -> Any:
+            raise AssertionError("derived while the graph runs")
+
+        return get(tensor, refuse, **rest)
+
+    return known
