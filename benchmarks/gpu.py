@@ -66,7 +66,7 @@ FULL = Size(
     seconds=540.0,
     head=(151936, 5120),
 )  # fmt: skip
-DRY = Size({"tiny": (24, 160)}, (1, 3), 3, (("tiny", None, (1,), 4),), 4, 1, 1e9, (20, 48))
+DRY = Size({"tiny": (24, 160)}, (1, 3), 3, (("tiny", None, (2,), 4),), 4, 1, 1e9, (20, 48))
 
 TOLERANCE = 2e-5
 """Of the largest entry: float32 sums of up to 25 600 products of integers and of the low-rank pair."""

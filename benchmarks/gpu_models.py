@@ -67,12 +67,12 @@ def packed_model(config: Any, device: torch.device, *, recipe: str = "bwla-w1a6"
     for name, module in list(model.named_modules()):
         if module is table:
             _set(model, name, Int8Embedding(*table.weight.shape, device="meta", dtype=torch.bfloat16))
-    model.to_empty(device=device)
+    model.to_empty(device=device).requires_grad_(False)
     _fill(model, device)
     # buffers that are computed, and not stored, were lost with meta
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
-    return model.to(torch.bfloat16).requires_grad_(False)
+    return model.to(torch.bfloat16)
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -152,7 +152,7 @@ def _timed(step: Callable[[], object], model: nn.Module, rounds: int) -> Steps:
     step()
     _wait(model)
     first = time.perf_counter() - start
-    for _ in range(3):  # the second call records the graph, the third is the first that replays it
+    for _ in range(min(3, rounds - 1)):  # the second call records the graph, the third is the first that replays it
         step()
     seconds = []
     for _ in range(rounds):

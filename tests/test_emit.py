@@ -99,7 +99,8 @@ def test_a_spec_has_the_kernels_that_it_runs() -> None:
     assert names(ranked, "cuda:90") == [
         "prologue", "linear_gemv", "low_rank", "linear_dot", "linear_dot", "low_rank",
     ]  # fmt: skip
-    assert names(plain, "hip:gfx942") == ["prologue", *["linear_dot"] * 3]
+    # without a dot product of bytes, one token and a small batch take the same kernel
+    assert names(plain, "hip:gfx942") == ["prologue", *["linear_dot"] * 2]
     assert names(dataclasses.replace(plain, activation_bits=16), "cuda:90") == ["prologue", *["linear_dot"] * 2]
 
 

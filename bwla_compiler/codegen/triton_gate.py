@@ -10,8 +10,8 @@ in the time in which its memory delivers a weight of 1 bit."""
 SKINNY_TOKENS = 8
 """Tokens of a tile up to which the second budget holds: twice as many take twice the products."""
 
-DECODE_TOKENS = 16
-"""Tokens of a tile up to which the products are those of single warps."""
+TOGETHER = 4
+"""Warps from which on newer units multiply for four warps together; fewer keep to the products of single warps."""
 
 SMALLEST = 40
 """Instructions below which a kernel is a stub that traps: so the compiler answers where tensor memory overflows."""
@@ -49,11 +49,11 @@ def required_units(compiled: Compiled) -> tuple[str, ...]:
     capability = int(target.architecture)
     if capability < 80:
         return ("IMMA",)
-    if emitted.work.tokens <= DECODE_TOKENS:
+    if emitted.warps < TOGETHER:
         return ("IMMA.16832",)
     if capability == 90:
         return ("IGMMA",)
-    return ("UTCIMMA",) if capability in (100, 103) and _newest() and emitted.warps >= 4 else ("IMMA",)
+    return ("UTCIMMA",) if capability in (100, 103) and _newest() else ("IMMA",)
 
 
 def _newest() -> bool:

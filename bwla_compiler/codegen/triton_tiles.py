@@ -70,14 +70,17 @@ def candidates(spec: LinearKernel, tokens: int, *, smallest: int = 8) -> list[Ti
 
 
 def _decode_tiles(spec: LinearKernel) -> Iterator[Tile]:
-    """Yield tiles whose threads have 4 or 8 rows each, with groups side by side that leave none over where they can."""
+    """Yield tiles whose threads have 4 or 8 rows each, with groups side by side that leave none over where they can.
+
+    Deep pipelines only where 8 rows share their cost: with 4 it takes the kernel beyond its budget.
+    """
     splits = [n for n in (8, 16, 32) if spec.groups % n == 0] or [8]
     for rows in (16, 32, 64):
         for split in splits:
-            for lanes in (4, 8):
+            for lanes, stages in ((4, 2), (8, 2), (8, 4)):
                 warps = rows * split // (32 * lanes)
                 if 1 <= warps <= 8:
-                    yield from (Tile(rows, 1, warps, stages, split=split) for stages in (2, 4))
+                    yield Tile(rows, 1, warps, stages, split=split)
 
 
 def _dot_shapes(spec: LinearKernel, tokens: int, smallest: int) -> list[tuple[int, int, int]]:
@@ -85,10 +88,11 @@ def _dot_shapes(spec: LinearKernel, tokens: int, smallest: int) -> list[tuple[in
     heavy = spec.planes > 1 or spec.grouped
     if tokens <= 16:
         wide = max(smallest, 8 if tokens <= 8 else 16)
-        return [(64, wide, 2), (32, wide, 2)]
+        return [(64, wide, 2), (32, wide, 2), (128, wide, 2)]
+    if tokens <= 32:
+        return [(64, 32, 2), (128, 32, 8)] if heavy else [(128, 32, 2), (64, 32, 2), (128, 32, 8)]
     if tokens <= 64:
-        wide = 32 if tokens <= 32 else 64
-        return [(64, wide, 4), (128, wide, 8), *([(64, wide, 2)] if wide == 32 else [])]
+        return [(64, 64, 4), (128, 64, 8)]
     if heavy:
         return [(128, 64, 8), (64, 64, 4)]
     return [(128, 128, 8), (64, 128, 4), (128, 256, 8)] if tokens > 128 else [(128, 128, 8), (64, 128, 4)]

@@ -89,7 +89,7 @@ def test_units_and_budgets_depend_on_the_kernel() -> None:
     assert violations(Compiled(decode, H100, {}, dataclasses.replace(GOOD, units=("IDP.4A.U8.S8",)))) == [
         "1.00 instructions a weight, of 0.75: t"
     ]
-    prompt = dataclasses.replace(SKINNY, work=Work(128 * 5120, 128))
+    prompt = dataclasses.replace(SKINNY, warps=8, work=Work(128 * 5120, 128))
     assert violations(Compiled(prompt, H100, {}, GOOD)) == ["none of IGMMA in its code"]
     amd = Compiled(prompt, parse_target("hip:gfx942"), {}, dataclasses.replace(GOOD, units=(), per_weight=None))
     assert violations(amd) == []
