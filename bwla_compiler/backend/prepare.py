@@ -48,7 +48,7 @@ def _value(gm: GraphModule, known: Mapping[Node, Any], argument: Any) -> Any:
 def _derive(target: Any, arguments: Sequence[Any]) -> bool:
     padded = [*arguments, *(None,) * (_MOST - len(arguments))]
     stored = next((a for a in padded[1:] if isinstance(a, Tensor)), None)
-    if type(stored) not in (Tensor, torch.nn.Parameter) or not on_triton.serves(stored):
+    if stored is None or type(stored) not in (Tensor, torch.nn.Parameter) or not on_triton.serves(stored):
         return False
     _DERIVED[target](padded)
     return True

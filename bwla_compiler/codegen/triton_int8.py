@@ -59,7 +59,7 @@ def emit_int8_linear(spec: Int8Kernel, *, activations: str = "*x") -> Emitted:
     x [tokens, columns] of the activations' type; codes int8 [out, columns]; scale [out] and bias [out] float32;
     y [tokens, out] of the model's type; tokens: how many. activations: "*fp32" where x was turned before.
     """
-    (outputs,), tile = spec.out_features, spec.tile
+    outputs, tile = spec.out_features, spec.tile
     one = tile.tokens == 1
     parameters = [("x", activations), ("codes", "*i8"), ("scale", "*fp32")]
     parameters += [("bias", "*fp32")] if spec.bias else []

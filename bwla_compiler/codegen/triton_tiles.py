@@ -95,7 +95,8 @@ def _dot_shapes(spec: LinearKernel, tokens: int, smallest: int) -> list[tuple[in
         return [(64, 64, 4), (128, 64, 8)]
     if heavy:
         return [(128, 64, 8), (64, 64, 4)]
-    return [(128, 128, 8), (64, 128, 4), (128, 256, 8)] if tokens > 128 else [(128, 128, 8), (64, 128, 4)]
+    found = [(128, 128, 8), (64, 128, 4)]  # with a residual to add, 128 x 256 spills
+    return found if tokens <= 128 or any(spec.residuals) else [*found, (128, 256, 8)]
 
 
 def _parts(spec: LinearKernel, tokens: int) -> list[int]:

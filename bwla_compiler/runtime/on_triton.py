@@ -331,7 +331,7 @@ def int8_linear(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None)
     """Return (rows codes^T) * scale + bias [tokens, out], dtype of rows; rows [tokens, in], codes int8 [out, in]."""
     rows, tokens, out = rows.contiguous(), rows.shape[0], codes.shape[0]
     tile = int8_tile(tokens)
-    spec = Int8Kernel(rows.shape[1], (out,), bias is not None, tile, precision_of(rows))
+    spec = Int8Kernel(rows.shape[1], out, bias is not None, tile, precision_of(rows))
     y = rows.new_empty(tokens, out)
     tensors = {"x": rows, "codes": codes.contiguous(), "scale": float32(scale), "y": y, "tokens": tokens}
     tensors |= {"bias": None if bias is None else float32(bias)}

@@ -69,4 +69,4 @@ def prologues(target: GpuTarget) -> list[Emitted]:
 
 def heads(target: GpuTarget) -> list[Emitted]:
     """Return the kernels of the int8 head, for one token and for a few."""
-    return [emit_int8_linear(Int8Kernel(5120, (151936,), False, int8_tile(n), target.precision)) for n in (1, 8)]
+    return [emit_int8_linear(Int8Kernel(5120, 151936, False, int8_tile(n), target.precision)) for n in (1, 8)]

@@ -87,7 +87,7 @@ def test_linear_kernels_declare_what_they_read(
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_declare_what_they_read(tokens: int, bias: bool) -> None:
-    check(emit_int8_linear(Int8Kernel(200, (33,), bias, int8_tile(tokens))))
+    check(emit_int8_linear(Int8Kernel(200, 33, bias, int8_tile(tokens))))
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
