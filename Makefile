@@ -4,6 +4,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 # Both names: pip reads the first for what it installs, and newer versions the second for isolated builds.
 export PIP_CONSTRAINT := constraints.txt
@@ -11,10 +12,10 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gate bench clean
+.PHONY: help setup demo test test-all lint gate sanitize bench clean
 
 help:  ## print this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP)  ## make .venv and install the package with its tests (quick when done)
 
@@ -40,6 +41,11 @@ lint: setup  ## ruff and mypy --strict
 
 gate: setup lint  ## lint, every kernel against its reference, and the budgets of GPU kernels (no GPU needed)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime tests/benchmarks/test_gpu.py
+
+sanitize: setup  ## the C++ kernels' tests under the address and undefined-behaviour sanitizers
+	BWLA_CXX="g++ $(SANITIZERS) -fno-omit-frame-pointer -g1" ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q -n0 tests/codegen/test_kernels.py
 
 bench: setup  ## time the kernels and models on this machine
 	$(BIN)/python -m benchmarks

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compile_time, kernels, quality
+from benchmarks import compile_time, kernels, quality, text
 from benchmarks.record import RESULTS, latest, record
 from bwla_compiler.inspector.progress import ProgressBars
 
@@ -19,6 +19,7 @@ MEASUREMENTS: dict[str, Measure] = {
     "quality": lambda progress, asked: quality.measure(
         progress, seed=asked.seed, quick=asked.quick, outliers=asked.outliers, ways=asked.row
     ),
+    "text": lambda progress, asked: text.measure(progress),
 }
 
 

@@ -185,14 +185,20 @@ def zoo(
     ] = Extent.SAMPLE,
     limit_seconds: Annotated[float, typer.Option(min=1, help="Wall time that one architecture may take.")] = 600.0,
     workers: Annotated[int, typer.Option(min=1, max=2, help="Processes side by side.")] = 1,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep each row there as it is made; a run with the same FILE goes on."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Verify, quantize and compile a tiny model of every architecture that transformers knows as a causal LM."""
+    from bwla_compiler.zoo.journal import Journal
     from bwla_compiler.zoo.models import known
     from bwla_compiler.zoo.table import summary, to_json, to_markdown, versions
     from bwla_compiler.zoo.workers import run_zoo
 
     chosen = known(names or [])
+    conditions = {"seed": seed, "extent": extent.value, "versions": versions()}
     with progress_bars() as progress:
         rows = run_zoo(
             chosen,
@@ -201,6 +207,7 @@ def zoo(
             limit_seconds=limit_seconds,
             workers=workers,
             progress=lambda name, done, total: progress("architectures", done, total),
+            keep=Journal(keep, conditions) if keep else None,
         )
     command = " ".join(["bwla-compile zoo", *(names or []), f"--seed {seed} --compile {extent}"])
     if json_file:

@@ -24,8 +24,8 @@ Progress = Callable[[str, int, int], None]
 RECIPES: dict[str, str] = {"rtn": "rtn", "hadamard-rtn": "hadamard-rtn", "bwla": "bwla-w1a6"}
 """Rows of the table: the weights of each are fitted once, its activations set per column."""
 
-TUNING_STEPS = 24
-"""A quarter of the recipe's: what the two minutes of the main job leave time for."""
+TUNING_STEPS = 20
+"""A fifth of the recipe's: what the two minutes of the main job leave time for."""
 
 ACTIVATION_BITS = (16, 8, 6, 4)
 STAGES = 1 + len(RECIPES) * (1 + len(ACTIVATION_BITS))

@@ -35,7 +35,7 @@ SPEED_ROW, SPEED_BITS = "bwla", 6
 class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
-    calibration_sequences: int = 96
+    calibration_sequences: int = 80
     test_sequences: int = 32
     length: int = 256
     decode_steps: int = 24

@@ -134,6 +134,12 @@ def random_tokens(vocab_size: int, *, sequences: int, length: int, seed: int) ->
     return torch.randint(0, vocab_size, (sequences, length), generator=generator)
 
 
+def longest(model: nn.Module) -> int | None:
+    """Return how many positions a model has, None where its config sets no limit."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None  # XLNet's -1 stands for none
+
+
 def self_generated(
     model: nn.Module,
     *,
@@ -149,7 +155,7 @@ def self_generated(
     model: a causal LM of transformers; its cache is used where it returns one. Raises CalibrationError where
     `length` exceeds the model's positions or the logits are not finite.
     """
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    most = longest(model)
     if most is not None and length > most:
         raise CalibrationError(f"calibration length {length} is over the model's {most} positions; ask for less")
     generator = torch.Generator().manual_seed(seed)

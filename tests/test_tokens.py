@@ -213,6 +213,11 @@ def test_self_generation_reports_progress() -> None:
     assert [(done, total) for _, done, total in seen] == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_a_limit_of_minus_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODEL.config, "max_position_embeddings", -1)  # as XLNet's config has it
+    assert self_generated(MODEL, sequences=1, length=3, seed=0).shape == (1, 3)
+
+
 def test_self_generation_refuses_what_it_cannot_do() -> None:
     with pytest.raises(CalibrationError, match="over the model's 64 positions"):
         self_generated(MODEL, sequences=1, length=65, seed=0)

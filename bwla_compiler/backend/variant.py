@@ -14,7 +14,7 @@ from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.recipe import Recipe
-from bwla_compiler.tokens import calibration_tokens
+from bwla_compiler.tokens import calibration_tokens, longest
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -160,12 +160,11 @@ def _tokens(model: nn.Module, recipe: Recipe, options: Options, progress: Progre
             "%s is no causal LM that could generate its calibration: fitted to its weights alone", type(model).__name__
         )
         return None
-    longest = getattr(model.config, "max_position_embeddings", None) or recipe.calibration.length
     return calibration_tokens(
         options.calibration,
         model=model,
         sequences=recipe.calibration.sequences,
-        length=min(recipe.calibration.length, longest),
+        length=min(recipe.calibration.length, longest(model) or recipe.calibration.length),
         seed=options.seed,
         progress=progress,
     )

@@ -260,7 +260,7 @@ class _Quantizer:
         return {group.name: torch.stack(maxima).amax(0).float()}
 
     def _statistics(self, group: Group, members: Sequence[Linear]) -> tuple[Tensor | None, Tensor | None]:
-        """Return gram [in, in] and cross [sum of out, in] of the inputs as the linears will see them."""
+        """Return gram [in, in] and cross [sum of out, in] of the inputs as the linears will see them; None: unknown."""
         if self.stream is None:
             return None, None
         weight = torch.cat([self._weight(x) for x in members])
@@ -279,9 +279,13 @@ class _Quantizer:
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
             stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+        gram = stats.gram()
+        if not gram.any():  # nothing is known of directions that no token has
+            log.warning("%s: its input is zero on all calibration tokens; fitted to the weights alone", group.name)
+            return None, None
         if not wanted:
-            return stats.gram(), None
-        return stats.gram(), stats.cross() if added is not None else weight.double() @ stats.cross()
+            return gram, None
+        return gram, stats.cross() if added is not None else weight.double() @ stats.cross()
 
     def _added_drifts(self, members: Sequence[Linear]) -> list[Tensor] | None:
         """Per batch, the drift [tokens, out] of what a lone member's output is added to.

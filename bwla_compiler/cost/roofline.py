@@ -159,7 +159,7 @@ def symbolic_crossover() -> sp.Expr:
     product = _product(read=sp.Integer(1))
     difference = memory_seconds(product) - compute_seconds(product)
     fixed, slope = difference.subs(M, 0), sp.diff(difference, M)
-    return sp.simplify(-fixed / slope)
+    return -fixed / slope
 
 
 def region_cost(

@@ -30,10 +30,11 @@ Each captured model was quantized with `{RECIPE}`, calibrated on its own samples
 logits of the quantized model run eagerly, up to a relative error (by the norm) of {TOLERANCES["door"]:g} *at the door*,
 which is where Inductor would take over and the graph runs as it is, and of {TOLERANCES["whole"]:g} the *whole* way
 (the first length alone), where kernels sum in another order and an activation at the edge of two codes may round the
-other way. *Broken*: right, in several graphs. *Floats*: no packed weight would have been used. *Raw*: the float model
-compiled, which the backend quantizes on the way. *Quantized* counts the weights that were packed. *Bits* are true bits
-a weight, of the block linears and of the whole model. *Graphs* are those of the first call, and of the {len(LENGTHS)}
-lengths together."""
+other way; at the door too where Dynamo itself computes a number in another way, and then they are compared without
+rounding as well. *Broken*: right, in several graphs. *Floats*: no packed weight would have been used. *Raw*: the float
+model compiled, which the backend quantizes on the way. *Quantized* counts the weights that were packed. *Bits* are true
+bits a weight, of the block linears and of the whole model. *Graphs* are those of the first call, and of the
+{len(LENGTHS)} lengths together."""
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from bwla_compiler.zoo.extent import Extent
+from bwla_compiler.zoo.journal import Journal
 from bwla_compiler.zoo.run import ZooRow, interrupted, zoo_rows
 
 Progress = Callable[[str, int, int], None]
@@ -43,20 +44,22 @@ def run_zoo(
     workers: int = 1,
     progress: Progress | None = None,
     job: Job | None = None,
+    keep: Journal | None = None,
 ) -> tuple[ZooRow, ...]:
     """Return the rows of architectures, in the order of their names.
 
     extent: how far each is compiled, see `zoo_rows`. limit_seconds: wall time that one may take; beyond it its process
     is ended and the row says so. workers: processes side by side, 1 or 2. job: what gives the rows of (name, seed),
     each in place of the one before, `zoo_rows` by default; a function of a module, or a partial of one. progress: sees
-    each name as it ends.
+    each name as it ends. keep: rows that it has are not made again, and every new one is added at once.
     """
     assert 1 <= workers <= MAX_WORKERS
     job = job or partial(zoo_rows, extent=extent)
-    rows: dict[str, ZooRow] = {}
-    waiting = list(dict.fromkeys(names))
-    total = len(waiting)
-    crew = [_start(job, seed) for _ in range(min(workers, total))]
+    chosen = list(dict.fromkeys(names))
+    kept = keep.rows() if keep is not None else {}
+    rows = {name: kept[name] for name in chosen if name in kept}
+    waiting = [name for name in chosen if name not in rows]
+    crew = [_start(job, seed) for _ in range(min(workers, len(waiting)))]
     try:
         while waiting or any(w.name for w in crew):
             _give(crew, waiting)
@@ -64,8 +67,10 @@ def run_zoo(
                 if (row := _collect(worker, limit_seconds)) is None:
                     continue
                 rows[row.name] = row
+                if keep is not None:
+                    keep.add(row)
                 if progress is not None:
-                    progress(row.name, len(rows), total)
+                    progress(row.name, len(rows), len(chosen))
                 worker.name, worker.n_rows = "", worker.n_rows + 1
                 if waiting and (not worker.process.is_alive() or worker.n_rows >= ROWS_A_PROCESS):
                     _end(worker)
@@ -74,7 +79,7 @@ def run_zoo(
     finally:
         for worker in crew:
             _end(worker)
-    return tuple(rows[name] for name in dict.fromkeys(names))
+    return tuple(rows[name] for name in chosen)
 
 
 def _start(job: Job, seed: int) -> _Worker:

@@ -84,6 +84,17 @@ def test_without_calibration_the_weights_alone_are_fitted() -> None:
     assert torch.isfinite(logits(model)).all()
 
 
+def test_an_input_that_is_always_zero_tells_nothing_and_stops_nothing() -> None:
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight").zero_()
+    reference = logits(model)
+    fit(model, "llama", recipe(), tokens())
+    assert isinstance(model.get_submodule("model.layers.0.mlp.down_proj"), PackedLinear)
+    assert torch.isfinite(logits(model)).all()
+    assert relative(logits(model), reference) < 1
+
+
 def test_residual_online_puts_a_transform_in_every_group() -> None:
     model = tiny.make("llama")
     report = fit(model, "llama", recipe(residual="online"), tokens())

@@ -53,6 +53,13 @@ class Different(Toy):
         return x.sin() if torch.compiler.is_compiling() else x.tanh()
 
 
+class NearlyRight(Toy):
+    """Computes half a percent more once it is compiled."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.tanh() * (1.005 if torch.compiler.is_compiling() else 1.0)
+
+
 class Cacheless(Toy):
     def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
         if use_cache:
@@ -71,6 +78,21 @@ def test_one_graph_of_packed_operators_is_exact() -> None:
     assert (found.n_graphs, found.n_lengths) == (1, 2)  # the second serves every length
     assert found.error == 0.0  # the very same operators
     assert found.cached
+
+
+def test_what_differs_without_rounding_too_is_wrong() -> None:
+    found = compile_packed(NearlyRight(), depth="door")  # little enough to be a code or two, but nothing is rounded
+    assert found.status == "wrong"
+    assert found.error == pytest.approx(0.005, rel=0.01)
+
+
+@pytest.mark.parametrize(("unrounded", "status"), [(1e-7, "exact"), (1e-3, "wrong"), (float("nan"), "wrong")])
+def test_what_differs_by_rounding_alone_is_exact(unrounded: float, status: str) -> None:
+    rounded = {"status": "wrong", "reason": "relative error", "error": 0.01, "breaks": ()}
+    found = compiled._tried(lambda **_: dict(rounded), lambda: {"error": unrounded}, depth="door")
+    assert found.status == status
+    assert found.error == 0.01
+    assert ("rounds the other way" in found.reason) == (status == "exact")
 
 
 def test_breaks_are_counted_and_said() -> None:
