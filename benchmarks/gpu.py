@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device("cpu" if chosen.dry else "cuda")
     bench = Bench(DRY if chosen.dry else FULL, device, chosen.dry, time.monotonic())
     found: dict[str, Any] = {"machine": machine(bench), "dry": chosen.dry, "left_out": []}
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
     if chosen.only != "models":
-        found["correctness"] = list(correctness(bench))
+        parts["correctness"] = lambda: correctness(bench)
     if chosen.only != "kernels":
-        found["models"] = list(models(bench, found["left_out"]))
+        parts["models"] = lambda: models(bench, found["left_out"])
     if chosen.only != "models":
-        found["kernels"] = list(kernels(bench, found["left_out"]))
-    found["tiles"] = {k: dataclasses.asdict(choice) for k, choice in triton_tuner.choices().items()}
-    found["seconds"] = round(time.monotonic() - bench.started, 1)
+        parts["kernels"] = lambda: kernels(bench, found["left_out"])
+    for part, rows in parts.items():
+        found[part] = []
+        for row in rows():
+            found[part].append(row)
+            save(found, bench, chosen.out)  # what was measured outlives what comes after it
     if chosen.out is not None:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "results.json").write_text(json.dumps(found, indent=1))
         plot(found, chosen.out / "results.svg")
     return found
+
+
+def save(found: dict[str, Any], bench: Bench, folder: Path | None) -> None:
+    """Write results.json, with the tiles that were chosen until now; nothing without a folder."""
+    found["tiles"] = {k: dataclasses.asdict(choice) for k, choice in triton_tuner.choices().items()}
+    found["seconds"] = round(time.monotonic() - bench.started, 1)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(found, indent=1))
 
 
 def machine(bench: Bench) -> dict[str, str]:
