@@ -1,11 +1,13 @@
 """A graph of torch.compile rewritten to call a quantized copy of the model in place of the original's parameters."""
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from bwla_compiler.backend.owner import Owner
@@ -16,6 +18,9 @@ from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinea
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear}
 _EMBEDDING = {torch.nn.functional.embedding, torch.embedding}
 _PACKED_LINEAR = (PackedLinear, Int8Linear, TiedHead)
+
+Parameters = Mapping[Node, tuple[str, ...]]
+"""The names that the model has for each placeholder of a parameter."""
 
 
 def bound_to(owner: Owner, gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, list[Any]]:
@@ -68,7 +73,7 @@ def substitute(owner: Owner, gm: GraphModule, quantized: nn.Module) -> GraphModu
     for node, names in weights.items():
         call_experts(graph, node, names, quantized)
         for user in list(node.users):
-            _call_module(graph, node, user, names, quantized, tables)
+            _call_module(graph, node, user, weights, quantized, tables)
     own = dict(quantized.named_parameters(remove_duplicate=False))
     for node, names in weights.items():  # after the calls, which take over the biases
         for user in list(node.users):
@@ -97,41 +102,97 @@ def _add_tables(new: GraphModule, tables: dict[str, nn.Module]) -> None:
             held.add(id(table))
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Operations that together are what a module does, whole and alone: from input x to result."""
+
+    module: str
+    x: Node
+    result: Node
+
+
 def _call_module(
-    graph: Graph, weight: Node, user: Node, names: tuple[str, ...], quantized: nn.Module, tables: dict[str, nn.Module]
+    graph: Graph, weight: Node, user: Node, known: Parameters, quantized: nn.Module, tables: dict[str, nn.Module]
 ) -> None:
-    """Replace an operation by a call of the module whose weight it reads, where it is all that the module does."""
-    call = _module_call(weight, user, names, quantized)
+    """Replace the operations that read a weight by a call of its module, where they are all that the module does."""
+    call = _module_call(weight, user, known, quantized)
     if call is None:
         return
-    name, x = call
-    module = quantized.get_submodule(name)
+    module = quantized.get_submodule(call.module)
     if isinstance(module, TiedHead):  # it refers to its embedding, which must be in the graph beside it
-        tables[f"table_of_{name.replace('.', '_')}"] = module.embedding
-    with graph.inserting_before(user):
-        result = graph.call_module(name, (x,))
-    result.meta = dict(user.meta)
-    user.replace_all_uses_with(result)
-    graph.erase_node(user)
+        tables[f"table_of_{call.module.replace('.', '_')}"] = module.embedding
+    with graph.inserting_before(call.result):
+        made = graph.call_module(call.module, (call.x,))
+    made.meta = dict(call.result.meta)
+    call.result.replace_all_uses_with(made)
+    _erase(graph, call.result, down_to=weight)
 
 
-def _module_call(weight: Node, user: Node, names: tuple[str, ...], quantized: nn.Module) -> tuple[str, Node] | None:
-    """Return (module, input) where an operation is what one of the weight's modules does, whole and alone."""
-    owners = [n.rpartition(".")[0] for n in names if n.endswith("weight")]
+def _erase(graph: Graph, node: Node, *, down_to: Node) -> None:
+    """Erase an operation that nobody reads, and those of its inputs that read `down_to` and are unread then."""
+    before = [n for n in node.all_input_nodes if n is not down_to and n.op != "placeholder"]
+    graph.erase_node(node)
+    for inner in before:
+        if not inner.users and down_to in inner.all_input_nodes:
+            _erase(graph, inner, down_to=down_to)
+
+
+def _module_call(weight: Node, user: Node, known: Parameters, quantized: nn.Module) -> _Call | None:
+    """Return the call of one of the weight's modules that stands for the operations from `user` on."""
+    owners = [n.rpartition(".")[0] for n in known[weight] if n.endswith("weight")]
     modules = [(name, quantized.get_submodule(name)) for name in owners]
     if user.op != "call_function":
         return None
     if user.target in _LINEAR and user.args[1:2] == (weight,) and isinstance(user.args[0], Node):
         fitting = [n for n, m in modules if type(m) is nn.Linear or isinstance(m, _PACKED_LINEAR)]
-        return (fitting[0], user.args[0]) if fitting else None
+        return _Call(fitting[0], user.args[0], user) if fitting else None
     if user.target is torch.addmm and user.args[2:] == (weight,) and not user.kwargs and isinstance(user.args[1], Node):
         fitting = [n for n, m in modules if isinstance(m, PackedLinear) or (is_linear(m) and type(m) is not nn.Linear)]
-        return (fitting[0], user.args[1]) if fitting else None
+        return _Call(fitting[0], user.args[1], user) if fitting else None
+    if user.target is getattr and user.args == (weight, "T"):
+        fitting = [n for n, m in modules if isinstance(m, _PACKED_LINEAR)]
+        return _transposed(user, fitting[0], known) if fitting else None
     if user.target in _EMBEDDING and weight in user.args[:2]:
         ids = user.args[0] if user.args[1] is weight else user.args[1]
         fitting = [n for n, m in modules if isinstance(m, Int8Embedding)]
-        return (fitting[0], ids) if fitting and isinstance(ids, Node) else None
+        return _looked_up(user, ids, fitting[0], quantized) if fitting and isinstance(ids, Node) else None
     return None
+
+
+def _transposed(transpose: Node, name: str, known: Parameters) -> _Call | None:
+    """Return the call that stands for x @ weight.T (+ bias), as Falcon's linears are written."""
+    product = _only_user(transpose, {operator.matmul, torch.matmul})
+    if product is None or product.args[1] is not transpose or not isinstance(product.args[0], Node):
+        return None
+    total = _only_user(product, {operator.add, torch.add})  # a bias that folding gave the copy is not in the graph
+    biased = total is not None and any(f"{name}.bias" in known.get(x, ()) for x in total.all_input_nodes)
+    return _Call(name, product.args[0], total if total is not None and biased else product)
+
+
+def _looked_up(rows: Node, ids: Node, name: str, quantized: nn.Module) -> _Call | None:
+    """Return the call that stands for weight[ids], and for the product with its gain where the module has one."""
+    gain = quantized.get_submodule(name)._buffers["gain"]
+    if gain is None:
+        return _Call(name, ids, rows)
+    product = _only_user(rows, {operator.mul, torch.mul})
+    if product is None or not _is_gain(product.args[0] if product.args[1] is rows else product.args[1], gain):
+        return None
+    return _Call(name, ids, product)
+
+
+def _is_gain(factor: Any, gain: Tensor) -> bool:
+    """Whether what an embedding's rows are multiplied by is its gain: that number, or the module's own tensor."""
+    while isinstance(factor, Node) and factor.op == "call_method" and factor.target == "to":
+        factor = factor.args[0]
+    if isinstance(factor, Node):
+        return factor.op == "placeholder" and "embed_scale" in str(factor.target)
+    return bool(torch.tensor(factor, dtype=gain.dtype) == gain)
+
+
+def _only_user(node: Node, targets: Collection[Any]) -> Node | None:
+    """Return what reads a node, where that is one operation, and one of these."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    return user if user is not None and user.op == "call_function" and user.target in targets else None
 
 
 def _name_sources(new: GraphModule, gm: GraphModule) -> None:

@@ -1,14 +1,16 @@
 """QuantizeEnds: embedding and head become int8, and share one set of codes again where they were tied."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.planner import is_linear
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
 from bwla_compiler.passes.fold_rotations import RESIDUAL, FoldRotations, KroneckerRotation, residual_rotation
+from bwla_compiler.runtime.ends import ROWS
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, TiedHead
 
 TIE_TOLERANCE = 1e-3
@@ -54,37 +56,38 @@ class QuantizeEnds:
 
     def _embedding(self, ctx: PassContext, report: PassReport, name: str) -> None:
         module = ctx.model.get_submodule(name)
-        if type(module) is not nn.Embedding:
+        if not is_embedding(module):
             report.skip(name, f"a {type(module).__name__}, not a plain embedding")
             return
-        weight = module.get_parameter("weight").detach()
-        padding = getattr(module, "padding_idx", None)
-        report.change(name, ReplaceModule(name, Int8Embedding.from_weight(weight, padding_idx=padding)))
+        weight, padding = module.weight.detach(), module.padding_idx
+        packed = Int8Embedding.from_weight(weight, padding_idx=padding, gain=_gain_of(module))
+        report.change(name, ReplaceModule(name, packed))
 
     def _head(self, ctx: PassContext, report: PassReport, name: str) -> None:
         module = ctx.model.get_submodule(name)
-        if not isinstance(module, nn.Linear):
+        if not _is_head(module):
             report.skip(name, f"a {type(module).__name__}, not a plain linear")
             return
         report.change(name, ReplaceModule(name, Int8Linear.from_weight(module.weight.detach(), bias=module.bias)))
 
     def _tie(self, ctx: PassContext, report: PassReport, embedding: str, head: str) -> None:
         table, linear = ctx.model.get_submodule(embedding), ctx.model.get_submodule(head)
-        if not isinstance(table, nn.Embedding) or not isinstance(linear, nn.Linear):
+        if not is_embedding(table) or not _is_head(linear):
             report.skip(head, "tied, but not a plain embedding and a plain linear: stored twice")
             return
         rotation = self._rotation(ctx)
         original = rotation.undo(table.weight.detach())
-        gain = _gain(original, rotation.undo(linear.weight.detach()))
-        if gain is None:
+        columns = _columns(original, rotation.undo(linear.weight.detach()))
+        if columns is None:
             report.skip(head, "no longer the embedding times a gain: stored twice")
             return
         packed = Int8Embedding.from_weight(
             original,
             padding_idx=table.padding_idx,
             transform=_online(rotation.signs, rotation.left, rotation.right),
+            gain=_gain_of(table),
         )
-        column_scale = gain if rotation.signs is None else gain * rotation.signs.to(gain)
+        column_scale = columns if rotation.signs is None else columns * rotation.signs.to(columns)
         tied_head = TiedHead(
             packed,
             transform=_online(None, *rotation.inverse_factors()),
@@ -136,13 +139,42 @@ def embedding_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if module is table)
 
 
+def is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether a module gives rows of its weight, and nothing else: at most all times one number, its `embed_scale`.
+
+    So nn.Embedding itself, and transformers' scaled word embeddings. Others may do more: each row is looked up and
+    compared.
+    """
+    if type(module) is nn.Embedding:
+        return module.max_norm is None
+    gain = _gain_of(module)
+    if not isinstance(module, nn.Embedding) or gain is None or gain.numel() != 1:
+        return False
+    weight = module.weight.detach()
+    with torch.no_grad():
+        for ids in torch.arange(len(weight), device=weight.device).split(ROWS):
+            if not torch.equal(module(ids), weight[ids] * gain.to(weight.dtype)):
+                return False
+    return True
+
+
+def _gain_of(module: nn.Module) -> Tensor | None:
+    """Return the number [] that an embedding of transformers multiplies its rows by; None where it has none."""
+    gain = getattr(module, "embed_scale", None)
+    return gain if gain is None or isinstance(gain, Tensor) else torch.tensor(float(gain))
+
+
+def _is_head(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return is_linear(module) and isinstance(module, nn.Linear)
+
+
 def _online(scale: Tensor | None, left: Tensor | None, right: Tensor | None) -> OnlineTransform | None:
     if scale is None and left is None and right is None:
         return None
     return OnlineTransform.from_factors(scale, left, right, kind="hadamard")
 
 
-def _gain(table: Tensor, head: Tensor) -> Tensor | None:
+def _columns(table: Tensor, head: Tensor) -> Tensor | None:
     """Return g [h] with head = table * g, or None where there is none; table, head [V, h]."""
     energy = table.square().sum(0)
     gain = (table * head).sum(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)

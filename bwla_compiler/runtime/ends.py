@@ -85,13 +85,15 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """ids -> transform(codes[ids] * row_scale[ids]).
+    """ids -> transform(codes[ids] * row_scale[ids]) * gain.
 
     Saved: codes int8 [num_embeddings, embedding_dim]; row_scale [num_embeddings] as int16 float16 bits with an int8
-    exponent; the submodule `transform`. Results have the dtype that the module was last cast to.
+    exponent; the submodule `transform`; gain, a float [] where there is one, as transformers' scaled word embeddings
+    have it. Results have the dtype that the module was last cast to.
     """
 
     codes: Tensor
+    gain: Tensor | None
     typed: Tensor
 
     def __init__(
@@ -101,6 +103,7 @@ class Int8Embedding(nn.Module):
         *,
         padding_idx: int | None = None,
         transform: OnlineTransform | None = None,
+        gain: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -108,17 +111,27 @@ class Int8Embedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx
         self.transform = transform
+        self.register_buffer("gain", torch.ones((), dtype=dtype, device=device) if gain else None)
         self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device))
         register_empty_half(self, "row_scale", (num_embeddings,), device=device)
         register_typed(self, device=device, dtype=dtype)
 
     @classmethod
     def from_weight(
-        cls, weight: Tensor, *, padding_idx: int | None = None, transform: OnlineTransform | None = None
+        cls,
+        weight: Tensor,
+        *,
+        padding_idx: int | None = None,
+        transform: OnlineTransform | None = None,
+        gain: Tensor | None = None,
     ) -> Self:
-        """Return the embedding of weight [rows, width], rounded to int8 by row; results have the weight's dtype."""
+        """Return the embedding of weight [rows, width], rounded to int8 by row; results have the weight's dtype.
+
+        gain []: what its rows are multiplied by; None for 1.
+        """
         embedding = cls(*weight.shape, padding_idx=padding_idx, transform=transform, device="meta")
         embedding.codes = _int8_rows(embedding, weight)
+        embedding.gain = None if gain is None else gain.detach().clone()
         register_typed(embedding, device=weight.device, dtype=weight.dtype)
         return embedding
 
@@ -133,7 +146,8 @@ class Int8Embedding(nn.Module):
         b, dtype = self._buffers, self.typed.dtype
         inner = dtype if transform is None else torch.float32
         y: Tensor = INT8_EMBEDDING(ids, b["codes"], b["row_scale"], inner, b["row_scale_exponent"])
-        return y if transform is None else transform(y).to(dtype)
+        y = y if transform is None else transform(y).to(dtype)
+        return y if b["gain"] is None else y * b["gain"].to(dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -37,6 +37,7 @@ def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, A
             entry |= {"in": module.in_features, "out": module.out_features, **_ends(module)}
         case Int8Embedding():
             entry |= {"rows": module.num_embeddings, "width": module.embedding_dim, "padding": module.padding_idx}
+            entry["gain"] = module.gain is not None
         case TiedHead():
             entry |= {"embedding": next(n for n, m in modules.items() if m is module.embedding), **_ends(module)}
         case _:
@@ -84,7 +85,8 @@ def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Modul
                 transform=transform,
             )
         case "Int8Embedding":
-            return Int8Embedding(entry["rows"], entry["width"], padding_idx=entry["padding"], transform=transform)
+            size, gain = (entry["rows"], entry["width"]), entry.get("gain", False)
+            return Int8Embedding(*size, padding_idx=entry["padding"], transform=transform, gain=gain)
         case "TiedHead":
             return _tied_head(entry, built, transform)
         case kind:

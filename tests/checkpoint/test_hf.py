@@ -45,7 +45,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(tiny.ids(seed=4)).logits
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", *wider("opt", "phi3")])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", *wider("opt", "phi3", "gemma2")])
 def test_a_reload_gives_bit_equal_logits_and_no_float_linear(name: str, tmp_path: Path) -> None:
     model = packed(name, tmp_path)
     again = api.load(tmp_path).model

@@ -9,7 +9,7 @@ from bwla_compiler.numerics.signs import round_signs
 from bwla_compiler.passes.base import InsertTransform, PassContext
 from bwla_compiler.passes.insert_online import InsertOnline, factors_of
 from bwla_compiler.passes.pipeline import folding_passes, run_pass
-from bwla_compiler.passes.quantize_ends import QuantizeEnds
+from bwla_compiler.passes.quantize_ends import QuantizeEnds, is_embedding
 from bwla_compiler.passes.quantize_linears import QuantizeLinears
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
@@ -116,7 +116,9 @@ def test_quantized_linears_hold_what_was_fitted_and_twice_is_once() -> None:
     assert again.skipped == [(QUERY, "already packed")]
 
 
-@pytest.mark.parametrize(("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", Int8Linear)])
+@pytest.mark.parametrize(
+    ("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", Int8Linear), ("gemma2", TiedHead)]
+)
 def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type) -> None:
     model = tiny.make(name)
     ctx = context(model, name)
@@ -129,6 +131,44 @@ def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type)
     assert type(model.get_output_embeddings()) is head
     # int8 by row leaves about 1 % of a Gaussian row, and the tiny models amplify it
     assert relative(logits(model), before) < 0.08
+
+
+class Scaled(nn.Embedding):
+    """What transformers' scaled word embeddings are."""
+
+    embed_scale = 8.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class Normed(Scaled):
+    """Does more than its rows and a number say."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+def test_embeddings_that_do_more_than_look_up_and_scale_are_told_apart() -> None:
+    assert is_embedding(nn.Embedding(5, 4))
+    assert is_embedding(Scaled(5, 4))
+    assert not is_embedding(Normed(5, 4))
+    assert not is_embedding(nn.Embedding(5, 4, max_norm=1.0))  # renormalizes what it looks up
+    assert not is_embedding(nn.Linear(5, 4))
+
+
+@pytest.mark.parametrize(("table", "kept"), [(Scaled, False), (Normed, True)])
+def test_a_tied_embedding_keeps_what_it_does_beside_looking_up(table: type[nn.Embedding], kept: bool) -> None:
+    model = tiny.make("llama-tied")
+    model.model.embed_tokens = table(128, 64)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.requires_grad_(False)
+    before = model.model.embed_tokens(tiny.ids())
+    report = run_pass(model, QuantizeEnds(rotated=False), context(model, "llama-tied"))
+    assert isinstance(model.model.embed_tokens, table if kept else Int8Embedding)
+    assert type(model.lm_head) is (Int8Linear if kept else TiedHead)
+    assert relative(model.model.embed_tokens(tiny.ids()), before) < 0.01  # int8 by row
+    assert kept == ("model.embed_tokens" in {what for what, _ in report.skipped})
 
 
 def test_ends_can_be_stored_apart_or_left_alone() -> None:
