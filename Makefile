@@ -1,6 +1,7 @@
 # Every target works from a fresh clone: `setup` makes .venv and is done at once when nothing changed.
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 15
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -47,8 +48,9 @@ sanitize: setup  ## the C++ kernels' tests under the address and undefined-behav
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest -q -n0 tests/codegen/test_kernels.py
 
-bench: setup  ## time the kernels and models on this machine
-	$(BIN)/python -m benchmarks
+bench: setup  ## measure every kind within 15 minutes, and write the tables of README.md and docs/ anew
+	-$(BIN)/python -m pip install --quiet 'matplotlib>=3.9'  # for the plots; the tables need nothing
+	$(BIN)/python -m benchmarks all --minutes $(MINUTES)
 
 clean:  ## remove what the targets made here (not the user's cache)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis report.html

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,10 @@ class Ggml:
         self.backend = self._call("ggml_backend_cpu_init")
         self.version = importlib.metadata.version("llama-cpp-python")
 
-    def _function(self, name: str) -> Callable[..., Any]:
+    def _function(self, name: str) -> Any:
         for part in self._parts:
             if hasattr(part, name):
-                found: Callable[..., Any] = getattr(part, name)
-                return found
+                return getattr(part, name)
         raise AttributeError(f"ggml of llama-cpp-python has no {name}")
 
     def _call(self, name: str, *arguments: object) -> int:
@@ -135,7 +133,7 @@ class GgmlLinear:
 
 def _tensor_at(address: int, shape: tuple[int, int]) -> Tensor:
     buffer = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
-    return torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).reshape(shape))
+    return torch.from_numpy(np.ctypeslib.as_array(buffer).reshape(shape))
 
 
 @functools.cache

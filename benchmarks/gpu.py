@@ -106,6 +106,7 @@ def models(bench: Bench, left_out: list[str]) -> Iterator[dict[str, Any]]:
             say(title)
             if not bench.dry:
                 torch.cuda.reset_peak_memory_stats()
+            model: Any = None
             try:
                 model = make(config, bench.device)
                 about = {"model": name, "layers": config.num_hidden_layers, "way": way}

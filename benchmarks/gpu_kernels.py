@@ -67,6 +67,7 @@ def correctness(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yield the error of every kernel against float64, by shape, format, bits and tokens. Raises where one is wrong."""
     size = bench.size
     first = next(iter(size.shapes.values()))
+    cases: list[tuple[tuple[int, int], dict[str, Any], int, int]]
     cases = [(shape, {}, 6, tokens) for shape in size.shapes.values() for tokens in size.tokens]
     cases += [(first, format, 8, tokens) for format in FORMATS for tokens in size.tokens[:2]]
     cases += [(first, {}, bits, tokens) for bits in (4, 16) for tokens in size.tokens[:2]]
@@ -171,7 +172,7 @@ def contenders(
 def _torchao(weight: Tensor, x: Tensor) -> Call:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=weight.dtype)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     linear.weight.data.copy_(weight)
     quantize_(linear, Int4WeightOnlyConfig(group_size=128))
     linear(x)
@@ -179,9 +180,9 @@ def _torchao(weight: Tensor, x: Tensor) -> Call:
 
 
 def _gemlite(weight: Tensor, x: Tensor) -> Call:
-    from gemlite.helper import A16W4_HQQ_INT
+    from gemlite.helper import A16W4_HQQ_INT  # type: ignore[import-not-found,unused-ignore]
 
-    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=torch.float16)
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=torch.float16)
     made = A16W4_HQQ_INT(device=str(weight.device)).from_linear(linear)
     half = x.half()
     made(half)

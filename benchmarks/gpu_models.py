@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,21 +57,21 @@ def packed_model(config: Any, device: torch.device, *, recipe: str = "bwla-w1a6"
     plan = make_plan(model)
     for names, spec in planned_specs(model, plan, chosen):
         for name in names:
-            linear = model.get_submodule(name)
+            linear: Any = model.get_submodule(name)
             own = dataclasses.replace(spec, out_features=(linear.out_features,))
             _set(model, name, PackedLinear(own, device="meta"))
     for name in head_names(model, plan):
-        head = model.get_submodule(name)
+        head: Any = model.get_submodule(name)
         _set(model, name, Int8Linear(head.in_features, head.out_features, device="meta"))
-    table = model.get_input_embeddings()
+    table: Any = cast(Any, model).get_input_embeddings()
     for name, module in list(model.named_modules()):
         if module is table:
             _set(model, name, Int8Embedding(*table.weight.shape, device="meta", dtype=torch.bfloat16))
     model.to_empty(device=device).requires_grad_(False)
     _fill(model, device)
     # buffers that are computed, and not stored, were lost with meta
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    body: Any = model.model
+    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
     return model.to(torch.bfloat16)
 
 
@@ -105,7 +105,8 @@ def _halves(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         values = torch.ones(tensor.shape, device=tensor.device)
     else:
         values = torch.full(tensor.shape, 1e-5 if name == "low_rank_scale" else 0.01, device=tensor.device)
-    return values.half().view(torch.int16)
+    bits: Tensor = values.half().view(torch.int16)
+    return bits
 
 
 def compiled(model: nn.Module, way: str, *, dry: bool) -> Callable[..., Any]:

@@ -4,24 +4,25 @@ Every call finds its weights cold (they rotate beyond the last cache), contender
 checked against a reference in float64 before anything is timed.
 """
 
-import ctypes
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.budget import Budget
+from benchmarks.ceilings import measure_ceilings, reader
+from benchmarks.contest import Call, Contender, check_result, contest
 from benchmarks.ggml import GgmlLinear, ggml
-from benchmarks.timing import copies, interleaved
-from bwla_compiler.codegen.build import COMMON_FLAGS, build_library
-from bwla_compiler.codegen.isa import FLAGS, best_isa
+from benchmarks.noise import Noise, pinned
+from benchmarks.timing import copies
+from benchmarks.transforms import transform_rows
 from bwla_compiler.numerics.planes import BinaryWeight, unpack_signs
 from bwla_compiler.runtime.halves import read_half
 from bwla_compiler.runtime.modules import PackedLinear
 
 Progress = Callable[[str, int, int], None]
-Call = Callable[[], object]
 
 SHAPES = {
     "0.6B q": (2048, 1024), "0.6B gate": (3072, 1024), "0.6B down": (1024, 3072),
@@ -30,86 +31,66 @@ SHAPES = {
 }  # fmt: skip
 """[out, in] of linears of Qwen3 models."""
 
-TOKENS = (1, 4, 8, 128)
+CEILING, TRANSFORM = "ceiling", "transform of"
+"""What stands in a linear's place: what the machine allows, and a change of basis of so many channels."""
+
 ROUNDS = 15
 PEERS = ("Q1_0", "Q4_0", "BF16")
 
-READER = r"""
-#include <cstdint>
-extern "C" __attribute__((visibility("default"))) uint64_t read_all(const uint64_t* from, long n) {
-  uint64_t sum[32] = {};
-  for (long i = 0; i + 32 <= n; i += 32) {
-    __builtin_prefetch(from + i + 512);
-    __builtin_prefetch(from + i + 520);
-    __builtin_prefetch(from + i + 528);
-    __builtin_prefetch(from + i + 536);
-    for (int j = 0; j < 32; j++) sum[j] += from[i + j];
-  }
-  uint64_t total = 0;
-  for (uint64_t s : sum) total += s;
-  return total;
-}
-"""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Calls on copies of one weight, and the bytes of a copy."""
-
-    calls: Sequence[Call]
-    n_bytes: int
-
 
 @torch.no_grad()
-def measure(progress: Progress, *, quick: bool = False) -> list[dict[str, Any]]:
-    """Return a row per shape, tokens, threads and contender; quick: two shapes, one and 128 tokens."""
-    shapes = dict(list(SHAPES.items())[1:4:2]) if quick else SHAPES
-    cases = [
-        (name, tokens, threads)
-        for threads in (1, 2)
-        for name in shapes
-        for tokens in ((1, 128) if quick else TOKENS)
-        if threads == 1 or tokens in (1, 128)
-    ]
-    rows, before = [], torch.get_num_threads()
-    try:
-        for done, (name, tokens, threads) in enumerate(cases):
-            progress(f"kernels: {name}, {tokens} tokens, {threads} threads", done, len(cases))
-            rows += _case(name, shapes[name], tokens, threads)
-    finally:
-        torch.set_num_threads(before)
+def measure(progress: Progress, *, quick: bool = False, budget: Budget | None = None) -> list[dict[str, Any]]:
+    """Return a row per shape, tokens, threads and contender, rows of transforms, and the ceilings on as many threads.
+
+    quick: two shapes, one and 128 tokens. budget: of wall time; the cases that decide most come first.
+    Raises RefusedError where a kernel's result is wrong.
+    """
+    rows: list[dict[str, Any]] = []
+    cases = _cases(quick)
+    for done, case in enumerate((budget or Budget()).within(cases)):
+        noise = Noise()
+        name, tokens, threads = case
+        progress("kernels", done, len(cases))
+        if name == CEILING:
+            found = [{"linear": CEILING, **row} for row in measure_ceilings(threads)]
+        elif name in SHAPES:
+            found = _case(name, SHAPES[name], tokens, threads)
+        else:
+            found = transform_rows(int(name.split()[-1]), tokens, threads, rounds=ROUNDS)
+        rows += [{**row, **noise.fields()} for row in found]
     progress("kernels", len(cases), len(cases))
+    if ggml() is None:
+        rows.append({"linear": "", "way": "ggml", "missing": "llama-cpp-python is not installed"})
     return rows
 
 
+def _cases(quick: bool) -> list[tuple[str, int, int]]:
+    """Return (linear, tokens, threads), or a transform's or the ceilings' name in place of the linear."""
+    shapes = list(SHAPES)[1:4:2] if quick else list(SHAPES)
+    widths = (3072,) if quick else (1024, 3072, 4096, 12288)
+    cases = []
+    for threads in (1, 2):
+        cases.append((CEILING, 0, threads))
+        for tokens in (1, 128) if quick or threads > 1 else (1, 128, 4, 8):
+            cases += [(name, tokens, threads) for name in shapes]
+            if tokens in (1, 128):
+                cases += [(f"{TRANSFORM} {width}", tokens, threads) for width in widths]
+    return cases
+
+
 def _case(name: str, shape: tuple[int, int], tokens: int, threads: int) -> list[dict[str, Any]]:
-    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     x = torch.randn(tokens, shape[1], generator=generator)
-    contenders = {f"bwla A{bits}": _packed(shape, x, bits) for bits in (8, 6, 4)}
-    contenders |= {"torch bf16": _torch(weight.bfloat16(), x.bfloat16()), "torch fp32": _torch(weight, x)}
-    contenders |= _peers(weight, x, threads)
-    if tokens == 1:
-        contenders["pure read"] = _reader(contenders["bwla A6"].n_bytes)
-    times = interleaved({label: c.calls for label, c in contenders.items()}, rounds=ROUNDS)
-    ours = times["bwla A6"]
-    return [
-        {
-            "linear": name,
-            "out": shape[0],
-            "in": shape[1],
-            "tokens": tokens,
-            "threads": threads,
-            "way": label,
-            "us": round(times[label].median * 1e6, 1),
-            "spread": round(times[label].spread, 3),
-            "gb_per_second": round(c.n_bytes / times[label].median / 1e9, 2),
-            "gmac_per_second": round(tokens * shape[0] * shape[1] / times[label].median / 1e9, 1),
-            "times_bwla_a6": round(ours.ratio(times[label]), 2),
-        }
-        for label, c in contenders.items()
-    ]
+    with pinned(threads):
+        contenders = {f"bwla A{bits}": _packed(shape, x, bits) for bits in (8, 6, 4)}
+        contenders |= {"torch bf16": _torch(weight.bfloat16(), x.bfloat16()), "torch fp32": _torch(weight, x)}
+        contenders |= _peers(weight, x, threads)
+        if tokens == 1:
+            contenders["pure read"] = _reader(contenders["bwla A6"].n_bytes)
+        rows = contest(contenders, ours="bwla A6", macs=tokens * shape[0] * shape[1], rounds=ROUNDS)
+    about = {"linear": name, "out": shape[0], "in": shape[1], "tokens": tokens, "threads": threads}
+    return [{**about, **row} for row in rows]
 
 
 def _packed(shape: tuple[int, int], x: Tensor, bits: int) -> Contender:
@@ -118,7 +99,7 @@ def _packed(shape: tuple[int, int], x: Tensor, bits: int) -> Contender:
     linears = [_random_linear(shape, bits, seed) for seed in range(copies(n_bytes))]
     found = _call(linears[0], x)()
     assert isinstance(found, Tensor)
-    _check(found, _reference(linears[0], x, bits), f"bwla A{bits} {shape}")
+    check_result(found, _reference(linears[0], x, bits), f"bwla A{bits} {shape}")
 
     return Contender([_call(linear, x) for linear in linears], n_bytes)
 
@@ -146,20 +127,16 @@ def _reference(linear: PackedLinear, x: Tensor, bits: int) -> Tensor:
     assert row_scale is not None
     weight = unpack_signs(linear.signs, linear.in_features)[0].double() * row_scale[0].double()
     scale = x.abs().amax(-1, keepdim=True) / limit
-    return ((x / scale).round() * scale).double() @ weight.T
-
-
-def _check(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
-    """Raise where a contender's result is wrong: a wrong kernel's time is worth nothing."""
-    error = float((found.double() - expected).norm() / expected.norm())
-    if not error <= tolerance:
-        raise RuntimeError(f"{what} is wrong by {error:.1e} (at most {tolerance:.0e}): not timed")
+    product: Tensor = ((x / scale).round() * scale).double() @ weight.T
+    return product
 
 
 def _torch(weight: Tensor, x: Tensor) -> Contender:
     weights = [weight.clone() for _ in range(copies(weight.nbytes))]
-    _check(nn.functional.linear(x, weight), x.double() @ weight.double().T, f"torch {weight.dtype}", tolerance=1e-2)
-    return Contender([lambda w=w: nn.functional.linear(x, w) for w in weights], weight.nbytes)
+    check_result(
+        nn.functional.linear(x, weight), x.double() @ weight.double().T, f"torch {weight.dtype}", tolerance=1e-2
+    )
+    return Contender([partial(nn.functional.linear, x, w) for w in weights], weight.nbytes)
 
 
 def _peers(weight: Tensor, x: Tensor, threads: int) -> dict[str, Contender]:
@@ -174,18 +151,12 @@ def _peers(weight: Tensor, x: Tensor, threads: int) -> dict[str, Contender]:
         for linear in linears:
             linear.x.copy_(x)
         # Weights of one bit are far from the weight itself: what is checked is that the product is one of x.
-        _check(first.run(), x.double() @ weight.double().T, f"ggml {kind}", tolerance=0.9)
+        check_result(first.run(), x.double() @ weight.double().T, f"ggml {kind}", tolerance=0.9)
         found[f"ggml {kind}"] = Contender([linear.run for linear in linears], first.n_bytes)
     return found
 
 
 def _reader(n_bytes: int) -> Contender:
     """Read the bytes of weights and nothing else: what memory allows on one thread."""
-    flags = FLAGS[best_isa()]
-    path = build_library(READER, "reader", flags=(*COMMON_FLAGS, *flags))
-    if path is None:
-        raise RuntimeError("no C++ compiler: the kernels cannot be measured")
-    read = ctypes.CDLL(str(path)).read_all
     arrays = [torch.zeros(n_bytes, dtype=torch.uint8).fill_(i) for i in range(copies(n_bytes))]
-    words = ctypes.c_long(n_bytes // 8)
-    return Contender([lambda a=a: read(ctypes.c_void_p(a.data_ptr()), words) for a in arrays], n_bytes)
+    return Contender([reader(array) for array in arrays], n_bytes)

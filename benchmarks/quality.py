@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
+from benchmarks.budget import Budget
+from benchmarks.errors import ResultsError
+from benchmarks.noise import Noise
+from benchmarks.plots import new_figure, save
+from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, trained, with_outliers
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
@@ -81,26 +85,31 @@ def measure(
     progress: Progress,
     *,
     seed: int | None = None,
+    folder: str = "",
     quick: bool = False,
     outliers: bool = False,
     ways: Sequence[str] = (),
+    budget: Budget | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
+    folder: in their place a model that `bench train` has made.
     outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
-    Raises ValueError for a name that no row has.
+    budget: of wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has.
     """
     if unknown := set(ways) - {row.way for row in ROWS}:
-        raise ValueError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in ROWS)}")
+        raise ResultsError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in ROWS)}")
     files = 8 if quick else FILES
-    if seed is None:
+    if folder:
+        subject = trained(Path(folder), files=files)
+    elif seed is None:
         subject = embedded("demo:outliers" if outliers else "demo:", files=files)
     else:
         subject = fresh(seed, files=files, progress=progress)
         subject = with_outliers(subject) if outliers else subject
     chosen = ways or (QUICK if quick else [row.way for row in ROWS])
     table = Table(subject, sequences=SEQUENCES, seed=seed or 0, progress=progress)
-    return table.run([row for row in ROWS if row.way in chosen])
+    return table.run([row for row in ROWS if row.way in chosen], budget=budget)
 
 
 class Table:
@@ -114,12 +123,13 @@ class Table:
         self.plan = make_plan(model, graph=self.graph)
         self.fp, self.fp_ood = nats(model, subject.windows), nats(model, subject.ood)
 
-    def run(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Fit and measure rows one after another."""
+    def run(self, rows: Sequence[Row], *, budget: Budget | None = None) -> list[dict[str, Any]]:
+        """Fit and measure rows one after another, as many as the budget allows."""
         found = []
-        for done, row in enumerate(rows):
+        for done, row in enumerate((budget or Budget()).within(rows)):
             self.progress(f"quality, {self.subject.label}: {row.way}", done, len(rows))
-            found.append(self._measure(row))
+            noise = Noise()
+            found.append({**self._measure(row), **noise.fields()})
         self.progress("quality", len(rows), len(rows))
         return found
 
@@ -134,6 +144,7 @@ class Table:
             "settings": str(row.settings),
             "model": self.subject.label,
             "seed": self.seed,
+            "files": int(self.subject.files.unique().numel()),
             "true_bits": round(report.bits.linears, 4),
             "fp_perplexity": round(float(self.fp.mean().exp()), 3),
         }
@@ -175,12 +186,11 @@ def ratio(quantized: Tensor, fp: Tensor, files: Tensor, *, seed: int) -> tuple[f
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     """Draw what perplexity loses against true bits at each activation width; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, NullFormatter
-    except ImportError:
+    figure = new_figure(13, 4.6)
+    if figure is None:
         return None
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     marks = {"as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "ours": ("D", "tab:red")}
     for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True, sharey=True), BITS, strict=True):
         for table, (marker, color) in marks.items():
@@ -197,8 +207,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("perplexity over the float model's")
     figure.axes[0].legend(loc="upper right")
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def _excess(rows: Sequence[dict[str, Any]], bits: int) -> tuple[list[float], list[list[float]]]:

@@ -1,6 +1,7 @@
 """Models and texts of the quality table: the embedded model, or a fresh one trained on a fresh split by seed."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from bwla_compiler.demo import DemoConfig, load_demo
 from bwla_compiler.demo.corpus import Document, read_corpus, source_files
@@ -19,6 +20,7 @@ from bwla_compiler.demo.outliers import add_outliers
 from bwla_compiler.demo.store import ensure
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.demo.train import new_model, train
+from bwla_compiler.errors import ModelError
 from bwla_compiler.settings import settings
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +39,7 @@ class Subject:
     """
 
     label: str
-    load: Callable[[], Qwen3ForCausalLM]
+    load: Callable[[], nn.Module]
     train: Tensor
     windows: Tensor
     files: Tensor
@@ -63,32 +65,55 @@ def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
     """Return a model of the embedded one's architecture, trained and split by this seed; cached."""
     config = DemoConfig(seed=seed, second_limit=math.inf)  # the same model on a slow machine
     corpus = read_corpus()
-    held_out, kept = _split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
-    held = {document.name for document in held_out}
+    _, kept = split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
     key = hashlib.sha256(repr((corpus.sha256, asdict(config))).encode()).hexdigest()[:16]
     build = lambda folder: _build(folder, kept, config, progress)  # noqa: E731
     folder = ensure(settings().cache / "quality" / f"seed{seed}-{key}", build)
+    return stored(folder, seed=seed, files=files, label=f"seed{seed}")
+
+
+def stored(folder: Path, *, seed: int, files: int, label: str) -> Subject:
+    """Return a model that was trained on the split of this seed: folder holds it, its tokenizer and its tokens."""
+    corpus = read_corpus()
+    held_out, _ = split([*corpus.train, *corpus.test], seed, fraction=DemoConfig().held_out)
+    held = {document.name for document in held_out}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in source_files() if name in held]
     texts = _held_out(tokenizer, held_out, code, files=files)
     stream = load_file(folder / "tokens.safetensors")["train"].to(torch.int64)
-    load = lambda: Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
-    return Subject(f"seed{seed}", load, stream, *texts)
+    return Subject(label, lambda: _load(folder), stream, *texts)
+
+
+def trained(folder: Path, *, files: int) -> Subject:
+    """Return a model that `bench train` has made. Raises ModelError where the folder is none, or not yet trained."""
+    try:
+        facts = json.loads((folder / "training.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: holds no model that `bench train` has finished") from error
+    label = f"{facts['family']}-{facts['size']['hidden']}x{facts['size']['layers']}-{facts['steps']}"
+    return stored(folder, seed=facts["seed"], files=files, label=label)
+
+
+def _load(folder: Path) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def with_outliers(subject: Subject) -> Subject:
     """Return the subject with its model's activations made heavy-tailed, its function unchanged."""
     tokens = subject.calibration(PCA_SEQUENCES, seed=0)
 
-    def load() -> Qwen3ForCausalLM:
+    def load() -> nn.Module:
         model = subject.load()
-        add_outliers(model, tokens)
+        qwen: Any = model
+        assert isinstance(qwen, Qwen3ForCausalLM), "outliers are written into Qwen3's own parts"
+        add_outliers(qwen, tokens)
         return model
 
     return replace(subject, label=f"{subject.label}-outliers", load=load)
 
 
-def _split(documents: Sequence[Document], seed: int, *, fraction: float) -> tuple[list[Document], list[Document]]:
+def split(documents: Sequence[Document], seed: int, *, fraction: float) -> tuple[list[Document], list[Document]]:
     """Return (held out, kept): files in an order drawn by the seed are held out until they hold their fraction."""
     order = sorted(documents, key=lambda d: hashlib.sha256(f"{seed}:{d.name}".encode()).hexdigest())
     wanted, taken, held_out = fraction * sum(len(d.text) for d in documents), 0, []
@@ -120,7 +145,8 @@ def _held_out(
 
 def _windows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], *, files: int) -> tuple[Tensor, Tensor]:
     """Return whole windows [n, LENGTH + 1] of at most so many files, evenly spaced in each, and their files [n]."""
-    windows, owners = [], []
+    windows: list[Tensor] = []
+    owners: list[int] = []
     for number, document in enumerate(documents):
         stream = encode_documents(tokenizer, [document])
         whole = (stream.numel() - 1) // LENGTH

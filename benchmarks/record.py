@@ -1,11 +1,10 @@
-"""Results as JSON lines: each with the machine, versions, commit and command that it came from."""
+"""Results as JSON lines: each with the device, versions, commit and command that it came from."""
 
 import json
 import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,52 +14,100 @@ import torch
 import transformers
 
 import bwla_compiler
+from benchmarks.errors import ResultsError
 from bwla_compiler.codegen.isa import best_isa
 from bwla_compiler.inspector.machine import cpu_model
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
+Row = dict[str, Any]
 
-def record(name: str, rows: list[Mapping[str, Any]]) -> Path:
-    """Append rows to results/<name>.jsonl and return the file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
-    context = _context()
+CONTEXT = (
+    "cpu", "cores", "isa", "gpu", "load", "python", "torch", "transformers", "bwla_compiler", "commit", "command",
+    "when",
+)  # fmt: skip
+"""Columns that `record` adds; all others were measured, or say what was."""
+
+
+def record(name: str, rows: Sequence[Mapping[str, Any]], *, command: Sequence[str], folder: Path = RESULTS) -> Path:
+    """Append rows to FOLDER/<name>.jsonl and return the file. command: what was given after `python -m benchmarks`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    about = context(command)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({**row, **context}) + "\n")
+            file.write(json.dumps({**row, **about}) + "\n")
     return path
 
 
-def latest(path: Path, *, by: Sequence[str]) -> list[dict[str, Any]]:
-    """Return of a file's rows the last one of each combination of these columns."""
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [*{tuple(row[column] for column in by): row for row in rows}.values()]
+def read(path: Path) -> list[Row]:
+    """Return a file's rows. Raises ResultsError where it is absent or holds anything but JSON lines."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise ResultsError(f"{path}: there is no such file of results") from error
+    except ValueError as error:
+        raise ResultsError(f"{path}: is no file of JSON lines ({error})") from error
+    return rows
 
 
-def _context() -> dict[str, Any]:
+def latest(rows: Sequence[Row], *, by: Sequence[str]) -> list[Row]:
+    """Return the last row of each combination of these columns and of the device, in the order of the first ones."""
+    return [*{(device(row), *(row.get(column) for column in by)): row for row in rows}.values()]
+
+
+def device(row: Row) -> str:
+    """Return what a row was measured on: figures of different devices are never set side by side."""
+    gpu = f", {row['gpu']}" if row.get("gpu") else ""
+    return f"{row['cpu']}, {row['cores']} cores, {row['isa']}{gpu}"
+
+
+def one_device(rows: Sequence[Row], *, what: str) -> str:
+    """Return the device of all rows. Raises ResultsError where there is more than one, or no row."""
+    found = sorted({device(row) for row in rows})
+    if len(found) != 1:
+        listed = "; ".join(found) or "no rows"
+        raise ResultsError(f"{what}: figures of different devices cannot be compared: {listed}")
+    return found[0]
+
+
+def newest_device(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the device that was measured last."""
+    if not rows:
+        return []
+    wanted = device(max(rows, key=lambda row: str(row["when"])))
+    return [row for row in rows if device(row) == wanted]
+
+
+def context(command: Sequence[str]) -> Row:
+    """Return the columns of CONTEXT as they are now."""
     return {
         "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": best_isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "bwla_compiler": bwla_compiler.__version__,
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", *command]),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _commit() -> str:
-    """Return the commit measured, marked where files differ from it."""
+    """Return the commit measured, marked where source files differ from it (results may)."""
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True
-        )
-        return commit.stdout.strip()
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -17,6 +17,7 @@ from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.calibrate.report import BlockReport, QuantizeReport
 from bwla_compiler.checkpoint import hf
 from bwla_compiler.checkpoint.dense import export_dense
+from bwla_compiler.checkpoint.gguf_export import export_gguf
 from bwla_compiler.checkpoint.ledger import Ledger
 from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
@@ -25,12 +26,15 @@ from bwla_compiler.demo import demo_path, is_demo, load_demo
 from bwla_compiler.errors import CalibrationError, CheckpointError, PlanError
 from bwla_compiler.evaluate.fidelity import Fidelity
 from bwla_compiler.evaluate.fidelity import fidelity as fidelity_to
+from bwla_compiler.evaluate.harness import run_tasks
+from bwla_compiler.evaluate.layers import layer_errors
 from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.evaluate.windows import Windowed
 from bwla_compiler.evaluate.windows import windowed_perplexity as by_windows
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.graph.repetition import Repetition, plan_deep
 from bwla_compiler.inspector.cost import CostReport, cost_report
 from bwla_compiler.memory import memory_bytes
 from bwla_compiler.numerics.bits import Bits
@@ -55,6 +59,7 @@ __all__ = [
     "export",
     "fidelity",
     "generate",
+    "layer_errors",
     "ledger",
     "load",
     "perplexity",
@@ -62,6 +67,7 @@ __all__ = [
     "quantize",
     "quantize_to",
     "rotate",
+    "run_tasks",
     "save",
     "set_activation_bits",
     "skeleton",
@@ -159,6 +165,12 @@ def plan(model: nn.Module) -> Plan:
     """
     _refuse_packed(model, "planned")
     return make_plan(model)
+
+
+def quick_plan(model: nn.Module) -> tuple[Plan, Repetition | None]:
+    """Return what `plan` does, of a deep model by a few of its blocks, and what was repeated; see graph.repetition."""
+    _refuse_packed(model, "planned")
+    return plan_deep(model)
 
 
 def cost(
@@ -360,10 +372,13 @@ def fidelity(reference: nn.Module, model: nn.Module, tokens: Tensor, *, progress
 
 
 def export(model: nn.Module, path: str | Path, *, to: str = "dense", tokenizer: Any = None) -> None:
-    """Write a packed model in another form: "dense", float16 weights that any reader of its family takes, marked so.
+    """Write a packed model in another form.
 
-    Raises CheckpointError where the form cannot hold the model, with the reason.
+    "dense": float16 weights that any reader of its family takes, marked so. "gguf": one file for llama.cpp, of a fully
+    folded model without low-rank pairs (recipe bwla-folded); needs the package gguf. Raises CheckpointError where the
+    form cannot hold the model, with the reason.
     """
-    if to != "dense":
-        raise CheckpointError(f"{to!r} is no form that is known; there is 'dense'")
-    export_dense(model, Path(path), tokenizer=tokenizer)
+    forms: dict[str, Callable[..., object]] = {"dense": export_dense, "gguf": export_gguf}
+    if to not in forms:
+        raise CheckpointError(f"{to!r} is no form that is known; there are {', '.join(map(repr, forms))}")
+    forms[to](model, Path(path), tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""The command line, bwla-compile: demo, quantize, inspect, plan, eval, generate, verify, zoo, recipes, doctor, emit."""
+"""The command line, bwla-compile: the commands that show, check and emit, and those of the other cli_ files."""
 
 import logging
 import os
@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bwla_compiler import cli_inspect, cli_packing
+from bwla_compiler import cli_bench, cli_inspect, cli_packing
 from bwla_compiler.cli_options import (
     Device,
     JsonFile,
     Model,
+    OutFolder,
     RecipeName,
     Seed,
     examples,
@@ -106,6 +107,9 @@ cli_packing.add_commands(app)
 cli_inspect.add_commands(app)
 
 
+cli_bench.add_commands(app)
+
+
 @app.command(
     epilog=examples("bwla-compile plan DIR --json plan.json", "bwla-compile plan config.json --graphml plan.graphml")
 )
@@ -127,7 +131,7 @@ def plan(
     with progress_bars() as progress:
         loaded = api.skeleton(model, device=device, progress=progress)
         packed = packed_config(loaded.model)
-        found = Plan.from_dict(packed.plan) if packed else api.plan(loaded.model)
+        found, repeated = (Plan.from_dict(packed.plan), None) if packed else api.quick_plan(loaded.model)
     for path, text in ((json_file, found.to_json), (graphml, lambda: to_graphml(found))):
         if path:
             write_text(path, text())
@@ -135,6 +139,8 @@ def plan(
     out = stdout_console()
     out.print(summary(build_report(found)), highlight=False)
     out.print(f"{len(found.free)} free bases in {len(chains(found))} chains", highlight=False)
+    if repeated:
+        out.print(str(repeated), highlight=False)
     if written:
         out.print(f"wrote {' and '.join(written)}", highlight=False)
 
@@ -282,7 +288,7 @@ def emit_kernels(
     target: Annotated[
         str, typer.Option(metavar="TARGET", help="cuda:90, hip:gfx942 and alike, or cpu; the GPU need not be there.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where sources and binaries go.")],
+    out: OutFolder,
     recipe: RecipeName = "bwla-w1a6",
 ) -> None:
     """Write the kernels of a model, source and compiled, and say what they use of the target."""

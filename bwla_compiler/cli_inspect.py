@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from bwla_compiler.cli_options import examples, progress_bars, stdout_console, write_text
+from bwla_compiler.cli_options import AsJson, examples, progress_bars, stdout_console, write_text
+from bwla_compiler.errors import PlanError
 from bwla_compiler.inspector.cost import DEFAULT_DEVICE
 from bwla_compiler.inspector.diff import difference_tables
 from bwla_compiler.inspector.table import Table, row
 from bwla_compiler.inspector.terminal import print_report, render_table
 from bwla_compiler.inspector.why import explain
+from bwla_compiler.recipe import load_recipe
+from bwla_compiler.settings import settings
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -26,6 +30,7 @@ def add_commands(app: typer.Typer) -> None:
             "bwla-compile inspect DIR --diff rtn bwla-w1a6",
             "bwla-compile inspect --diff PACKED1 PACKED2",
             "bwla-compile inspect OUT --bits",
+            "bwla-compile inspect demo: --dump graphs --verify",
         )
     )(inspect)
 
@@ -33,7 +38,7 @@ def add_commands(app: typer.Typer) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A folder, a config.json, a hub id, or demo:.")] = "",
     html: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
     recipe: Annotated[str, typer.Option("--recipe", help="Inspect what this recipe would do.")] = "",
     why: Annotated[str, typer.Option("--why", metavar="LINEAR", help="Explain one linear in full sentences.")] = "",
     diff: Annotated[
@@ -44,6 +49,13 @@ def inspect(
         bool, typer.Option("--bits", help="Of a packed folder: bytes by kind, claimed, counted and on the disk.")
     ] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the modelled costs.")] = 2048,
+    dump: Annotated[
+        Path | None,
+        typer.Option("--dump", metavar="FOLDER", help="Write graphs after each pass, their diffs, and kernel sources."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute again after each pass, in float64, and name the first that errs.")
+    ] = False,
     on: Annotated[str, typer.Option("--on", metavar="DEVICE", help="Device of the modelled costs.")] = DEFAULT_DEVICE,
 ) -> None:
     """Show what the compiler sees and decides: bases, what folds, what is online, and why; and what it would cost.
@@ -57,6 +69,8 @@ def inspect(
         return
     from bwla_compiler import inspection
 
+    if diff is None and (verify or dump or settings().dump):
+        _run_passes(model, recipe or inspection.DEFAULT_RECIPE, folder=dump or settings().dump, verify=verify)
     if diff is not None:
         with progress_bars() as progress:
             found = inspection.compare(model, *diff, context=context, device=on, progress=progress)
@@ -80,6 +94,34 @@ def inspect(
         print(report.to_json())
     else:
         print_report(report, stdout_console())
+
+
+def _run_passes(source: str, recipe: str, *, folder: Path | None, verify: bool) -> None:
+    """Run the passes on copies of a float model: write their graphs, check what it computes after each."""
+    from bwla_compiler import api
+    from bwla_compiler.dumping import dump_passes
+    from bwla_compiler.evaluate.stages import check_passes, require_passed
+    from bwla_compiler.inspection import packed_config
+
+    console, chosen = Console(stderr=True), load_recipe(recipe)
+    with progress_bars() as progress:
+        loaded = api.skeleton(source) if source.endswith(".json") else api.load(source, progress=progress)
+        if packed_config(loaded.model) is not None:
+            raise PlanError(f"{source} is packed: passes run on a float model; give the model that it was made from")
+        if verify and any(parameter.is_meta for parameter in loaded.model.parameters()):
+            raise PlanError(f"{source} has no weights to compute with: --verify needs a model folder")
+        files = dump_passes(loaded.model, folder, chosen, progress=progress) if folder else ()
+        stages = check_passes(loaded.model, chosen, progress=progress) if verify else ()
+    if files:
+        console.print(f"wrote {len(files)} files to {folder}", highlight=False)
+    if stages:
+        rows = tuple(
+            row(s.name, s.n_changed, s.n_skipped, f"{s.error:.1e}", "yes" if s.passed else "NO") for s in stages
+        )
+        note = f"Relative logit error to the model as it came, float64; allowed {stages[0].tolerance:.0e}."
+        columns = ("pass", ">changed", ">left alone", ">error", "same function")
+        console.print(render_table(Table("The function after each pass", columns, rows, note)))
+    require_passed(stages)
 
 
 def _print_ledger(source: str, *, as_json: bool) -> None:

@@ -30,6 +30,9 @@ Settings = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the result goes.")]
+Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")]
 
 
 def stdout_console() -> Console:

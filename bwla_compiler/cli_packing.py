@@ -8,9 +8,12 @@ import typer
 from rich.console import Console
 
 from bwla_compiler.cli_options import (
+    AsJson,
     Device,
     JsonFile,
     Model,
+    OutFolder,
+    Page,
     RecipeName,
     Seed,
     Settings,
@@ -40,15 +43,20 @@ def add_commands(app: typer.Typer) -> None:
             "bwla-compile eval demo:",
             "bwla-compile eval OUT --data wiki.txt --context 2048 --stride 512",
             "bwla-compile eval OUT --data wiki.txt --against DIR",
+            "bwla-compile eval OUT --tasks piqa,hellaswag,winogrande,arc_easy,arc_challenge",
         ),
     )(evaluate)
     app.command(epilog=examples('bwla-compile generate demo: --prompt "Return the" --tokens 32'))(generate)
-    app.command(epilog=examples("bwla-compile export OUT --to dense -o DENSE"))(export)
+    app.command(
+        epilog=examples(
+            "bwla-compile export OUT --to dense -o DENSE", "bwla-compile export OUT --to gguf -o model.gguf"
+        )
+    )(export)
 
 
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the packed model goes.")],
+    out: OutFolder,
     recipe: RecipeName = "bwla-w1a6",
     changes: Settings = None,
     keep: Annotated[
@@ -65,9 +73,7 @@ def quantize(
     spill: Annotated[bool, typer.Option("--spill", help="Keep activations in files beside OUT.")] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")
-    ] = None,
+    html: Page = None,
 ) -> None:
     """Quantize a model into a folder, block by block; a killed run goes on when it is repeated.
 
@@ -132,33 +138,34 @@ def evaluate(
         int, typer.Option(min=0, help="Tokens from window to window over one stream; 0: sequences side by side.")
     ] = 0,
     against: Annotated[str, typer.Option(metavar="MODEL", help="Also compare with this model, the original.")] = "",
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES", help="Also run these tasks of lm-eval: names or .yaml files, by commas.")
+    ] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 for all.")] = 0,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on a text, and count true bits; against the original, KL and how often both agree."""
+    """Measure perplexity on a text, and count true bits; against the original, KL, agreement and error by layer."""
     from bwla_compiler import api
 
-    source = text or ("demo:test" if model.startswith("demo:") else "")
-    if not source:
+    source = text or ("demo:test" if model.startswith("demo:") and not tasks else "")
+    if not source and not tasks:
         raise CalibrationError(f"{model}: which text? give --text FILE, or --text demo:test for the embedded text")
     if stride and source.startswith("demo:"):
         raise CalibrationError(f"{source} is no one stream: give --data FILE with --stride")
-    fields: dict[str, Any] = {"context": length, "stride": stride or length}
+    if against and not source:
+        raise CalibrationError("on which text? give --data FILE with --against")
+    fields: dict[str, Any] = {}
     with progress_bars() as progress:
         loaded = api.load(model, device=device, progress=progress)
-        tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
-        if stride:
-            found = api.windowed_perplexity(
-                loaded.model, tokens.flatten(), context=length, stride=stride, progress=progress
-            )
-            fields |= {"perplexity": found.perplexity, "n_tokens": found.n_tokens}
-        else:
-            perplexity = api.perplexity(loaded.model, tokens, progress=progress)
-            fields |= {"perplexity": perplexity, "n_tokens": tokens.numel()}
-        if against:
-            original = api.load(against, device=device, progress=progress)
-            near = api.fidelity(original.model, loaded.model, tokens, progress=progress)
-            fields |= {"kl": near.kl, "top1_agreement": near.top1_agreement}
+        if source:
+            tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
+            fields |= _on_text(loaded.model, tokens, context=length, stride=stride, progress=progress)
+            if against:
+                original = api.load(against, device=device, progress=progress)
+                fields |= _nearness(original.model, loaded.model, tokens, progress=progress)
+        if tasks:
+            fields["tasks"] = api.run_tasks(loaded.model, loaded.tokenizer, tasks.split(","), limit=limit or None)
     bits = api.bits(loaded.model)
     fields |= {"bits": bits.linears, "bits_model": bits.model, "n_bytes": bits.n_bytes}
     if as_json:
@@ -167,15 +174,47 @@ def evaluate(
         _print_evaluated(model, fields, source)
 
 
+def _on_text(model: Any, tokens: Any, *, context: int, stride: int, progress: Any) -> dict[str, Any]:
+    """Return perplexity, and how it was measured."""
+    from bwla_compiler import api
+
+    fields: dict[str, Any] = {"context": context, "stride": stride or context}
+    if stride:
+        found = api.windowed_perplexity(model, tokens.flatten(), context=context, stride=stride, progress=progress)
+        return {**fields, "perplexity": found.perplexity, "n_tokens": found.n_tokens}
+    return {**fields, "perplexity": api.perplexity(model, tokens, progress=progress), "n_tokens": tokens.numel()}
+
+
+def _nearness(original: Any, model: Any, tokens: Any, *, progress: Any) -> dict[str, Any]:
+    """Return KL, agreement and per-layer errors against the original."""
+    from bwla_compiler import api
+
+    near = api.fidelity(original, model, tokens, progress=progress)
+    layers = api.layer_errors(original, model, tokens, progress=progress)
+    return {"kl": near.kl, "top1_agreement": near.top1_agreement, "layer_errors": layers}
+
+
 def _print_evaluated(model: str, fields: dict[str, Any], source: str) -> None:
     bits = (fixed(fields["bits"]), fixed(fields["bits_model"]), size(fields["n_bytes"]))
-    cells = [model, fixed(fields["perplexity"]), fields["n_tokens"], *bits]
-    columns = ["model", ">perplexity", ">tokens", ">bits, linears", ">bits, model", ">bytes"]
+    cells, columns, note = [model], ["model"], ""
+    if source:
+        cells += [fixed(fields["perplexity"]), fields["n_tokens"]]
+        columns += [">perplexity", ">tokens"]
+        note = f"text: {source}; context {fields['context']}, stride {fields['stride']}"
+    cells, columns = [*cells, *bits], [*columns, ">bits, linears", ">bits, model", ">bytes"]
     if "kl" in fields:
         cells += [f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}"]
         columns += [">KL, nats", ">same best token"]
-    note = f"text: {source}; context {fields['context']}, stride {fields['stride']}"
-    stdout_console().print(render_table(Table("", tuple(columns), (row(*cells),), note)))
+    console = stdout_console()
+    console.print(render_table(Table("", tuple(columns), (row(*cells),), note)))
+    if "layer_errors" in fields:
+        rows = tuple(row(name, f"{error:.4f}") for name, error in fields["layer_errors"].items())
+        told = "distance of each block's output from the original's, over the original's norm"
+        console.print(render_table(Table("", ("layer", ">error"), rows, told)))
+    if "tasks" in fields:
+        figures = [(task, name, value) for task, found in fields["tasks"].items() for name, value in found.items()]
+        rows = tuple(row(task, name, f"{value:.4f}") for task, name, value in figures)
+        console.print(render_table(Table("", ("task", "figure", ">value"), rows)))
 
 
 def _tokens(source: str, tokenizer: Any, *, sequences: int, length: int) -> Any:
@@ -208,9 +247,15 @@ def generate(
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the exported model goes.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the exported model goes; for gguf a file too.")
+    ],
     to: Annotated[
-        str, typer.Option("--to", help="dense: float16 weights that any reader of the family takes.")
+        str,
+        typer.Option(
+            "--to",
+            help="dense: float16 weights that any reader of the family takes; gguf: for llama.cpp, of bwla-folded.",
+        ),
     ] = "dense",
 ) -> None:
     """Write a packed model in a form that other readers take; what the form cannot hold is refused with the reason."""

@@ -49,9 +49,17 @@ class GradientError(BwlaError, RuntimeError):
     """Gradients were asked through a quantized linear, which has none."""
 
 
+class OutOfMemory(BwlaError, MemoryError):
+    """What was asked for needs more memory than there is."""
+
+
 class DemoError(BwlaError, RuntimeError):
     """The embedded model cannot be built or found."""
 
 
 class WorkerError(BwlaError, RuntimeError):
     """A worker process ended without a result."""
+
+
+class HarnessError(BwlaError, RuntimeError):
+    """The harness of the benchmarks is not beside the package."""

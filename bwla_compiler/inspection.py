@@ -74,10 +74,11 @@ def inspect_module(
             formats=packed_formats(module),
         )
     chosen = load_recipe(recipe or DEFAULT_RECIPE)
-    found = plan or api.plan(module)
+    found, repeated = (plan, None) if plan else api.quick_plan(module)
     cost = cost_report(planned_shape(module, found, chosen), recipe=chosen.name, context=context, chosen=device)
     formats = planned_formats(module, found, chosen)
-    return build_report(found, source=source, recipe=chosen.name, cost=cost, formats=formats)
+    report = build_report(found, source=source, recipe=chosen.name, cost=cost, formats=formats)
+    return dataclasses.replace(report, repeated=str(repeated or ""))
 
 
 def packed_config(model: Any) -> Any:
@@ -106,7 +107,7 @@ def compare(
     module = api.skeleton(model, progress=progress).model
     if packed_config(module) is not None:
         raise PlanError(f"{model} is packed: recipes are compared on a float model; leave MODEL out to compare models")
-    plan = api.plan(module)
+    plan, _ = api.quick_plan(module)
     reports = [
         inspect_module(module, source=model, recipe=recipe, plan=plan, context=context, device=device)
         for recipe in recipes

@@ -1,6 +1,7 @@
 """Quantize a model folder into another, block by block: memory for one block, and a killed run goes on."""
 
 import contextlib
+import gc
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,9 @@ from bwla_compiler.checkpoint.source import INDEX, SourceWeights
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
+from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
-from bwla_compiler.memory import memory_bytes
+from bwla_compiler.memory import memory_bytes, release, told_of_shortage
 from bwla_compiler.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,11 @@ Sampler = Callable[[], Tensor]
 """Samples calibration tokens from the float model as a whole."""
 
 CALIBRATION = "calibration.safetensors"
+SHORTAGE = (
+    "give --spill, a recipe without data (rtn) or a machine with more, and start again: with the same recipe it goes "
+    "on where it stopped"
+)
+
 TUNING_BYTES, LATENT_BYTES, HEAD_BYTES = 0.5, 2.0, 8.0
 """Memory that tuning takes for each weight: the pack, twice; where signs learn; of the head, its floats twice."""
 
@@ -60,7 +67,7 @@ def quantize_folder(
 ) -> QuantizeReport:
     """Do the job, or what an earlier run has left of it, and return the report.
 
-    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError.
+    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError, OutOfMemory.
     """
     if job.recipe.simulated:
         raise RecipeError(
@@ -68,14 +75,15 @@ def quantize_folder(
         )
     model = _empty(job.folder)
     source = SourceWeights(job.folder, model)
-    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
+    short = told_of_shortage(str(job.folder), remedy=SHORTAGE)
+    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work), short:
         tuned = work.state.setdefault("tuned", _tuned(job.recipe, model))
         weights = StreamedWeights(model, source, work, tuned=tuned)
         report = quantize_model(
             model,
             job.recipe,
             _tokens(job, model, work, progress),
-            plan=make_plan(meta_model(model.config)),
+            plan=_plan(model),
             seed=job.seed,
             progress=progress,
             weights=weights,
@@ -105,6 +113,14 @@ def _empty(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{folder}: its config does not describe a causal LM: {first}. Give a model folder or a hub id"
         ) from error
+
+
+def _plan(model: nn.Module) -> Plan:
+    """Return the plan; what making it took, some MB a layer in graphs that refer to themselves, is given back."""
+    plan = make_plan(meta_model(model.config))
+    gc.collect()
+    release()
+    return plan
 
 
 def _facts(job: Job, source: SourceWeights) -> dict[str, Any]:

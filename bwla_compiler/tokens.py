@@ -2,6 +2,7 @@
 
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,16 +191,19 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold the model in eval mode, without gradients; afterwards each module has its own mode back.
 
-    no_grad rather than inference mode: what a module builds and keeps in there must stay usable outside.
+    no_grad rather than inference mode: what a module builds and keeps in there must stay usable outside. Modules that
+    are replaced meanwhile are not kept alive: their weights may be most of the memory.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for reference, training in modes:
+            module = reference()
+            if module is not None:
+                module.training = training
 
 
 def _continue(model: nn.Module, starts: Tensor, *, length: int, generator: torch.Generator) -> Tensor:

@@ -3,10 +3,34 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 _BUILDING = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag that writes golden files anew; `git diff` then shows what changed."""
+    parser.addoption("--rewrite-goldens", action="store_true", help="write the golden files as the code makes them now")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Return what compares a text with the golden file of a name, in `golden/` beside the test."""
+    folder = Path(request.path).parent / "golden"
+
+    def compare(name: str, text: str) -> None:
+        path = folder / name
+        if request.config.getoption("--rewrite-goldens"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, "utf-8")
+        remedy = f"{path} is out of date: python -m pytest {request.path} --rewrite-goldens, and read the diff"
+        assert path.is_file(), remedy
+        assert path.read_text("utf-8") == text, remedy
+
+    return compare
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,13 +10,14 @@ from torch.overrides import TorchFunctionMode
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
 
 @functools.cache
 def plan(name: str) -> Plan:
-    """Return the plan of `tiny.make(name)`, whatever its dtype and seed."""
-    return make_plan(tiny.make(name))
+    """Return the plan of `tiny.make(name)`, whatever its dtype and seed; of the zoo's tiny model for other names."""
+    return make_plan(tiny.make(name) if name in tiny.CONFIGS else tiny_model(name))
 
 
 @functools.cache

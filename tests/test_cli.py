@@ -13,13 +13,16 @@ import pytest
 import torch
 
 import bwla_compiler
-from bwla_compiler import cli, inspection
+from bwla_compiler import cli, dumping, inspection
 from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.cost.model import AttentionShape, GroupShape, ModelShape
 from bwla_compiler.errors import WeightError
+from bwla_compiler.evaluate import stages
 from bwla_compiler.evaluate.fidelity import Fidelity
+from bwla_compiler.evaluate.stages import Stage
 from bwla_compiler.evaluate.windows import Windowed
 from bwla_compiler.graph.plan import Basis, Expression, Linear, Plan
+from bwla_compiler.graph.repetition import Repetition
 from bwla_compiler.inspector.cost import cost_report
 from bwla_compiler.inspector.diff import compare_reports
 from bwla_compiler.inspector.report import build_report
@@ -37,6 +40,7 @@ COMMANDS = (
     "export",
     "verify",
     "zoo",
+    "bench",
     "recipes",
     "doctor",
     "emit",
@@ -72,6 +76,9 @@ class FakeApi(ModuleType):
 
     def plan(self, model: Any) -> Plan:
         return PLAN
+
+    def quick_plan(self, model: Any) -> tuple[Plan, Repetition | None]:
+        return PLAN, Repetition("model.layers", 64)
 
     def inspect(self, model: str, *, recipe: str = "", context: int, device: str, progress: Any = None) -> Any:
         self.calls["inspect"] = {"source": model, "recipe": recipe, "context": context, "device": device}
@@ -113,6 +120,13 @@ class FakeApi(ModuleType):
 
     def fidelity(self, reference: Any, model: Any, tokens: torch.Tensor, *, progress: Any) -> Fidelity:
         return Fidelity(0.25, 0.75, tokens.numel())
+
+    def layer_errors(self, reference: Any, model: Any, tokens: torch.Tensor, *, progress: Any) -> dict[str, float]:
+        return {"model.layers.0": 0.125}
+
+    def run_tasks(self, model: Any, tokenizer: Any, tasks: list[str], *, limit: int | None) -> dict[str, Any]:
+        self.calls["run_tasks"] = {"tasks": tasks, "limit": limit}
+        return {task: {"acc": 0.625} for task in tasks}
 
     def export(self, model: Any, path: Path, *, to: str, tokenizer: Any = None) -> None:
         self.calls["export"] = {"path": path, "to": to, "tokenizer": tokenizer}
@@ -298,12 +312,31 @@ def test_inspect_prints_modelled_costs(run: Run, api: FakeApi, tmp_path: Path) -
     assert "One decoded token" in page.read_text()
 
 
+def test_inspect_runs_the_passes_and_names_the_one_that_breaks(
+    run: Run, api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Stage("untie", 1, 0, 0.0), Stage("fold-norms", 3, 0, 0.5)]
+    loaded = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(api, "load", lambda source, progress: loaded)
+    monkeypatch.setattr(stages, "check_passes", lambda *args, **options: tuple(found))
+    monkeypatch.setattr(dumping, "dump_passes", lambda model, folder, recipe, progress: (folder / "00-capture.txt",))
+    code, _, err = run("inspect", "some/model", "--dump", str(tmp_path), "--verify")
+    assert code == 1
+    assert "wrote 1 files" in err
+    assert "error: fold-norms changes what the model computes: relative logit error 5.0e-01" in err
+    found.pop()
+    code, text, _ = run("inspect", "some/model", "--verify", "--json")
+    assert code == 0
+    assert json.loads(text)["source"] == "some/model"
+
+
 def test_plan_writes_data_and_graph(run: Run, api: FakeApi, tmp_path: Path) -> None:
     data, graph = tmp_path / "plan.json", tmp_path / "plan.graphml"
     code, text, _ = run("plan", "some/model", "--json", str(data), "--graphml", str(graph))
     assert code == 0
     assert "1 linears in 0 blocks: 1 folded" in text
     assert "1 free bases in 1 chains" in text
+    assert "5 of 64 blocks were captured" in text
     assert Plan.from_json(data.read_text()) == PLAN
     assert graph.read_text().startswith("<?xml")
     code, _, err = run("plan", "some/model", "--json", str(tmp_path / "no" / "plan.json"))
@@ -345,13 +378,26 @@ def test_eval_by_windows_and_against_the_original(run: Run, api: FakeApi, tmp_pa
     assert code == 0
     assert (found["context"], found["stride"], found["n_tokens"]) == (9, 3, 29)
     assert (found["kl"], found["top1_agreement"]) == (0.25, 0.75)
+    assert found["layer_errors"] == {"model.layers.0": 0.125}
     assert api.calls["windowed_perplexity"]["stream"].tolist() == list(range(30))
     assert api.calls["load"]["source"] == "original"
     code, text, _ = run("eval", "some/model", *options)
     assert "context 9, stride 3" in text
     assert "75.0%" in text
+    assert "0.1250" in text
     code, _, err = run("eval", "demo:", "--stride", "3")
     assert (code, "is no one stream" in err) == (1, True)
+
+
+def test_eval_runs_tasks_without_a_text(run: Run, api: FakeApi) -> None:
+    code, text, _ = run("eval", "some/model", "--tasks", "piqa,own.yaml", "--limit", "5", "--json")
+    assert code == 0
+    assert json.loads(text)["tasks"] == {"piqa": {"acc": 0.625}, "own.yaml": {"acc": 0.625}}
+    assert api.calls["run_tasks"] == {"tasks": ["piqa", "own.yaml"], "limit": 5}
+    assert "perplexity" not in api.calls
+    assert "0.6250" in run("eval", "demo:", "--tasks", "piqa")[1]
+    code, _, err = run("eval", "some/model", "--tasks", "piqa", "--against", "original")
+    assert (code, "on which text?" in err) == (1, True)
 
 
 def test_export_passes_the_form(run: Run, api: FakeApi, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """From folder to folder, block by block: the same bytes as in memory, after any interruption, and clear refusals."""
 
+import dataclasses
 import errno
+import gc
 import json
 import os
 import shutil
@@ -19,9 +21,11 @@ from torch import nn
 from bwla_compiler import api
 from bwla_compiler.calibrate.report import BlockReport
 from bwla_compiler.checkpoint import files
-from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, RecipeError, WeightError
+from bwla_compiler.checkpoint.streamed import StreamedWeights
+from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, OutOfMemory, RecipeError, WeightError
 from bwla_compiler.zoo.models import tiny_model
 from tests import planned, tiny
+from tests.letters import letters
 from tests.wider import wider
 
 FAST = {"transform.iterations": 2, "psp.iterations": 1, "signs.sweeps": 1, "tuning.steps": 0}
@@ -89,6 +93,10 @@ def same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe:
     assert torch.equal(logits(again), logits(model))
     assert report.bits == expected.bits
     assert [x.output_error for x in report.linears] == [x.output_error for x in expected.linears]
+    for x, y in zip(report.linears, expected.linears, strict=True):  # the float model's inputs are not seen in streams
+        assert x.spread is not None
+        assert y.spread is not None
+        assert dataclasses.replace(x.spread, input_before=y.spread.input_before) == y.spread
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,23 @@ def test_blocks_are_told_and_files_are_few(source: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_float_weights_of_a_block_that_is_done_are_gone(source: Path, tmp_path: Path) -> None:
+    def alive() -> dict[int, tuple[int, ...]]:
+        tensors = [x for x in gc.get_objects() if type(x) is nn.Parameter and x.ndim == 2 and not x.is_meta]
+        # stand-ins share one stretch of memory, as large as the embedding, which is no block's
+        return {id(x): tuple(x.shape) for x in tensors if x.untyped_storage().nbytes() == 4 * x.numel() < 4 * 128 * 64}
+
+    gc.collect()
+    before: set[int] = set(alive())
+    found: list[list[tuple[int, ...]]] = []
+    rounded(
+        source,
+        tmp_path / "out",
+        on_block=lambda block: found.append([s for i, s in alive().items() if i not in before]),
+    )
+    assert found == [[], []]
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path) -> None:
     out, told = tmp_path / "out", []
     with pytest.raises(Killed):
@@ -145,29 +170,41 @@ def test_spilled_activations_change_nothing(
     assert content(tmp_path / "out") == content(whole)
 
 
+DYING = """
+import os, signal, sys
+from bwla_compiler import api
+from tests.test_streaming import FAST
+
+source, out, tokens, name, number = sys.argv[1:]
+real, calls = getattr(os, name), []
+
+def dying(*arguments):
+    calls.append(name)
+    if len(calls) == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+
+setattr(os, name, dying)
+api.quantize_to(source, out, settings=FAST, calibration=tokens)
+"""
+"""A run that is killed, as by kill -9, at one of its calls of a function of os; number 0: never."""
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9])
-def test_kill_9_at_any_moment(source: Path, whole: Path, tmp_path: Path, moment: float) -> None:
+@pytest.mark.parametrize("name, number", [("fsync", 3), ("replace", 3), ("fsync", 8), ("replace", 6)])
+def test_kill_9_at_any_moment(source: Path, whole: Path, tmp_path: Path, name: str, number: int) -> None:
     torch.save(TOKENS, tmp_path / "tokens.pt")
-    code = (
-        "import sys; from bwla_compiler import api; from tests.test_streaming import FAST\n"
-        "api.quantize_to(sys.argv[1], sys.argv[2], settings=FAST, calibration=sys.argv[3], on_block=print)"
-    )
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(tmp_path / "tokens.pt")]
-    whole_run = subprocess.run([*command[:-2], str(tmp_path / "whole"), command[-1]], check=True, capture_output=True)
-    assert whole_run.returncode == 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "out.partial" / "progress.json").exists():
-        if process.poll() is not None:
-            break
-    try:
-        process.wait(moment)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not (tmp_path / "out").exists():
-        subprocess.run(command, check=True, capture_output=True)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    paths = [str(source), str(tmp_path / "out"), str(tmp_path / "tokens.pt")]
+
+    def run(at: int) -> int:
+        command = [sys.executable, "-c", DYING, *paths, name, str(at)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert run(number) == -signal.SIGKILL
+    assert (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+    assert run(0) == 0
+    assert content(tmp_path / "out") == content(whole)
 
 
 def begun(source: Path, out: Path) -> Path:
@@ -294,6 +331,7 @@ def encoder(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Edit, type[BwlaError], str]] = {
     "NaN": (lambda f: edit(f, UP, nan), WeightError, f"{UP} holds 1 NaN or infinite"),
+    "infinity": (lambda f: edit(f, UP, lambda w: w.mul_(torch.inf)), WeightError, f"{UP} holds .* NaN or infinite"),
     "shape": (lambda f: edit(f, UP, lambda w: w[:5].clone()), CheckpointError, rf"{UP} has shape \[5, 64\]"),
     "integers": (lambda f: edit(f, UP, lambda w: w.to(torch.int32)), WeightError, "only floating-point"),
     "missing": (without_index_entry, CheckpointError, f"lacks {UP}"),
@@ -315,6 +353,37 @@ def test_bad_input_is_one_clear_error(what: str, source: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_activations_that_overflow_name_the_linear(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "float")
+    for name in ("gate_proj", "up_proj"):
+        edit(tmp_path / "float", f"model.layers.0.mlp.{name}.weight", lambda w: w.mul_(1e17))
+    settings = {"signs.sweeps": 1, "transform.kind": "none", "psp.hidden_over": 0, "tuning.steps": 0}
+    with pytest.raises(
+        CalibrationError, match=r"layers\.0\.mlp\.down_proj: its input: activations hold NaN or infinity"
+    ):
+        api.quantize_to(tmp_path / "float", tmp_path / "out", settings=settings, calibration=TOKENS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_is_one_clear_error_and_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = StreamedWeights.fetch
+
+    def short(self: StreamedWeights, *prefixes: str) -> None:
+        if "model.layers.1" in prefixes:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        fetch(self, *prefixes)
+
+    monkeypatch.setattr(StreamedWeights, "fetch", short)
+    with pytest.raises(OutOfMemory, match=r"llama: out of memory \(asked for \d+ bytes\); give --spill"):
+        rounded(source, tmp_path / "out")
+    monkeypatch.undo()
+    told: list[BlockReport] = []
+    rounded(source, tmp_path / "out", on_block=told.append)
+    assert [block.restored for block in told] == [True, False]
+
+
 def test_calibration_that_is_none(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     torch.save(torch.arange(5), tmp_path / "short.pt")
@@ -322,6 +391,13 @@ def test_calibration_that_is_none(source: Path, tmp_path: Path) -> None:
         api.quantize_to(source, tmp_path / "out", calibration=tmp_path / "empty.txt")
     with pytest.raises(CalibrationError, match="5 tokens do not fill one sequence of 256"):
         api.quantize_to(source, tmp_path / "out2", calibration=tmp_path / "short.pt")
+    shutil.copytree(source, tmp_path / "read")
+    letters().save_pretrained(tmp_path / "read")
+    with pytest.raises(CalibrationError, match=r"empty\.txt: .*1 tokens do not fill"):
+        api.quantize_to(tmp_path / "read", tmp_path / "out4", calibration=tmp_path / "empty.txt")
+    (tmp_path / "few.txt").write_text("abc")
+    with pytest.raises(CalibrationError, match="4 tokens do not fill one sequence of 256"):
+        api.quantize_to(tmp_path / "read", tmp_path / "out5", calibration=tmp_path / "few.txt")
     with pytest.raises(CalibrationError, match='is neither "self"'):
         api.quantize_to(source, tmp_path / "out3", calibration="nothing.txt")
 

@@ -1,6 +1,7 @@
 """Token batches: each source gives int64 rows of the length asked for, and each bad one a clear error."""
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,14 @@ def test_modes_come_back_module_by_module() -> None:
     assert model.training
     assert model.lm_head.training
     assert not model.model.training
+
+
+def test_what_is_replaced_meanwhile_is_not_kept() -> None:
+    model = tiny_model()
+    gone = weakref.ref(model.lm_head)
+    with evaluating(model):
+        model.lm_head = torch.nn.Identity()
+        assert gone() is None
 
 
 @pytest.mark.parametrize(

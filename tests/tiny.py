@@ -49,10 +49,12 @@ SEVEN = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "opt")
 """The first architectures of the project."""
 
 
-def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> nn.Module:
     """Return a tiny causal LM; weights tripled so that attention and activations are far from linear."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bwla_compiler.graph.plan import Linear
 from bwla_compiler.numerics.billm import billm_bits, billm_weight
 from bwla_compiler.numerics.group_signs import descend_groups, round_groups
 from bwla_compiler.numerics.paper import split_as_paper
@@ -15,7 +16,7 @@ from bwla_compiler.numerics.row_column import round_rows_columns
 from bwla_compiler.numerics.signs import descend_signs, round_signs
 from bwla_compiler.numerics.stats import damped
 from bwla_compiler.numerics.target import drift_corrected
-from bwla_compiler.recipe import Recipe
+from bwla_compiler.recipe import DATA_FREE, Recipe
 
 GROUP = 128
 """Columns that share a scale where a recipe asks for groups: what the kernels take."""
@@ -28,6 +29,13 @@ class LinearFit:
     weight: BinaryWeight | SimulatedWeight
     weight_error: float
     output_error: float
+
+
+def rank_of(recipe: Recipe, linear: Linear, *, hidden: int) -> int:
+    """Return the rank of a linear's pair in a model of a hidden size."""
+    if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
+        hidden = min(hidden, linear.in_features, linear.out_features)
+    return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
 
 
 def fit_group(
@@ -44,7 +52,9 @@ def fit_group(
     if gram is not None and cross is not None and recipe.target.drift:
         stacked = drift_corrected(stacked, gram, cross, damping=recipe.target.damping)
     targets = stacked.split(rows)
-    hessian = torch.eye(stacked.shape[1]) if gram is None else damped(gram, recipe.signs.damping).float()
+    # rounding reads none, and the identity of a wide input takes more memory than its weights
+    columns = 0 if recipe.signs.method in DATA_FREE else stacked.shape[1]
+    hessian = torch.eye(columns) if gram is None else damped(gram, recipe.signs.damping).float()
     fitted = _weights(targets, hessian, recipe, rank)
     seen = None if gram is None else hessian
     return [_with_errors(target, weight, seen) for target, weight in zip(targets, fitted, strict=True)]

@@ -11,15 +11,15 @@ from torch.fx import GraphModule
 
 from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
-from bwla_compiler.calibrate.fit import LinearFit, fit_group
-from bwla_compiler.calibrate.observe import Observer, Unobserved
+from bwla_compiler.calibrate.fit import LinearFit, fit_group, rank_of
+from bwla_compiler.calibrate.observe import Observer
 from bwla_compiler.calibrate.overrides import check_overrides
 from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
 from bwla_compiler.calibrate.residency import InMemory, Residency
 from bwla_compiler.calibrate.routing import keep_routing, routed_rows
 from bwla_compiler.calibrate.stream import Call, Progress, TwinStream, residual_operand
 from bwla_compiler.calibrate.tune import tune
-from bwla_compiler.errors import RecipeError
+from bwla_compiler.errors import CalibrationError, RecipeError
 from bwla_compiler.graph.basis import analyse
 from bwla_compiler.graph.capture import capture, input_shape, rebind
 from bwla_compiler.graph.plan import Group, Linear, Plan
@@ -126,11 +126,13 @@ class _Quantizer:
         bits = measure_bits(self.model)
         return QuantizeReport(self.recipe, self.plan, _merged(self.passes), tuple(self.linears), bits, self.seconds)
 
-    def _observer(self) -> Observer | Unobserved:
-        """Return who looks at weights and inputs; they are compared with the float model's where that is in memory."""
-        if not isinstance(self.weights, InMemory):
-            return Unobserved()
-        return Observer(self.model, self.plan, self.tokens, bits=self.recipe.activations.bits)
+    def _observer(self) -> Observer:
+        """Return who looks at weights and inputs, those of the float model among them where that is in memory."""
+        observer = Observer(self.plan, bits=self.recipe.activations.bits)
+        self.weights.watch(observer.see_original)
+        if self.tokens is not None and isinstance(self.weights, InMemory):
+            observer.see_inputs(self.model, self.tokens)
+        return observer
 
     def _context(self) -> PassContext:
         return PassContext(self.model, self.plan, self.recipe, self.seed)
@@ -278,7 +280,10 @@ class _Quantizer:
                 self.observer.see_input(members, q)
             seen = fake_quantize(q.float(), bits=bits)
             error = fp.float() - seen if wanted else None
-            stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            try:
+                stats.update(seen, error if error is None or added is None else added[i].addmm(error, weight.T))
+            except CalibrationError as found:
+                raise CalibrationError(f"{group.name}: its input: {found}") from found
         gram = stats.gram()
         if not gram.any():  # nothing is known of directions that no token has
             log.warning("%s: its input is zero on all calibration tokens; fitted to the weights alone", group.name)
@@ -348,10 +353,7 @@ class _Quantizer:
         return fits
 
     def _rank(self, recipe: Recipe, linear: Linear) -> int:
-        hidden = int(getattr(getattr(self.model, "config", None), "hidden_size", 0))
-        if linear.experts:  # narrow and many: a pair as wide as the model's would outweigh them
-            hidden = min(hidden, linear.in_features, linear.out_features)
-        return recipe.psp.rank_for(linear.in_features, linear.out_features, hidden=hidden)
+        return rank_of(recipe, linear, hidden=int(getattr(getattr(self.model, "config", None), "hidden_size", 0)))
 
     def _linear_report(self, linear: Linear, fit: LinearFit | ExpertsFit, seconds: float) -> LinearReport:
         module = self.model.get_submodule(linear.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bwla_compiler.graph.plan import Plan
+from bwla_compiler.graph.reading import read
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.numerics.spread import Spread
 from bwla_compiler.passes.base import PassReport
@@ -55,10 +56,8 @@ class LinearReport:
 
 
 def linear_report(data: Mapping[str, Any]) -> LinearReport:
-    """Return the report that `dataclasses.asdict` made data of, through JSON or not."""
-    tokens = data.get("tokens")
-    counted = None if tokens is None else ExpertTokens(**{**tokens, "counts": tuple(tokens["counts"])})
-    return LinearReport(**{**data, "tokens": counted})
+    """Return the report that `dataclasses.asdict` made data of, through JSON or not. Raises PlanError for others."""
+    return read(LinearReport, json.loads(json.dumps(data)), where="report of a linear")
 
 
 @dataclass(frozen=True)

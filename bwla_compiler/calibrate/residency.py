@@ -4,6 +4,7 @@ A block is fetched before its first linear is fitted and stored after the stream
 all blocks (embedding, head, last norm) comes with `fetch_rest`. Names are those of parameters and modules.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ class Residency(Protocol):
 
     def prepare(self, plan: Plan) -> None:
         """Have the values at hand that folding passes read."""
+        ...
+
+    def watch(self, look: Callable[[str, Tensor], None]) -> None:
+        """Show each parameter of two axes or more, by name, to `look`, as it comes and before it is folded."""
         ...
 
     def fold(self, step: Pass, ctx: PassContext) -> PassReport:
@@ -71,6 +76,12 @@ class InMemory:
 
     def prepare(self, plan: Plan) -> None:
         """Nothing to do."""
+
+    def watch(self, look: Callable[[str, Tensor], None]) -> None:
+        """Show all of them at once."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim >= 2:
+                look(name, parameter.detach())
 
     def fold(self, step: Pass, ctx: PassContext) -> PassReport:
         """Run the pass on the model."""

@@ -66,6 +66,16 @@ class BwlaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.true_bits = true_bits or {}
 
 
+class _OneEntry(dict[str, str]):
+    """Metadata that takes no second entry: safetensors writes several in random order, and equal models must give
+    equal bytes. transformers adds `format`, which nothing reads since its version 5.
+    """
+
+    def __setitem__(self, key: str, value: str) -> None:
+        if key in self:
+            super().__setitem__(key, value)
+
+
 @register_quantizer(METHOD)
 class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds empty packed modules on meta before the weights arrive."""
@@ -96,7 +106,7 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what save_pretrained writes: tensors with guards, and their checksums."""
         tensors = with_guards(model.state_dict(), packed_modules(model))
-        return tensors, checksums(tensors)
+        return tensors, _OneEntry(checksums(tensors))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Return no conversions: packed tensors go by the model's own names, and are no weights to merge or turn."""

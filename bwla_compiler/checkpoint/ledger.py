@@ -28,6 +28,7 @@ _KINDS = {
     "low_rank_out": "low-rank pairs",
     "low_rank_scale": "low-rank pairs",
     "codes": "int8 codes",
+    "gain": "embeddings' own scales",
     "bias": "biases",
 }
 

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from bwla_compiler.checkpoint.files import opened, tensor_bytes
 from bwla_compiler.errors import CheckpointError, WeightError
+from bwla_compiler.numerics.finite import all_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -133,7 +134,7 @@ class SourceWeights:
                 raise WeightError(f"{name} is {tensor.dtype}: only floating-point weights can be quantized")
             return tensor.clone()
         values = tensor.to(torch.float32, copy=True)
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             bad = int((~torch.isfinite(values)).sum())
             raise WeightError(
                 f"{name} holds {bad} NaN or infinite values of {values.numel()}: the checkpoint is damaged or "

@@ -5,7 +5,7 @@ parameters whenever these come. See `calibrate.residency` for what a run asks of
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.capture import attribute, parameter_name
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of
+from bwla_compiler.memory import release
 from bwla_compiler.passes.apply import apply_module, replace_module
 from bwla_compiler.passes.base import Edit, Pass, PassContext, PassReport, ShiftBias, Untie
 from bwla_compiler.runtime.skeleton import build_skeleton, describe, packed_modules
@@ -43,6 +44,7 @@ class StreamedWeights:
         self.blocks = tuple(dict.fromkeys(block for name in names if (block := block_of(name))))
         self._stored: set[str] = set()
         self._gathered = False
+        self._look: Callable[[str, Tensor], None] = lambda name, values: None
 
     # ---- what a run asks for, in its order
 
@@ -55,6 +57,10 @@ class StreamedWeights:
         wanted = [n for n in self.model.state_dict(keep_vars=True) if n not in inside and self.source.has(n)]
         named = {name for norm in plan.norms for name in (norm.gain, norm.shift) if name}
         self._assign(self.source.load([*wanted, *sorted(named & inside)]))
+
+    def watch(self, look: Callable[[str, Tensor], None]) -> None:
+        """Have each weight shown when it is read."""
+        self._look = look
 
     def fold(self, step: Pass, ctx: PassContext) -> PassReport:
         """Run a pass; edits of parameters that are not here wait for them."""
@@ -125,6 +131,7 @@ class StreamedWeights:
             self.work.put(block, self._file(block), self._shard(block), {**kept, "source": self._fingerprint(block)})
         self._stored.add(block)
         self._free(block)
+        release()
 
     def gather(self) -> str:
         """Load all packed modules; return "", or why not."""
@@ -192,6 +199,8 @@ class StreamedWeights:
         shared = {n: a for n in names for a in tied.get(n, ()) if a.rpartition(".")[0] in self._here}
         fresh = [n for n in names if n not in self._created and n not in shared]
         values = self.source.load(fresh)
+        for name, read in values.items():
+            self._look(name, read)
         for name in names:
             if name in shared:
                 self._set(name, self.model.get_parameter(shared[name]))

@@ -61,8 +61,8 @@ def verify_rotations(model: nn.Module, *, seed: int = 0, progress: Progress | No
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary(model), IDS_SHAPE, generator=generator).to(device_of(model))
     report("reference logits", 1, 4)
-    graph = _captured(double)
-    reference = _logits(graph, ids)
+    graph = captured_in_doubles(double)
+    reference = graph_logits(graph, ids)
     if not bool(torch.isfinite(reference).all()):
         raise ModelError(f"{type(model).__name__}: its logits on random tokens are not finite before any rotation")
     report("planning and rotating", 2, 4)
@@ -73,21 +73,22 @@ def verify_rotations(model: nn.Module, *, seed: int = 0, progress: Progress | No
     report("rotated logits", 3, 4)
     # the graph reads the very tensors that were edited; an added bias or an untied head takes a new capture
     if plan.tied or not rebind(graph, double):
-        graph = _captured(double)
-    error = (_logits(graph, ids) - reference).abs().max() / reference.abs().max()
+        graph = captured_in_doubles(double)
+    error = (graph_logits(graph, ids) - reference).abs().max() / reference.abs().max()
     report("verified", 4, 4)
     return Verification(len(plan.free), float(error), plan, weights=weights)
 
 
-def _captured(model: nn.Module) -> GraphModule:
-    """Return the model's graph, with the float32 casts that norms hard-code lifted to float64."""
+def captured_in_doubles(model: nn.Module) -> GraphModule:
+    """Return a float64 model's graph for ids of IDS_SHAPE; float32 casts, which norms hard-code, are lifted."""
     batch, length = IDS_SHAPE
     graph = capture(model, batch=batch, length=length)
     lift_casts(graph)
     return graph
 
 
-def _logits(graph: GraphModule, ids: Tensor) -> Tensor:
+def graph_logits(graph: GraphModule, ids: Tensor) -> Tensor:
+    """Return the logits of a captured graph for ids of the shape that it was captured for."""
     with torch.no_grad():
         logits = graph(input_ids=ids)
     assert isinstance(logits, Tensor)

@@ -8,7 +8,7 @@ parameters as `get_attr` nodes (the same tensors: an edit of a parameter is seen
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from bwla_compiler.tokens import device_of, evaluating
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+
+Decompositions = dict[Any, Callable[..., Any]]
 
 PREFIX = "model."
 """What the wrapper puts before the model's own parameter names."""
@@ -47,17 +49,21 @@ def _cached(cache: Any) -> list[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
-def capture(model: nn.Module, *, batch: int = 3, length: int = 11, cache: bool = False) -> GraphModule:
+def capture(
+    model: nn.Module, *, batch: int = 3, length: int = 11, cache: bool = False, table: Decompositions | None = None
+) -> GraphModule:
     """Return the model's graph for token ids of shape [batch, length], as functional ATen.
 
     The default sizes are odd primes that no hidden size divides, so that no axis is mistaken for another.
     cache: with the cache's tensors among the outputs, which pins their bases: what torch.compile needs, whose graphs
-    share a cache with eager steps. Raises CaptureError with the exporter's own words.
+    share a cache with eager steps. table: of further decompositions, Inductor's for example, which leaves the normal
+    form behind. Raises CaptureError with the exporter's own words.
     """
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device_of(model))
     try:
         with evaluating(model):
-            return _normal_form(_Function(model, cache=cache), (), {"input_ids": ids}, name=type(model).__name__)
+            function, inputs = _Function(model, cache=cache), {"input_ids": ids}
+            return _normal_form(function, (), inputs, name=type(model).__name__, table=table)
     except CaptureError as error:
         raise CaptureError(f"{error}; the model must run as model(input_ids=..., use_cache={cache})") from error
 
@@ -79,13 +85,20 @@ def capture_graph(gm: GraphModule, model: nn.Module, inputs: Sequence[Any]) -> G
         return _normal_form(bound, tuple(inputs), {}, name=type(model).__name__)
 
 
-def _normal_form(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str) -> GraphModule:
+def _normal_form(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    name: str,
+    table: Decompositions | None = None,
+) -> GraphModule:
     try:
         with warnings.catch_warnings():
             # torch's own copies of its specs warn about their class
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             exported = torch.export.export(module, args, kwargs, strict=False)
-            graph_module = exported.run_decompositions({}).module(check_guards=False)
+            graph_module = exported.run_decompositions(table or {}).module(check_guards=False)
     except Exception as error:
         raise CaptureError(
             f"{name}: torch.export could not trace it: {type(error).__name__}: "

@@ -81,11 +81,15 @@ def _legend(device: DeviceCost) -> str:
     shares = {p.name: p.seconds / total for p in device.decode}
     names = {p.name for parts in (device.decode, device.float_decode) for p in parts}
     items = "".join(
-        f'<li><span class="swatch part p{i}"></span>{WORDS[name]} <b>{shares.get(name, 0.0):.0%}</b></li>'
+        f'<li><span class="swatch part p{i}"></span>{WORDS[name]}{_share(shares.get(name, 0.0))}</li>'
         for i, name in enumerate(PARTS)
         if name in names
     )
     return f'<ul class="keys" aria-label="Shares of a decoded token">{items}</ul>'
+
+
+def _share(share: float) -> str:
+    return f" <b>{share:.0%}</b>" if share >= 0.005 else ""
 
 
 def seconds_text(seconds: float) -> str:

@@ -34,6 +34,11 @@ def span(names: Sequence[str]) -> str:
     return "".join([*parts[0][:at], "{" + ranges([int(p[at]) for p in parts]) + "}", *parts[0][at + 1 :]])
 
 
+def spans(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names with those that differ in one number put together; see `span`."""
+    return tuple(span(same) for same in alike((mask_name(name), name) for name in names))
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Return sorted numbers as ranges: 0, 1, 2, 5 -> "0-2,5"."""
     runs: list[list[int]] = []

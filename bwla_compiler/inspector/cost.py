@@ -151,12 +151,15 @@ def _group_cost(group: GroupShape) -> GroupCost:
     )
 
 
-def crossover_table(cost: CostReport) -> Table:
-    """Return the tokens a step from which each kind of linear, and the whole model, is bound by computing."""
-    names = [device.device for device in cost.devices]
+def crossover_table(cost: CostReport, *, only: str = "") -> Table:
+    """Return the tokens a step from which each kind of linear, and the whole model, is bound by computing.
+
+    only: the device to show, where there is no room for all.
+    """
+    names = [device.device for device in cost.devices if only in ("", device.device)]
     rows = [row(f"{g.name} x {g.count}", *(_tokens(g.crossovers[name]) for name in names)) for g in cost.groups]
-    rows.append(row("all without attention", *(_tokens(d.weights_crossover) for d in cost.devices)))
-    rows.append(row(Cell("whole model", "best"), *(_tokens(d.crossover) for d in cost.devices)))
+    rows.append(row("all without attention", *(_tokens(cost.device(n).weights_crossover) for n in names)))
+    rows.append(row(Cell("whole model", "best"), *(_tokens(cost.device(n).crossover) for n in names)))
     note = (
         f"{MODELLED} Below M* a decoding step is bound by memory. The whole model: sequences of a batch with "
         f"{cost.context:,} tokens each, attention's cache included; never: the cache keeps it bound by memory."

@@ -97,8 +97,9 @@ def linear_card(report: InspectorReport, linear: LinearRow) -> str:
     listed = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(text)}</dd></div>" for what, text in facts)
     pictures = spread_figures(linear)
     words = "".join(f"<p>{escape(part)}</p>" for part in explain(report, linear.name).split("\n\n"))
+    name = escape(linear.name).replace(".", ".<wbr>")
     return (
-        f'<h3><span class="swatch {linear.decision}">{LETTERS[linear.decision]}</span>{escape(linear.name)}</h3>'
+        f'<h3><span class="swatch {linear.decision}">{LETTERS[linear.decision]}</span><span>{name}</span></h3>'
         f"<dl>{listed}</dl>{f'<div class=pictures>{pictures}</div>' if pictures else ''}"
         f'<div class="words">{words}</div>'
     )

@@ -9,6 +9,9 @@ from bwla_compiler.inspector.report import LETTERS, InspectorReport, LinearRow
 WIDE = 14
 """Number of blocks up to which cells show their numbers."""
 
+EVERY = 8
+"""Columns of a wider map from number to number."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -67,7 +70,10 @@ def _table(report: InspectorReport, shown: list[Measure]) -> str:
     cells = {(x.short, x.block): x for x in report.linears}
     scales = _scales(report, shown)
     wide = len(blocks) <= WIDE
-    head = "".join(f'<th scope="col" title="{escape(n)}">{escape(_index(n))}</th>' for n in blocks)
+    head = "".join(
+        f'<th scope="col" title="{escape(n)}">{escape(_index(n)) if wide or i % EVERY == 0 else ""}</th>'
+        for i, n in enumerate(blocks)
+    )
     rows = "".join(
         f'<tr><th scope="row">{escape(short)}</th>'
         + "".join(_cell(cells.get((short, n)), shown, scales, wide) for n in blocks)

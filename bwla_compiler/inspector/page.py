@@ -10,19 +10,23 @@ from bwla_compiler.inspector.table import Cell, Table
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page. key: its anchor; body: HTML that the maker has escaped; lead: plain text below the title."""
+    """One part of a page. key: its anchor; body: HTML that the maker has escaped; lead: plain text below the title.
+
+    link: what links to it are called, the title if "".
+    """
 
     key: str
     title: str
     body: str
     lead: str = ""
+    link: str = ""
 
 
 def render_page(
     title: str, sections: list[Section], *, subtitle: str = "", facts: tuple[tuple[str, str], ...] = ()
 ) -> str:
     """Return the page. facts: numbers for the head, (value, what it is)."""
-    links = "".join(f'<a href="#{s.key}">{escape(s.title)}</a>' for s in sections)
+    links = "".join(f'<a href="#{s.key}">{escape(s.link or s.title)}</a>' for s in sections)
     numbers = "".join(f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for value, name in facts)
     body = "\n".join(_section(s) for s in sections)
     return (
@@ -60,12 +64,13 @@ def _section(section: Section) -> str:
 def table_html(table: Table, *, ids: tuple[str, ...] = ()) -> str:
     """Return a table that scrolls sideways where it is too wide. ids: one anchor a row, for links to it."""
     classes = ["number" if c.startswith(">") else "" for c in table.columns]
+    names = [c.lstrip(">") for c in table.columns]
     head = "".join(
-        f'<th scope="col" class="{kind}">{escape(c.lstrip(">"))}</th>'
-        for c, kind in zip(table.columns, classes, strict=True)
+        f'<th scope="col"{_attribute("class", kind)}>{escape(name)}</th>'
+        for name, kind in zip(names, classes, strict=True)
     )
     rows = "".join(
-        f'<tr id="{escape(ids[i])}">{_cells(cells, classes)}</tr>' if ids else f"<tr>{_cells(cells, classes)}</tr>"
+        f"<tr{_attribute('id', ids[i]) if ids else ''}>{_cells(cells, classes, names)}</tr>"
         for i, cells in enumerate(table.rows)
     )
     caption = f"<h3>{escape(table.title)}</h3>" if table.title else ""
@@ -77,9 +82,16 @@ def table_html(table: Table, *, ids: tuple[str, ...] = ()) -> str:
     )
 
 
-def _cells(cells: tuple[Cell, ...], classes: list[str]) -> str:
+def _cells(cells: tuple[Cell, ...], classes: list[str], names: list[str]) -> str:
+    """Return a row's cells; each says what its column is called, for screens that have no room for columns."""
     parts = []
-    for i, (cell, kind) in enumerate(zip(cells, classes, strict=True)):
+    for i, (cell, kind, name) in enumerate(zip(cells, classes, names, strict=True)):
         text = f'<span class="{cell.role}">{escape(cell.text)}</span>' if cell.role else escape(cell.text)
-        parts.append(f'<th scope="row">{text}</th>' if i == 0 else f'<td class="{kind}">{text}</td>')
+        text += f" <small>{escape(cell.note)}</small>" if cell.note else ""
+        attributes = f"{_attribute('class', kind)}{_attribute('data-of', name if cell.text else '')}"
+        parts.append(f'<th scope="row">{text}</th>' if i == 0 else f"<td{attributes}>{text}</td>")
     return "".join(parts)
+
+
+def _attribute(name: str, value: str) -> str:
+    return f' {name}="{escape(value)}"' if value else ""

@@ -18,8 +18,8 @@ from bwla_compiler.inspector.cost import CostReport
 from bwla_compiler.inspector.formats import Format
 from bwla_compiler.numerics.spread import Spread
 
-SCHEMA = "bwla-inspector/2"
-"""Name and version of the JSON form; the version rises when a field changes its meaning or goes."""
+SCHEMA = "bwla-inspector/3"
+"""Name and version of the JSON form; the version rises when a field comes, goes or changes its meaning."""
 
 LETTERS = {"folded": "F", "partial": "P", "online": "O", "alone": "-"}
 """One letter for each decision about a linear's input."""
@@ -164,7 +164,8 @@ class BitsRow:
 class InspectorReport:
     """All that terminal and page show. source: what was inspected; recipe: its name, "" where none was asked.
 
-    chains: names of free bases that some axis shares, together; each chain may be rotated by itself.
+    chains: names of free bases that some axis shares, together; each chain may be rotated by itself. repeated: which
+    blocks were not looked at because others are alike, "" where all were.
     """
 
     model: str
@@ -179,6 +180,7 @@ class InspectorReport:
     passes: tuple[PassRow, ...] = ()
     bits: BitsRow | None = None
     cost: CostReport | None = None
+    repeated: str = ""
 
     @cached_property
     def blocks(self) -> tuple[BlockRow, ...]:

@@ -28,7 +28,11 @@ def quality_table(name: str, model: Mapping[str, Any]) -> Table:
     rows = [row("fp", fixed(fp["perplexity"]), "", "", "", fixed(fp.get("true_bits")), _bytes(fp))]
     for recipe, result in recipes.items():
         cells = [
-            Cell(fixed(result.get(c)), "best" if result.get(c) is not None and result.get(c) == lowest[c] else "")
+            Cell(
+                fixed(result.get(c)),
+                "best" if result.get(c) is not None and result.get(c) == lowest[c] else "",
+                f"{result[c] / fp['perplexity']:.3f}x" if result.get(c) is not None else "",
+            )
             for c in COLUMNS
         ]
         rows.append(row(recipe, *cells, fixed(result.get("true_bits")), _bytes(result)))
@@ -38,16 +42,6 @@ def quality_table(name: str, model: Mapping[str, Any]) -> Table:
 
 def _bytes(result: Mapping[str, Any]) -> str:
     return size(result["n_bytes"]) if "n_bytes" in result else "-"
-
-
-def ratio_table(name: str, model: Mapping[str, Any]) -> Table:
-    """Return perplexities over that of fp: what can be compared between machines."""
-    fp = model["fp"]["perplexity"]
-    rows = tuple(
-        row(recipe, *(f"{fixed(result[c] / fp)}x" if result.get(c) is not None else "-" for c in COLUMNS))
-        for recipe, result in model["recipes"].items()
-    )
-    return Table(f"{name} over fp", ("recipe", *(f">{c.upper()}" for c in COLUMNS)), rows)
 
 
 def speed_table(speed: Mapping[str, Any]) -> Table:
@@ -84,12 +78,10 @@ def result_sections(result: Mapping[str, Any]) -> list[Section]:
     """Return the page's sections of a demo's result."""
     found = []
     for i, (name, model) in enumerate(result["models"].items()):
-        quality, ratio = quality_table(name, model), ratio_table(name, model)
-        body = table_html(Table("", quality.columns, quality.rows)) + table_html(
-            Table("Times the perplexity of fp", ratio.columns, ratio.rows)
-        )
+        quality = quality_table(name, model)
+        body = table_html(Table("", quality.columns, quality.rows))
         lead = (
-            "Perplexity on held-out text, lower is better. Columns: bits of the activations. "
+            "Perplexity on held-out text, lower is better; small: times that of fp. Columns: bits of the activations. "
             "True bits count every stored byte of the block linears."
         )
         found.append(Section(f"result-{i}", f"Quality on {name}", body, lead))

@@ -4,6 +4,7 @@ import json
 from html import escape
 
 from bwla_compiler.inspector.bars import cost_bars, seconds_text
+from bwla_compiler.inspector.collapse import spans
 from bwla_compiler.inspector.cost import crossover_table, device_table
 from bwla_compiler.inspector.diagram import Palette, block_svg, palette
 from bwla_compiler.inspector.figures import linear_card
@@ -13,6 +14,9 @@ from bwla_compiler.inspector.report import LETTERS, MEANINGS, BlockRow, Inspecto
 from bwla_compiler.inspector.table import Cell, Table, number, row, size
 from bwla_compiler.inspector.terminal import basis_table, norm_table, pass_table, unknown_table
 
+LINKS = {"unknown": "Without a rule", "decoding": "Devices", "crossover": "Crossover", "skipped": "Left alone"}
+"""What the links to sections with long titles are called."""
+
 LONG = 40
 """Rows from which a table is folded away until it is asked for."""
 
@@ -20,8 +24,9 @@ LONG = 40
 def report_page(report: InspectorReport) -> str:
     """Return the page on one model."""
     recipe = f", recipe {report.recipe}" if report.recipe else ""
-    title = report.source or report.model
-    return render_page(title, report_sections(report), subtitle=f"{report.model}{recipe}", facts=report_facts(report))
+    repeated = f". {report.repeated}." if report.repeated else ""
+    title, subtitle = report.source or report.model, f"{report.model}{recipe}{repeated}"
+    return render_page(title, report_sections(report), subtitle=subtitle, facts=report_facts(report))
 
 
 def report_facts(report: InspectorReport) -> tuple[tuple[str, str], ...]:
@@ -59,7 +64,8 @@ def report_sections(report: InspectorReport) -> list[Section]:
     tables.append(("skipped", skipped_table(report)))
     for key, table in tables:
         if table.rows:
-            found.append(Section(key, table.title, _folded(Table("", table.columns, table.rows, table.note))))
+            body = _folded(Table("", table.columns, table.rows, table.note))
+            found.append(Section(key, table.title, body, link=LINKS.get(key, "")))
     return found
 
 
@@ -96,7 +102,7 @@ def flow_section(report: InspectorReport, index: int, block: BlockRow) -> Sectio
     lead = (
         "Lines carry the colour of the basis that their tensor lives in; dashed grey is pinned. A box tells its story."
     )
-    return Section(f"block-{index}", f"{block.label}{times}", body, lead)
+    return Section(f"block-{index}", f"{block.label}{times}", body, lead, link=block.label.removeprefix(report.prefix))
 
 
 def _chain_legend(report: InspectorReport, colours: Palette) -> str:
@@ -106,7 +112,8 @@ def _chain_legend(report: InspectorReport, colours: Palette) -> str:
         basis = known.get(name)
         if basis is None:
             continue
-        ends = f"written by {', '.join(basis.writers) or 'none'}; read by {', '.join(basis.readers) or 'none'}"
+        writers, readers = (", ".join(spans(names)) or "none" for names in (basis.writers, basis.readers))
+        ends = f"written by {writers}; read by {readers}"
         text = f"{basis.size} channels, {basis.freedom}. {basis.reason}"
         chain = f"c{colours.chains[name]}" if name in colours.chains else ""
         items.append(

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """One text and its role: "" for plain, a decision's name, "best", or "quiet" (less important)."""
+    """One text and its role: "" for plain, a decision's name, "best", or "quiet" (less important).
+
+    note: a second figure, smaller, where there is room for it: on the page alone.
+    """
 
     text: str
     role: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

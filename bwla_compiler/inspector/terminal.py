@@ -18,7 +18,7 @@ from bwla_compiler.inspector.sparks import parts_table, spread_table
 from bwla_compiler.inspector.table import Cell, Table, duration, row, size
 
 WIDE = 120
-"""Columns of a terminal from which a table also names the kernels."""
+"""Columns of a terminal from which tables also name the kernels, and all devices side by side."""
 
 STYLES = {
     "folded": "green",
@@ -141,6 +141,8 @@ def print_report(report: InspectorReport, console: Console) -> None:
     recipe = f"  recipe {report.recipe}" if report.recipe else ""
     console.print(Text.assemble((report.model, "bold"), f"  {report.source}{recipe}"))
     console.print(summary(report), highlight=False)
+    if report.repeated:
+        console.print(f"{report.repeated}.", style="bright_black", highlight=False)
     if report.bits:
         bits = report.bits
         console.print(
@@ -156,8 +158,10 @@ def print_report(report: InspectorReport, console: Console) -> None:
     if report.spreads:
         tables.insert(0, spread_table(report))
     if report.cost:
-        regions = region_table(report.cost) if console.width >= WIDE else plain_regions(report.cost)
-        tables += [parts_table(report.cost), regions, device_table(report.cost), crossover_table(report.cost)]
+        wide = console.width >= WIDE
+        regions = region_table(report.cost) if wide else plain_regions(report.cost)
+        crossovers = crossover_table(report.cost, only="" if wide else report.cost.chosen)
+        tables += [parts_table(report.cost), regions, device_table(report.cost), crossovers]
     for table in tables:
         if table.rows:
             console.print(render_table(table))

@@ -6,10 +6,12 @@ from pathlib import Path
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
+from bwla_compiler.graph.dump import GraphDump, graph_text
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.flatten_calls import FlattenCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.runtime import flat
+from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,15 @@ _SOURCES = (
     "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "match_activations", "match_graph", "match_norms",
     "match_prologue", "packed_calls",
 )  # fmt: skip
+
+
+def _dump() -> GraphDump | None:
+    """Return who writes the next graph where BWLA_DUMP asks for that: graph00-..., graph01-..."""
+    folder = settings().dump
+    if folder is None:
+        return None
+    number = len(list(folder.glob("graph*-00-decomposed.txt")))
+    return GraphDump(folder, before=f"graph{number:02d}-")
 
 
 class InductorFusion(CustomGraphPass):
@@ -27,11 +38,17 @@ class InductorFusion(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Fuse in place."""
+        dump = _dump()
+        if dump is not None:
+            dump.add("decomposed", graph_text(graph))
         report = FuseKernels().run(graph)
         log.info("fused %d groups of linears, left %d", len(report.changed), len(report.skipped))
         for what, outcome in (*report.changed, *report.skipped):
             log.debug("%s: %s", what, outcome)
         self.reports.append(report)
+        if dump is not None:
+            notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
+            dump.add(report.name, graph_text(graph), notes=notes)
         FlattenCalls().run(graph)
 
     def uuid(self) -> bytes:

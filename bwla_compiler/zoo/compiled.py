@@ -159,15 +159,15 @@ def _compared(
 ) -> dict[str, Any]:
     """Return the fields of a `Compiled` after calls of three lengths."""
     graphs: list[bool] = []
-    errors, n_graphs, call = [], 0, _call(model, seed)
+    errors, n_graphs, call = [], 0, call_of(model, seed)
     with _fresh_dynamo(), torch.no_grad():
         fast = torch.compile(model, backend=_counting(graphs, depth), fullgraph=fullgraph, options=options)
-        for ids in _inputs(model, seed):
-            found, eager = _logits(fast, ids, call), reference()
+        for ids in inputs(model, seed):
+            found, eager = logits(fast, ids, call), reference()
             n_graphs = n_graphs or len(graphs)
             if eager is None:
                 return {"status": "floats", "reason": "nothing was quantized"}
-            errors.append(_distance(found, _logits(eager, ids, call)))
+            errors.append(distance(found, logits(eager, ids, call)))
         breaks = tuple(" ".join(text.split())[:200] for text in counters["graph_break"])
     verdict = _verdict(max(errors), depth, breaks, any(graphs))
     counts = {"n_graphs": n_graphs, "n_lengths": len(graphs), "breaks": breaks, "cached": not call}
@@ -220,31 +220,31 @@ def _calls_packed(gm: GraphModule) -> bool:
     )
 
 
-def _inputs(model: nn.Module, seed: int) -> Iterator[Tensor]:
+def inputs(model: nn.Module, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for length in LENGTHS:
         yield torch.randint(0, vocabulary(model), (BATCH, length), generator=generator)
 
 
-def _call(model: nn.Module, seed: int) -> dict[str, Any]:
+def call_of(model: nn.Module, seed: int) -> dict[str, Any]:
     """Return how the model is called besides its ids: in the plain way, without a cache where that way fails."""
     plain: dict[str, Any] = {}
     try:
         with torch.no_grad():
-            _logits(model, next(_inputs(model, seed)), plain)
+            logits(model, next(inputs(model, seed)), plain)
     except Exception:  # caches of other kinds than attention's fail in their own ways
         return {"use_cache": False}
     return plain
 
 
-def _logits(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor:
+def logits(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor:
     out = model(input_ids=ids, **call)
     logits = out if isinstance(out, Tensor) else out.logits
     assert isinstance(logits, Tensor)
     return logits
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 

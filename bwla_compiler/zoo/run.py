@@ -15,6 +15,7 @@ from bwla_compiler.errors import BwlaError, CaptureError, ModelError
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.graph.plan import Decision, Linear, Plan
 from bwla_compiler.zoo.compiled import Compiled, Depth, Packed, compile_packed, compile_raw, pack, said
+from bwla_compiler.zoo.ends import ends_error
 from bwla_compiler.zoo.extent import Extent
 from bwla_compiler.zoo.models import tiny_model
 
@@ -68,10 +69,10 @@ class Kind:
 class ZooRow:
     """What became of one architecture.
 
-    name: model_type. architecture: class. status: "exact" where rotations in every free space changed nothing,
-    "wrong" where they did, "refused" where it cannot be traced or planned, "not built" where no tiny model could be
-    made. reason: why, naming the operation. n_free: spaces rotated. error: relative logit error in float64.
-    kinds: its linears. share: of the weights that matrix products read, what is quantized, 0 to 1. unknown:
+    name: model_type. architecture: class. status: "exact" where rotations in every free space changed nothing and int8
+    ends next to nothing, "wrong" where they did more, "refused" where it cannot be traced or planned, "not built" where
+    no tiny model could be made. reason: why, naming the operation. n_free: spaces rotated. error: relative logit error
+    in float64. kinds: its linears. share: of the weights that matrix products read, what is quantized, 0 to 1. unknown:
     operations without a rule. seconds: wall time. captured: whether a graph was had. packed: what quantizing gave.
     compiled, raw: what torch.compile made of the packed model, and of the float model; None where that was not tried.
     """
@@ -131,7 +132,7 @@ def _steps(name: str, seed: int, extent: Extent) -> Iterator[ZooRow]:
         captured = not isinstance(error, (CaptureError, ModelError))
         yield ZooRow(name, status, architecture, reason=said(error), captured=captured)
         return
-    row = _judged(name, model, found)
+    row = _judged(name, model, found, seed)
     yield row
     if extent != Extent.NONE:
         yield from _compiling(row, model, found.weights, depth=_depth(name, extent), seed=seed)
@@ -171,14 +172,15 @@ def interrupted(row: ZooRow | None, name: str, reason: str, *, seconds: float) -
     return dataclasses.replace(row, seconds=seconds, **rest)  # type: ignore[arg-type]
 
 
-def _judged(name: str, model: nn.Module, found: Verification) -> ZooRow:
-    exact = found.error <= found.tolerance  # NaN is not
-    plan = found.plan
+def _judged(name: str, model: nn.Module, found: Verification, seed: int) -> ZooRow:
+    plan, reason = found.plan, ends_error(model, found.plan, seed=seed)
+    if not found.error <= found.tolerance:  # NaN is not
+        reason = f"relative logit error {found.error:.1e} after rotating {found.n_free} spaces"
     return ZooRow(
         name=name,
-        status="exact" if exact else "wrong",
+        status="wrong" if reason else "exact",
         architecture=type(model).__name__,
-        reason="" if exact else f"relative logit error {found.error:.1e} after rotating {found.n_free} spaces",
+        reason=reason,
         n_free=found.n_free,
         error=found.error,
         kinds=kinds(plan),

@@ -17,10 +17,11 @@ _STATUSES: tuple[Status, ...] = ("exact", "wrong", "refused", "not built")
 
 _LEGEND = """\
 Each architecture is a model of two layers with random weights. *Exact*: a random rotation in every free space, folded
-into the weights together with the gains of the norms, left the logits as they were, in float64. *Folds*: linears whose
-input is rotated at no cost. *Partial*: the factor within a head folds, the one across heads is applied at run time.
-*Online*: the whole rotation is applied at run time. *Alone*: not quantized. *Quantized*: the share of the weights in
-matrix products that belongs to linears which are not left alone."""
+into the weights together with the gains of the norms, left the logits as they were, in float64, and int8 ends moved
+them no further than a hundredth of noise in the weights does. *Folds*: linears whose input is rotated at no cost.
+*Partial*: the factor within a head folds, the one across heads is applied at run time. *Online*: the whole rotation is
+applied at run time. *Alone*: not quantized. *Quantized*: the share of the weights in matrix products that belongs to
+linears which are not left alone."""
 
 _VERDICTS: tuple[Verdict, ...] = ("exact", "wrong", "broken", "floats", "refused")
 

@@ -119,10 +119,15 @@ def eager(model: nn.Module) -> nn.Module:
     return plain
 
 
-def test_generation_with_a_compile_config(graphs: list[GraphModule]) -> None:
+@pytest.mark.parametrize("reloaded", [False, *wider(True)])
+def test_generation_with_a_compile_config(reloaded: bool, graphs: list[GraphModule], tmp_path: Path) -> None:
     if "bwla" not in {p.name for p in importlib.metadata.entry_points(group="torch_dynamo_backends")}:
         pytest.skip("the package is not installed, so torch finds no backend of this name")
-    model = made("packed")
+    model: Any = made("packed")
+    if reloaded:
+        bwla_compiler.quantize(model := made("raw"), recipe="hadamard-rtn", calibration="none")
+        bwla_compiler.save(model, tmp_path / "out")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model.generation_config.eos_token_id = None
     expected = generated(model)
     config = CompileConfig(backend="bwla", mode=None, fullgraph=True)

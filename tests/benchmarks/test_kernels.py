@@ -1,10 +1,13 @@
 """Timing of kernels: turns and ratios, cold copies, and that a wrong kernel is not timed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import kernels
-from benchmarks.timing import COLD_BYTES, Times, copies, interleaved
+from benchmarks import ceilings, kernels, transforms
+from benchmarks.errors import RefusedError
+from benchmarks.timing import Times, cold_bytes, copies, in_turn, interleaved, last_cache_bytes, quartiles
 
 
 def test_every_contender_runs_every_copy_each_round_and_takes_turns_to_start() -> None:
@@ -23,24 +26,69 @@ def test_ratios_are_of_one_round_and_not_of_two() -> None:
 
 
 def test_copies_go_beyond_the_cache() -> None:
-    assert copies(1 << 20) * (1 << 20) >= COLD_BYTES
+    assert copies(1 << 20) * (1 << 20) >= cold_bytes()
     assert copies(1 << 40) == 2
 
 
+def test_the_last_cache_is_the_largest_that_the_system_names(tmp_path: Path) -> None:
+    for i, size in enumerate(("32K", "2048K", "300M")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+    assert last_cache_bytes(tmp_path) == 300 << 20
+    assert last_cache_bytes(tmp_path / "nothing") == 0
+
+
+def test_quartiles_are_of_the_rounds() -> None:
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 4)
+    assert quartiles([3.0]) == (3, 3)
+    assert Times((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(1 / 3)
+
+
+def test_what_is_measured_in_turn_comes_back_by_name() -> None:
+    counted = iter(range(100))
+    found = in_turn({"a": lambda: next(counted), "b": lambda: -next(counted)}, rounds=2)
+    assert found == {"a": [3, 4], "b": [-2, -5]}
+
+
 def test_a_case_holds_ours_torch_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.timing.COLD_BYTES", 1)
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
     monkeypatch.setattr(kernels, "ROUNDS", 3)
     with torch.no_grad():
         rows = kernels._case("tiny", (24, 64), tokens=1, threads=1)
     found = {row["way"]: row for row in rows}
     assert {"bwla A8", "bwla A6", "bwla A4", "torch bf16", "torch fp32", "pure read"} <= set(found)
-    assert found["bwla A6"]["times_bwla_a6"] == 1
-    assert all(row["us"] > 0 for row in rows)
+    assert found["bwla A6"]["times_ours"] == 1
+    assert all(0 < row["us_low"] <= row["us"] <= row["us_high"] for row in rows)
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.timing.COLD_BYTES", 1)
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
     call = kernels._call
     monkeypatch.setattr(kernels, "_call", lambda linear, x: lambda: 1.001 * call(linear, x)())
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"bwla A8.*is wrong by 1\.0e-03.*not timed"):
+    with torch.no_grad(), pytest.raises(RefusedError, match=r"bwla A8.*is wrong by 1\.0e-03.*not timed"):
         kernels._case("tiny", (24, 64), tokens=2, threads=1)
+
+
+def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "cold_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(ceilings, "FLOAT_REPEATS", 1000)
+    monkeypatch.setattr(ceilings, "INT8_REPEATS", 1000)
+    found = {row["way"]: row for row in ceilings.measure_ceilings(1)}
+    assert {"pure read", "pure copy", "float32 multiply-adds"} <= set(found)
+    assert all(row.get("gb_per_second", row.get("gmac_per_second")) > 0 for row in found.values())
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
+    with torch.no_grad():
+        rows = transforms.transform_rows(96, 2, 1, rounds=2)
+        assert [row["way"] for row in rows] == ["bwla Kronecker", "torch dense fp32"]
+        reference = transforms._reference
+        monkeypatch.setattr(transforms, "_reference", lambda t, x: reference(t, x) + 0.01)
+        with pytest.raises(RefusedError, match="Kronecker 8 x 12 is wrong"):
+            transforms.transform_rows(96, 2, 1, rounds=2)
+
+
+def test_cases_measure_the_ceilings_first_on_each_number_of_threads() -> None:
+    for quick in (True, False):
+        cases = kernels._cases(quick)
+        for threads in (1, 2):
+            assert next(c for c in cases if c[2] == threads)[0] == kernels.CEILING
+        assert len(cases) == len(set(cases))

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
-from benchmarks.record import latest
+from benchmarks.record import latest, read
 from bwla_compiler.demo.corpus import Document
 from tests import tiny
 
@@ -38,7 +38,7 @@ def test_one_file_that_differs_widens_the_interval() -> None:
 
 def test_splits_follow_the_seed_and_share_no_file() -> None:
     documents = [Document(f"f{i}", "x" * (50 + i)) for i in range(100)]
-    splits = [quality_model._split(documents, seed, fraction=0.1) for seed in (0, 0, 1)]
+    splits = [quality_model.split(documents, seed, fraction=0.1) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
     held_out, kept = splits[0]
     assert sorted(d.name for d in held_out + kept) == sorted(d.name for d in documents)
@@ -80,5 +80,8 @@ def test_a_row_that_no_table_has_is_an_error() -> None:
 
 def test_of_rows_measured_again_the_last_counts(tmp_path: Path) -> None:
     path = tmp_path / "quality.jsonl"
-    path.write_text("".join(json.dumps({"way": way, "a6": value}) + "\n" for way, value in ("a1", "b2", "a3")))
-    assert latest(path, by=("way",)) == [{"way": "a", "a6": "3"}, {"way": "b", "a6": "2"}]
+    device = {"cpu": "x", "cores": 1, "isa": "portable"}
+    path.write_text(
+        "".join(json.dumps({"way": way, "a6": value, **device}) + "\n" for way, value in ("a1", "b2", "a3"))
+    )
+    assert [(row["way"], row["a6"]) for row in latest(read(path), by=("way",))] == [("a", "3"), ("b", "2")]

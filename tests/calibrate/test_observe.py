@@ -1,12 +1,16 @@
 """The observer: before and after of weights and inputs, from samples, without changing what quantizing does."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import bwla_compiler as bwla
 from bwla_compiler.calibrate.observe import Observer
-from bwla_compiler.calibrate.report import LinearReport, QuantizeReport
+from bwla_compiler.calibrate.report import LinearReport, QuantizeReport, linear_report
+from bwla_compiler.calibrate.residency import InMemory
 from bwla_compiler.graph.plan import Plan
 from tests import tiny
 
@@ -59,6 +63,12 @@ def test_without_calibration_weights_alone_are_seen() -> None:
 def test_weights_on_meta_are_left_out() -> None:
     model = tiny.make("llama").to("meta")
     plan: Plan = bwla.plan(model)
-    observer = Observer(model, plan, tiny.ids(), bits=16)
+    observer = Observer(plan, bits=16)
+    InMemory(model).watch(observer.see_original)
     assert observer.spread(plan.linears[0]).weight_before is None
     assert observer.bits == 6
+
+
+def test_what_was_seen_survives_the_record_of_a_block(report: QuantizeReport) -> None:
+    for linear in report.linears:
+        assert linear_report(json.loads(json.dumps(dataclasses.asdict(linear)))) == linear

@@ -52,6 +52,12 @@ def test_crossovers_are_by_linear_and_device(cost: CostReport) -> None:
     assert texts(table.rows[3])[1] == "never"  # 8 heads with keys of their own: the cache is all
 
 
+def test_a_narrow_terminal_gets_one_device(cost: CostReport) -> None:
+    table = crossover_table(cost, only="a100-sxm")
+    assert table.columns == ("M*", ">a100-sxm")
+    assert [texts(row)[1] for row in table.rows] == [texts(row)[4] for row in crossover_table(cost).rows]
+
+
 def test_devices_have_sources_and_what_is_left_out_is_said(cost: CostReport) -> None:
     table = device_table(cost)
     assert [row[-1].text for row in table.rows] == [device.source for device in DEVICES.values()]

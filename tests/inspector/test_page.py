@@ -25,7 +25,7 @@ from bwla_compiler.inspector.sections import report_page
 from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
 from bwla_compiler.spec import LinearSpec
 
-VOID = {"meta", "link", "rect", "path", "line", "circle", "br", "input"}
+VOID = {"meta", "link", "rect", "path", "line", "circle", "br", "input", "wbr"}
 
 
 class Checker(HTMLParser):
@@ -117,7 +117,7 @@ def test_titles_are_escaped() -> None:
 def test_demo_page_and_markdown(plan: Plan) -> None:
     page = result_page(RESULT, build_report(plan))
     check(page)
-    assert "1.100x" in page
+    assert "<small>1.100x</small>" in page  # beside each perplexity, how many times that of fp
     assert "a &lt;machine&gt;" in page
     text = result_markdown(RESULT)
     assert "| bwla | **21.00** | **21.50** | **22.00** | **25.00** | 1.25 | 1.0 KiB |" in text
@@ -219,6 +219,12 @@ addEventListener("load", () => {
     const before = document.querySelector(".flow").getAttribute("viewBox");
     document.querySelector('[data-zoom="in"]').click();
     seen.push("zoomed " + (document.querySelector(".flow").getAttribute("viewBox") !== before));
+    const cell = document.querySelector('.map a[tabindex="0"]');
+    cell.focus();
+    cell.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    seen.push("moved " + (document.activeElement !== cell && document.activeElement.matches(".map a")));
+    document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+    seen.push("lighting " + document.querySelectorAll(".lighting").length);
   }
   document.title = seen.join("; ");
 });
@@ -244,4 +250,4 @@ def test_a_browser_draws_it_and_answers_clicks(plan: Plan, tmp_path: Path, width
     assert "error:" not in said
     assert "fits; pressed true; lit " in said, said[-500:] + done.stderr[-500:]
     assert "lit 0" not in said
-    assert "told Omodel.layers.1.mlp.down_proj; zoomed true" in said
+    assert "told Omodel.layers.1.mlp.down_proj; zoomed true; moved true; lighting 0" in said

@@ -105,7 +105,7 @@ def test_json_is_read_back_as_it_was(plan: Plan, quantized: Quantized) -> None:
     [
         ("{}", "version None"),
         ("[", "damaged"),
-        ('{"schema": "bwla-inspector/1"}', "reads 'bwla-inspector/2'"),
+        ('{"schema": "bwla-inspector/1"}', "reads 'bwla-inspector/3'"),
         (f'{{"schema": "{SCHEMA}", "model": 3}}', "keys missing"),
     ],
 )

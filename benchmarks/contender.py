@@ -1,0 +1,153 @@
+"""One way to run one model, in a process of its own: loads, compiles, and answers commands, a JSON line each.
+
+A process of its own makes peak memory, caches and the settings that a peer changes its own alone; the parent
+(`benchmarks.turns`) lets one contender at a time compute.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from benchmarks.memory import PeakMemory
+from benchmarks.noise import pinned
+from benchmarks.peers import Way, ways
+from bwla_compiler import api
+from bwla_compiler.backend import compile_backend
+
+PAUSE_SECONDS = 0.01
+"""Before a round: threads of the contender before may still wait for work by spinning."""
+
+
+class Runner:
+    """A model loaded one way; `ids` [1, prompt + steps] int64 are what all contenders read, whatever they predict."""
+
+    def __init__(self, way: Way, folder: str, ids: Tensor, *, prompt: int) -> None:
+        start = time.perf_counter()
+        self.ids, self.prompt = ids, prompt
+        self.model = _loaded(way, folder)
+        self.cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1])
+        self.call = _compiled(way, self.model)
+        self.load_seconds = time.perf_counter() - start
+
+    @property
+    def steps(self) -> int:
+        """Tokens that are decoded one by one."""
+        return self.ids.shape[1] - self.prompt
+
+    @torch.no_grad()
+    def first(self) -> dict[str, float]:
+        """Return the seconds of the first prefill and of the first decoded token, compiling included."""
+        # Its tensors are made outside the compiled region, by a token that is then forgotten.
+        self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True)
+        start = time.perf_counter()
+        self.prefill()
+        filled = time.perf_counter()
+        self.step(0)
+        return {"first_prefill_seconds": filled - start, "first_decode_seconds": time.perf_counter() - filled}
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Return the logits [prompt + steps, vocabulary] float32 that this way predicts with, prefill and decoded."""
+        parts = [self.prefill()[0].float()]
+        parts += [self.step(i)[0].float() for i in range(self.steps)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def round(self) -> dict[str, float]:
+        """Return seconds: from the prompt to the first token, of the prefill alone, and of a decoded token (mean)."""
+        time.sleep(PAUSE_SECONDS)
+        start = time.perf_counter()
+        logits = self.prefill()
+        filled = time.perf_counter()
+        logits[0, -1].argmax().item()
+        first = time.perf_counter()
+        for i in range(self.steps):
+            self.step(i)[0, -1].argmax().item()
+        done = time.perf_counter()
+        return {"first_token": first - start, "prefill": filled - start, "decode": (done - first) / self.steps}
+
+    def prefill(self) -> Tensor:
+        """Return the logits of the prompt, read into an empty cache."""
+        self.cache.reset()
+        return self._logits(self.ids[:, : self.prompt])
+
+    def step(self, i: int) -> Tensor:
+        """Return the logits of the i-th token after the prompt; its cache grows by it."""
+        return self._logits(self.ids[:, self.prompt + i : self.prompt + i + 1])
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.call(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        return logits
+
+
+def _loaded(way: Way, folder: str) -> Any:
+    model = api.load(folder, dtype=way.dtype).model
+    if way.quantize is not None:
+        way.quantize(model)
+    return model
+
+
+def _compiled(way: Way, model: nn.Module) -> Callable[..., Any]:
+    if way.compiler == "eager":
+        return model
+    if way.compiler == "bwla":
+        return torch.compile(model, backend=compile_backend, dynamic=False)
+    return torch.compile(model, dynamic=False, mode=way.options or None)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, shared ones once, those inside tensor subclasses too."""
+    stored: dict[int, int] = {}
+    waiting: list[Any] = [*model.parameters(), *model.buffers()]
+    while waiting:
+        tensor = waiting.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        elif tensor.numel():
+            storage = tensor.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+    return sum(stored.values())
+
+
+def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Load the job's way, then answer the commands of the standard input until it ends."""
+    (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
+    memory = PeakMemory()
+    before = memory.fields()["peak_mib"]
+    runner = Runner(way, job["folder"], torch.load(job["ids"]), prompt=job["prompt"])
+    loaded = {"load_seconds": runner.load_seconds, "n_bytes": model_bytes(runner.model), "before_mib": before}
+    answer({**loaded, "version": way.version()})
+    for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "first":
+            answer(runner.first())
+        elif command == "logits":
+            torch.save(runner.logits(), argument)
+            memory.forget()
+            answer({})
+        elif command == "round":
+            answer(runner.round())
+        elif command == "memory":
+            answer(memory.fields())
+        else:
+            raise ValueError(f"no command is called {command!r}")
+
+
+def main(text: str) -> None:
+    """Serve the job that this JSON says. Answers go to the standard output, whatever libraries print to the errors."""
+    job = json.loads(text)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    with pinned(job["threads"]):
+        serve(job, lambda fields: print(json.dumps(fields), file=out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

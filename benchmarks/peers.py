@@ -1,0 +1,104 @@
+"""Peers that are looked for at run time: what each way of a model loads, or why it cannot."""
+
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from benchmarks.errors import ResultsError
+
+Source = Literal["float", "packed"]
+
+EAGER, INDUCTOR, BWLA = "eager", "inductor", "bwla"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a model.
+
+    source: which folder it loads. compiler: who compiles it. tolerance: the relative error of its logits, against those
+    of `reference` (another way's name, "" for none), above which it is not timed. quantize: edits the loaded model.
+    """
+
+    name: str
+    dtype: torch.dtype
+    compiler: Literal["eager", "inductor", "bwla"]
+    source: Source = "float"
+    reference: str = "eager fp32"
+    tolerance: float = 0.1
+    needs: str = ""
+    options: str = ""
+    quantize: Callable[[nn.Module], None] | None = None
+
+    def missing(self) -> str:
+        """Return why this way cannot run here, "" where it can."""
+        if self.needs and importlib.util.find_spec(self.needs.replace("-", "_")) is None:
+            return f"{self.needs} is not installed"
+        return ""
+
+    def version(self) -> str:
+        """Return the version of what this way needs beside torch, "" where that is nothing."""
+        return importlib.metadata.version(self.needs) if self.needs else ""
+
+
+def _torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
+    """Return what quantizes a model's linears with a config of torchao, by its dotted name."""
+
+    def quantize(model: nn.Module) -> None:
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of GPU kernels that it does not find
+        from torchao.quantization import quantize_
+
+        module, _, name = config.rpartition(".")
+        quantize_(model, getattr(importlib.import_module(module), name)(**options))
+
+    return quantize
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# Tolerances: of float32 under another compiler only the order of sums differs; bfloat16 keeps 8 bits of each of some
+# hundred roundings; int8 and int4 of a tensor of random weights leave about 1 and 10 percent a linear.
+WAYS = (
+    Way("eager fp32", FP32, "eager", reference=""),
+    Way("eager bf16", BF16, "eager"),
+    Way("inductor fp32", FP32, "inductor", tolerance=1e-3),
+    Way("inductor bf16", BF16, "inductor"),
+    Way("inductor bf16, max-autotune", BF16, "inductor", options="max-autotune-no-cudagraphs"),
+    Way(
+        "torchao int8 dynamic", BF16, "inductor", tolerance=0.3, needs="torchao",
+        quantize=_torchao("torchao.quantization.Int8DynamicActivationInt8WeightConfig"),
+    ),
+    Way(
+        "torchao int8 weight-only", BF16, "inductor", tolerance=0.3, needs="torchao",
+        quantize=_torchao("torchao.quantization.Int8WeightOnlyConfig"),
+    ),
+    Way(
+        "torchao int4 weight-only", BF16, "inductor", tolerance=0.7, needs="torchao",
+        quantize=_torchao("torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig", group_size=128),
+    ),
+    Way("bwla, eager", FP32, "eager", "packed", reference=""),
+    Way("bwla", FP32, "bwla", "packed", reference="bwla, eager", tolerance=0.05),
+)  # fmt: skip
+"""In the order of the tables. `bwla` is held against the packed model's own eager logits: codes at a rounding boundary
+may fall to either side when sums are ordered otherwise."""
+
+DEFAULT_WAYS = tuple(way.name for way in WAYS if not way.options)
+
+NOT_RUN = {"llama.cpp": "whole models are not run by this harness yet; its products are in `bench kernels`"}
+"""Peers without a way here, and why."""
+
+
+def ways(names: tuple[str, ...] = ()) -> list[Way]:
+    """Return ways by name, the default ones for none. Raises ResultsError for a name that there is not."""
+    known = {way.name: way for way in WAYS}
+    for name in names:
+        if name not in known:
+            raise ResultsError(f"no way is called {name!r}; there are: {', '.join(known)}")
+    chosen = [known[name] for name in names or DEFAULT_WAYS]
+    references = [known[way.reference] for way in chosen if way.reference]
+    return [way for way in WAYS if way in chosen or way in references]

@@ -1,0 +1,36 @@
+"""`bench report`: plots, and the marked blocks of README.md and docs, from files of results alone."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks import plots, quality
+from benchmarks.blocks import rewrite_file
+from benchmarks.record import RESULTS, latest, newest_device, read
+from benchmarks.tables import block_text, same_text
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "compile.md")
+
+
+def report(*, folder: Path = RESULTS, pages: Sequence[Path] = PAGES) -> list[Path]:
+    """Draw what can be drawn, rewrite the pages, and return the files that were written or changed.
+
+    Raises ResultsError where a page's marks or a file of results are broken.
+    """
+    drawn = draw(folder)
+    return [*drawn, *(page for page in pages if rewrite_file(page, partial(block_text, folder=folder)))]
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw the files of results in a folder; none where matplotlib is not installed."""
+    made: list[Path | None] = []
+    for path in sorted(folder.glob("quality-*.jsonl")):
+        rows = latest(newest_device(read(path)), by=("way", "table"))
+        rows = [row for row in rows if same_text(row) == same_text(rows[-1])]
+        made.append(quality.plot(rows, path.with_suffix(".svg")))
+    kernels = folder / "kernels.jsonl"
+    if kernels.is_file():
+        rows = newest_device(read(kernels))
+        made += [plots.draw_roofline(rows, folder / "roofline.svg"), plots.draw_speed(rows, folder / "speed.svg")]
+    return [path for path in made if path is not None]

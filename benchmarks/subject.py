@@ -1,0 +1,130 @@
+"""What the models are: folders of a float model and of its packed twin, made of a config where there is none."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bwla_compiler import api
+from bwla_compiler.demo import demo_path, is_demo
+from bwla_compiler.errors import ModelError
+from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.tokens import random_tokens
+
+Progress = Callable[[str, int, int], None]
+
+QUICK_FIT = {
+    "tuning.steps": 0,
+    "transform.iterations": 0,
+    "signs.sweeps": 1,
+    "psp.iterations": 1,
+    "smoothing.exponent": 0.0,
+    "calibration.sequences": 2,
+    "calibration.length": 64,
+}
+"""Fits left out or cut short: planes, scales, pairs and transforms are stored and run as the recipe's are, but badly
+chosen. For what is timed alone."""
+
+PACKED = "quantization_config"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float folder (None where only packed weights are there) and a packed one, with the label of the tables."""
+
+    label: str
+    floats: str | None
+    packed: str
+    vocab_size: int
+
+    def ids(self, n_tokens: int) -> torch.Tensor:
+        """Return random tokens [1, n_tokens] int64."""
+        return random_tokens(self.vocab_size, sequences=1, length=n_tokens, seed=0)
+
+    def folder(self, source: str) -> str | None:
+        """Return the folder of "float" or "packed"."""
+        return self.floats if source == "float" else self.packed
+
+
+def make_subject(
+    source: str, *, work: Path, floats: str = "", layers: int = 0, vocab: int = 0, progress: Progress | None = None
+) -> Subject:
+    """Return what is to be timed of a source, with what had to be made in the folder `work`.
+
+    source: a folder, float or packed, demo: or demo:outliers, or a config.json, whose weights are then drawn at random.
+    floats: the original of a packed folder. layers, vocab: fewer of a config's, 0 for as many as it says. Packed twins
+    are quantized by the default recipe with QUICK_FIT. Raises ModelError, CheckpointError.
+    """
+    path = Path(source)
+    if is_demo(source):
+        label, floats = source, str(demo_path(source, progress=progress))
+    elif path.suffix == ".json":
+        label, floats = random_model(path, work / "float", layers=layers, vocab=vocab)
+    else:
+        label = path.name or source
+        if _is_packed(path):
+            return Subject(label, floats or None, source, _vocabulary(source))
+        floats = source
+    if layers and path.suffix != ".json":
+        raise ModelError(f"{source}: layers can be left out of a config alone; give its config.json")
+    packed = work / "packed"
+    api.quantize_to(floats, packed, recipe=quick_recipe(), calibration="random", progress=progress)
+    return Subject(label, floats, str(packed), _vocabulary(floats))
+
+
+def quick_recipe(name: str = "bwla-w1a6") -> Recipe:
+    """Return a recipe with QUICK_FIT."""
+    return load_recipe(name, QUICK_FIT)
+
+
+def random_model(config_file: Path, folder: Path, *, layers: int = 0, vocab: int = 0) -> tuple[str, str]:
+    """Write a model of a config with random weights in bfloat16; return (label, folder). Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(config_file)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{config_file}: does not describe a model: {str(error).splitlines()[0]}") from error
+    label = config_file.parent.name if config_file.stem == "config" else config_file.stem
+    whole = config.num_hidden_layers
+    if layers and layers < whole:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        label += f", {layers} of {whole} layers"
+    if vocab and vocab < config.vocab_size:
+        config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = vocab, None, 0, 1
+        label += f", vocabulary {vocab}"
+    with _seeded():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return f"{label}, random weights", str(folder)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _config(folder: str | Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: has no readable config.json; give a model folder, a config.json, or demo:"
+        ) from error
+    return found
+
+
+def _is_packed(folder: Path) -> bool:
+    return PACKED in _config(folder)
+
+
+def _vocabulary(folder: str) -> int:
+    config = _config(folder)
+    return int(config.get("vocab_size") or config.get("text_config", {})["vocab_size"])

@@ -1,0 +1,241 @@
+"""The tables of README.md and docs/benchmarks.md, each from the rows of one file of results."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import LESS, MORE, Cell, Column, missing_line, source_line, table
+from benchmarks.record import Row, latest, newest_device, read
+from bwla_compiler.inspector.table import size
+
+MIB = 1 << 20
+
+
+def _mib(n_bytes: float | None) -> float | None:
+    return None if n_bytes is None else n_bytes / MIB
+
+
+def _ending(rows: Sequence[Row]) -> str:
+    missing = missing_line(rows)
+    return "\n\n".join(filter(None, [missing, source_line(rows)]))
+
+
+def demo_tables(rows: Sequence[Row]) -> str:
+    """Return perplexities of the main job, a table a model, and its decode speeds: of the last run alone."""
+    rows = [row for row in rows if row["when"] == rows[-1]["when"]]
+    fitted = [row for row in rows if "recipe" in row]
+    columns = [Column("recipe", left=True), *(Column(f"A{bits}", LESS) for bits in (16, 8, 6, 4))]
+    columns += [Column("true bits"), Column("file")]
+    about = rows[-1]
+    parts = [
+        f"Perplexity on held-out text, {about['test_sequences']} sequences of {about['length']} tokens; "
+        f"{about['calibration_sequences']} sequences of calibration. Lower is better; columns are activation bits."
+    ]
+    for model in dict.fromkeys(row["model"] for row in fitted):
+        cells = [_demo_cells(row) for row in fitted if row["model"] == model]
+        parts.append(f"**{model}**\n\n{table(columns, cells)}")
+    timed = [row for row in rows if "way" in row]
+    if timed:
+        speeds = [[row["way"], row["tokens_per_second"]] for row in timed]
+        parts.append(table([Column("greedy decode", left=True), Column("tokens/s", MORE, 1)], speeds))
+        parts.append(f"{timed[0]['method']}; rounds: {timed[0]['rounds']}.")
+    return "\n\n".join([*parts, _ending(rows)])
+
+
+def _demo_cells(row: Row) -> list[Cell]:
+    if row["recipe"] == "fp":  # its perplexity has no activation bits: it stands in the first column, and is no rival
+        return ["fp", f"{row['perplexity']:.2f}", "", "", "", "-", size(row["n_bytes"])]
+    perplexities = (row[f"a{bits}"] for bits in (16, 8, 6, 4))
+    return [row["recipe"], *perplexities, row["true_bits"], size(row["n_bytes"])]
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """Return speed, memory and compile time, a table a model."""
+    rows = latest(rows, by=("model", "way", "prompt", "steps", "threads"))
+    columns = [
+        Column("way", left=True), Column("decode, tokens/s", MORE, 1), Column("quartiles"), Column("time over bwla's"),
+        Column("prefill, tokens/s", MORE, 1), Column("first token, ms", LESS, 1), Column("weights, MiB", LESS, 1),
+        Column("peak while it runs, MiB", LESS, 0), Column("compile cold, s", LESS, 1), Column("warm, s", LESS, 1),
+        Column("top-1, %"),
+    ]  # fmt: skip
+    parts = []
+    for model, prompt, steps, threads in dict.fromkeys(
+        (r["model"], r["prompt"], r["steps"], r["threads"]) for r in rows
+    ):
+        chosen = [
+            r for r in rows if (r["model"], r["prompt"], r["steps"], r["threads"]) == (model, prompt, steps, threads)
+        ]
+        cells = [_model_cells(row) for row in chosen if "decode_tokens_per_second" in row]
+        title = f"**{model}**, prompt of {prompt}, {steps} tokens decoded, batch 1, {threads} threads"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+    return "\n\n".join(parts)
+
+
+def _model_cells(row: Row) -> list[Cell]:
+    top1 = row.get("top1_fp32")
+    return [
+        row["way"], row["decode_tokens_per_second"], f"{row['decode_low']:.1f}-{row['decode_high']:.1f}",
+        row.get("times_ours"), row["prefill_tokens_per_second"], row["first_token_ms"], _mib(row.get("n_bytes")),
+        row.get("recent_mib"), row.get("compile_cold_seconds"), row.get("compile_warm_seconds"),
+        None if top1 is None else f"{top1:.1%}".rstrip("%"),
+    ]  # fmt: skip
+
+
+WAYS = ("bwla A8", "bwla A6", "bwla A4", "torch bf16", "torch fp32")
+
+
+def kernels_table(rows: Sequence[Row]) -> str:
+    """Return microseconds of linears by shape, tokens and threads; the fastest of a row is bold."""
+    rows = latest(rows, by=("linear", "tokens", "threads", "way"))
+    linears = [row for row in rows if "out" in row and not row["linear"].startswith("transform")]
+    seen = list(dict.fromkeys(row["way"] for row in linears))
+    ways = [*(way for way in WAYS if way in seen), *(way for way in seen if way not in WAYS and way != "pure read")]
+    columns = [
+        Column("linear", left=True), Column("out x in"), Column("tokens"), Column("threads"),
+        *(Column(way, LESS, 0) for way in ways), Column("pure read", decimals=0), Column("best peer, times A6"),
+    ]  # fmt: skip
+    cells: list[list[Cell]] = []
+    for key in dict.fromkeys((r["linear"], r["tokens"], r["threads"]) for r in linears):
+        found = {r["way"]: r for r in linears if (r["linear"], r["tokens"], r["threads"]) == key}
+        any_row = next(iter(found.values()))
+        shape = f"{any_row['out']} x {any_row['in']}"
+        times = [found[way]["us"] if way in found else None for way in (*ways, "pure read")]
+        cells.append([key[0], shape, str(key[1]), str(key[2]), *times, _best_peer(list(found.values()))])
+    unit = "Microseconds a call, weights cold; median of the rounds."
+    parts = [table(columns, cells, across=True), unit, ceilings_sentence(rows), _ending(rows)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _best_peer(rows: Sequence[Row]) -> str | None:
+    """Return the fastest peer with its time over ours of the same round, and the quartiles of that."""
+    peers = [row for row in rows if not row["way"].startswith("bwla") and row["way"] != "pure read"]
+    if not peers:
+        return None
+    best = min(peers, key=lambda row: float(row["us"]))
+    return f"{best['way']}: {best['times_ours']:.2f} ({best['times_low']:.2f}-{best['times_high']:.2f})"
+
+
+def ceilings_sentence(rows: Sequence[Row]) -> str:
+    """Return what the machine allows, as measured in the same run; "" where that is not among the rows."""
+    said = []
+    for row in rows:
+        if row["linear"] == "ceiling":
+            rate = (
+                f"{row['gb_per_second']:.1f} GB/s" if "gb_per_second" in row else f"{row['gmac_per_second']:,.0f} G/s"
+            )
+            said.append(f"{row['way']} {rate} on {row['threads']}")
+    return f"Ceilings by threads: {', '.join(said)}." if said else ""
+
+
+def transforms_table(rows: Sequence[Row]) -> str:
+    """Return microseconds of changes of basis by width, tokens and threads."""
+    rows = latest(
+        [r for r in rows if str(r["linear"]).startswith("transform")], by=("linear", "tokens", "threads", "way")
+    )
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    columns = [Column("channels"), Column("tokens"), Column("threads"), *(Column(way, LESS, 1) for way in ways)]
+    cells: list[list[Cell]] = []
+    for key in dict.fromkeys((r["out"], r["tokens"], r["threads"]) for r in rows):
+        found = {r["way"]: r["us"] for r in rows if (r["out"], r["tokens"], r["threads"]) == key}
+        cells.append([str(key[0]), str(key[1]), str(key[2]), *(found.get(way) for way in ways)])
+    return f"{table(columns, cells, across=True)}\n\nMicroseconds a call.\n\n{_ending(rows)}"
+
+
+def quality_table(rows: Sequence[Row]) -> str:
+    """Return perplexity over the float model's against true bits, a table a model; intervals of 95% over files."""
+    rows = latest(rows, by=("model", "files", "fp_perplexity", "way", "table"))
+    columns = [Column("way", left=True), Column("table", left=True), Column("true bits")]
+    columns += [Column(f"A{bits}", LESS, 3) for bits in (16, 6, 4)]
+    columns += [Column("A6, 95%"), Column("A6, code", LESS, 3), Column("fit, s", LESS, 1)]
+    parts = []
+    for key in dict.fromkeys(same_text(row) for row in rows):
+        mine = [row for row in rows if same_text(row) == key]
+        chosen = sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"])))
+        cells = [
+            [
+                r["way"],
+                r["table"],
+                r["true_bits"],
+                r["a16"],
+                r["a6"],
+                r["a4"],
+                r["a6_95"],
+                r["a6_ood"],
+                r["fit_seconds"],
+            ]
+            for r in chosen
+        ]
+        model, files, _ = key
+        texts = "" if files is None else f", {files} files of held-out text"
+        title = f"**{model}**, float perplexity {chosen[0]['fp_perplexity']:.2f}{texts}"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+    return "\n\n".join(parts)
+
+
+def same_text(row: Row) -> tuple[Any, ...]:
+    """Return what must be equal for perplexities to be set side by side: the model and the text."""
+    return row["model"], row.get("files"), row["fp_perplexity"]
+
+
+def quantize_table(rows: Sequence[Row]) -> str:
+    """Return seconds and peak memory of quantizing, the whole and the dearest block."""
+    rows = latest(rows, by=("model", "recipe", "settings", "calibration", "block"))
+    columns = [Column("model", left=True), Column("recipe", left=True), Column("calibration", left=True)]
+    columns += [Column("all, s", decimals=1), Column("dearest block, s", decimals=1), Column("most, MiB", decimals=0)]
+    columns += [Column("a block, MiB", decimals=0), Column("true bits", decimals=3)]
+    cells: list[list[Cell]] = []
+    for key in dict.fromkeys((r["model"], r["recipe"], r["settings"], r["calibration"]) for r in rows):
+        found = [r for r in rows if (r["model"], r["recipe"], r["settings"], r["calibration"]) == key]
+        blocks = [r for r in found if r["block"] != "all"]
+        for whole in (r for r in found if r["block"] == "all"):
+            most = [max((float(b[name]) for b in blocks), default=None) for name in ("seconds", "peak_mib")]
+            recipe = " ".join(filter(None, key[1:3]))
+            cells.append(
+                [key[0], recipe, key[3], whole["seconds"], most[0], whole["peak_mib"], most[1], whole["true_bits"]]
+            )
+    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """Return where a decode step goes, a table a model and way: microseconds and shares by region."""
+    rows = latest(rows, by=("model", "way", "region"))
+    columns = [Column("region", left=True), Column("microseconds", decimals=0), Column("share, %", decimals=1)]
+    parts = []
+    for model, way in dict.fromkeys((row["model"], row["way"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
+        cells = [[row["region"], row["region_us"], 100 * row["share"]] for row in chosen]
+        title = f"**{model}, {way}**: {chosen[0]['step_us']:,.0f} microseconds a step, under the profiler "
+        title += f"{chosen[0]['profiled_us']:,.0f}"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+    return "\n\n".join(parts)
+
+
+def compile_time_table(rows: Sequence[Row]) -> str:
+    """Return seconds to the first result in a process of its own."""
+    rows = latest(rows, by=("way",))
+    columns = [Column("way", left=True), Column("first call cold, s", LESS, 1), Column("warm, s", LESS, 1)]
+    cells = [[r["way"], r["first_call_cold_seconds"], r["first_call_warm_seconds"]] for r in rows]
+    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+
+
+Maker = Callable[[Sequence[Row]], str]
+
+BLOCKS: dict[str, tuple[str, Maker]] = {
+    "demo": ("demo", demo_tables),
+    "models": ("models", models_table),
+    "kernels": ("kernels", kernels_table),
+    "transforms": ("kernels", transforms_table),
+    "profile": ("profile", profile_table),
+    "quality": ("quality-*", quality_table),
+    "quantize": ("quantize", quantize_table),
+    "compile_time": ("compile_time", compile_time_table),
+}
+"""A marked block's name, the files of results that it is made from, and what makes it."""
+
+
+def block_text(name: str, folder: Path) -> str:
+    """Return the Markdown of a block from the results in a folder: those of the device that was measured last."""
+    pattern, make = BLOCKS[name]
+    rows = newest_device([row for path in sorted(folder.glob(f"{pattern}.jsonl")) for row in read(path)])
+    kind = pattern.rstrip("-*").replace("_", "-")
+    return make(rows) if rows else f"Not measured yet: `python -m benchmarks {kind}`."

@@ -1,0 +1,195 @@
+"""`bench train`: a model of another family from the embedded model's text, until its time is up; resumable.
+
+FOLDER holds tokenizer, tokens and `checkpoint.pt` while it is trained, and the model itself when it is done. The same
+command goes on from the checkpoint. Which sequences a step reads follows from the seed and the step's number, so that
+a run that was stopped reads what it would have read. How many steps fit into the minutes does depend on the machine;
+`steps` in their place makes a run of a fixed length.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.families import Size, new_model
+from benchmarks.quality_model import split
+from bwla_compiler.demo.config import DemoConfig
+from bwla_compiler.demo.corpus import Document, read_corpus
+from bwla_compiler.demo.muon import Muon
+from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
+from bwla_compiler.errors import ModelError
+
+Progress = Callable[[str, int, int], None]
+
+CHECKPOINT, TOKENS, FACTS = "checkpoint.pt", "tokens.safetensors", "training.json"
+SAVE_SECONDS = 60.0
+WARMUP, DECAY = 0.02, 0.3
+"""Shares of the run: in which the rate rises, and in which it falls to nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained. minutes: of training, all runs together; steps: in their place where above 0."""
+
+    family: str
+    folder: Path
+    minutes: float = 20.0
+    steps: int = 0
+    size: Size = field(default_factory=Size)
+    vocab_size: int = 4096
+    batch: int = 8
+    length: int = 256
+    seed: int = 0
+    learning_rate: float = 4e-3
+    matrix_rate: float = 0.02
+
+    def fixed(self) -> dict[str, Any]:
+        """Return what may not change between the runs of one training."""
+        changing = ("folder", "minutes", "steps")
+        return {name: value for name, value in asdict(self).items() if name not in changing}
+
+
+def train_family(job: Job, *, progress: Progress, documents: list[Document] | None = None) -> dict[str, Any]:
+    """Train, or go on, and return {"steps", "seconds", "loss", "n_parameters", ...}; the folder is then a model.
+
+    documents: the text, by default the embedded model's without what the seed holds out. Raises ModelError where the
+    folder holds another training, or the loss is not finite.
+    """
+    tokenizer, stream = _text(job, documents)
+    trainer = _Trainer(job, len(tokenizer))
+    if (job.folder / CHECKPOINT).is_file():
+        trainer.resume()
+    facts = trainer.run(stream, progress)
+    trainer.model.save_pretrained(job.folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(job.folder)
+    (job.folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    return facts
+
+
+def _text(job: Job, documents: list[Document] | None) -> tuple[PreTrainedTokenizerFast, Tensor]:
+    """Return the tokenizer and the stream of tokens, made at the first run and read again at the next ones."""
+    if (job.folder / TOKENS).is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(job.folder)
+        return tokenizer, load_file(job.folder / TOKENS)["train"].to(torch.int64)
+    if documents is None:
+        corpus = read_corpus()
+        documents = split([*corpus.train, *corpus.test], job.seed, fraction=DemoConfig().held_out)[1]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(documents, job.vocab_size)
+    tokenizer.save_pretrained(job.folder)
+    stream = encode_documents(tokenizer, documents)
+    save_file({"train": stream.to(torch.int32)}, job.folder / TOKENS)
+    return tokenizer, stream
+
+
+class _Trainer:
+    """Model, optimizers and how far they are."""
+
+    def __init__(self, job: Job, vocab_size: int) -> None:
+        self.job = job
+        self.model = new_model(job.family, job.size, vocab_size, seed=job.seed).train()
+        ends = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        ends |= {id(p) for name, p in self.model.named_parameters() if name.startswith("lm_head")}
+        routers = {id(p) for name, p in self.model.named_parameters() if "gate.weight" in name and "proj" not in name}
+        inner = [p for p in self.model.parameters() if p.ndim >= 2 and id(p) not in ends | routers]
+        chosen = {id(p) for p in inner}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.adamw = torch.optim.AdamW(others, lr=job.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.muon = Muon(inner)
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint. Raises ModelError where it is of another job."""
+        state = torch.load(self.job.folder / CHECKPOINT, weights_only=True)
+        if json.loads(state["job"]) != json.loads(json.dumps(self.job.fixed())):
+            raise ModelError(f"{self.job.folder}: holds another training; give its options, or another folder")
+        self.model.load_state_dict(state["model"])
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, momentum), saved in zip(self.muon.groups, state["muon"], strict=True):
+            momentum.copy_(saved)
+        self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "job": json.dumps(self.job.fixed()),
+            "model": self.model.state_dict(),
+            "adamw": self.adamw.state_dict(),
+            "muon": [momentum for _, momentum in self.muon.groups],
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": self.loss,
+        }
+        beside = self.job.folder / f".{CHECKPOINT}"
+        torch.save(state, beside)
+        beside.replace(self.job.folder / CHECKPOINT)
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        done = self.step / self.job.steps if self.job.steps else self.seconds / (60 * self.job.minutes)
+        return min(1.0, done)
+
+    def run(self, stream: Tensor, progress: Progress) -> dict[str, Any]:
+        """Train until the run is done, with a checkpoint now and then, and return its facts."""
+        saved, before = time.monotonic(), self.seconds
+        start = time.monotonic()
+        with torch.enable_grad():
+            while self.share < 1:
+                self._step(batch_at(stream, self.step, job=self.job))
+                self.seconds = before + time.monotonic() - start
+                progress(f"training {self.job.family}", int(1000 * self.share), 1000)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        self.model.eval()
+        count = sum(p.numel() for p in self.model.parameters())
+        facts = {"steps": self.step, "seconds": round(self.seconds, 1), "loss": round(self.loss, 4)}
+        return {
+            **self.job.fixed(),
+            **facts,
+            "n_parameters": count,
+            "n_tokens": self.step * self.job.batch * self.job.length,
+        }
+
+    def _step(self, batch: Tensor) -> None:
+        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        self.model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ModelError(f"training {self.job.family}: loss is {value} at step {self.step}; lower the rates")
+        rate = rate_at(self.share)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * self.job.learning_rate
+        self.adamw.step()
+        self.muon.step(rate * self.job.matrix_rate)
+        self.loss = value if math.isnan(self.loss) else 0.97 * self.loss + 0.03 * value
+        self.step += 1
+
+
+def rate_at(share: float) -> float:
+    """Return the learning rate, relative, when this share of the run is done: up, level, and down in a line."""
+    return min(1.0, max(share, 1e-3) / WARMUP, max(0.02, (1 - share) / DECAY))
+
+
+def batch_at(stream: Tensor, step: int, *, job: Job) -> Tensor:
+    """Return the sequences [batch, length + 1] that a step reads. Raises ModelError where the text is too short."""
+    last = stream.numel() - job.length - 1
+    if last < 0:
+        raise ModelError(f"{stream.numel()} tokens of text are fewer than one sequence of {job.length}")
+    generator = torch.Generator().manual_seed(job.seed * 1_000_003 + step)
+    starts = torch.randint(0, last + 1, (job.batch, 1), generator=generator)
+    return stream[starts + torch.arange(job.length + 1)]

@@ -1,0 +1,174 @@
+"""The harness' command line: one road from `bwla-compile bench`, one line for errors, no harness without a clone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import cli, quality, quantize_cost
+from benchmarks.demo_table import rows_of
+from benchmarks.errors import ContenderError, ResultsError
+from benchmarks.everything import measure_everything
+from bwla_compiler import cli as face
+from bwla_compiler.cli_bench import harness
+from bwla_compiler.errors import HarnessError, RecipeError
+from tests.benchmarks.test_compare import EVEN, run
+
+KINDS = (
+    "kernels",
+    "models",
+    "quality",
+    "quantize",
+    "demo",
+    "compile-time",
+    "text",
+    "profile",
+    "train",
+    "report",
+    "compare",
+    "all",
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Return (exit code, output, errors) of bwla-compile bench."""
+    code = face.main(["bench", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_help_with_an_example(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, kind, "--help")
+    assert code == 0
+    assert f"bwla-compile bench {kind}" in out
+    assert kind in call(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("kernel",), 2, "kernel"),
+        (("models", "demo:", "--rounds", "x"), 2, "--rounds"),
+        (("models", "demo:", "--way", "fast"), 1, "no way is called 'fast'"),
+        (("quality", "--row", "best"), 1, "no row is called best"),
+        (("quality", "--anchor", "nothing"), 1, "no published figure is called 'nothing'"),
+        (("quality", "--anchor", "bwla/BWLA/A6/Qwen3-32B"), 2, "which model?"),
+        (("train", "bert", "-o", "x"), 2, "no family is called 'bert'"),
+        (("compare", "absent.jsonl", "absent.jsonl"), 1, "no such file of results"),
+        (("quantize", "demo:", "--recipe", "rtm"), 1, "Did you mean 'rtn'"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _, err = call(capsys, *arguments)
+    assert found == code
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err
+
+
+def test_without_a_checkout_bench_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(HarnessError, match="needs the source checkout"):
+        harness(tmp_path)
+
+
+def test_comparing_exits_with_1_where_something_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / name for name in ("old.jsonl", "equal.jsonl", "slow.jsonl")]
+    for path, scale, seed in zip(files, (1.0, 1.0, 1.4), (0, 1, 2), strict=True):
+        rows = run({**EVEN, "bwla A6": scale}, seed=seed)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(capsys, "compare", str(files[0]), str(files[1]))[0] == 0
+    data = tmp_path / "changes.json"
+    code, out, _ = call(capsys, "compare", str(files[0]), str(files[2]), "--json", str(data))
+    assert code == 1
+    assert "worse" in out
+    assert json.loads(data.read_text())[0]["worse"] is True
+
+
+def test_anchors_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    code, out, _ = call(capsys, "quality", "--anchors")
+    assert code == 0
+    assert "bwla/BWLA/A6/Qwen3-32B" in out
+    assert "arXiv 2602.06694v3" in " ".join(out.split())
+
+
+def test_the_main_job_becomes_rows() -> None:
+    recipes = {"bwla": {"true_bits": 1.2, "a6": 20.0, "n_bytes": 5}}
+    speed: dict[str, Any] = {"eager fp32": 10.0, "bwla": 30.0, "method": "m", "spread": "s", "machine": "x"}
+    result = {"models": {"demo:": {"fp": {"perplexity": 19.0, "n_bytes": 9}, "recipes": recipes}}, "speed": speed}
+    assert rows_of(result) == [
+        {"model": "demo:", "recipe": "fp", "perplexity": 19.0, "n_bytes": 9},
+        {"model": "demo:", "recipe": "bwla", "true_bits": 1.2, "a6": 20.0, "n_bytes": 5},
+        {"way": "eager fp32", "tokens_per_second": 10.0, "method": "m", "rounds": "s"},
+        {"way": "bwla", "tokens_per_second": 30.0, "method": "m", "rounds": "s"},
+    ]
+
+
+def test_quantizing_tells_a_row_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"block": "b0", "seconds": 1.0, "peak_mib": 9.0, "done": 1, "total": 1}, {"block": "all", "seconds": 2.0}]
+    monkeypatch.setattr(quantize_cost, "_in_process", lambda job: rows)
+    told: list[tuple[str, int, int]] = []
+    found = quantize_cost.measure(lambda *call: told.append(call), model="demo:", changes=("tuning.steps=0",))
+    assert [row["block"] for row in found] == ["b0", "all"]
+    assert found[0]["settings"] == "tuning.steps=0"
+    assert "done" not in found[0]
+    assert told[0] == ("quantizing: blocks", 1, 1)
+    with pytest.raises(RecipeError):
+        quantize_cost.measure(lambda *call: None, recipe="rtm")
+
+
+@pytest.mark.exhaustive
+def test_quantizing_in_a_process_of_its_own(tmp_path: Path) -> None:
+    from tests import tiny
+
+    tiny.make("llama").save_pretrained(tmp_path / "float")  # type: ignore[operator]
+    rows = quantize_cost.measure(lambda *call: None, model=str(tmp_path / "float"), recipe="rtn", calibration="none")
+    assert [row["block"] for row in rows][-1] == "all"
+    assert all(row["peak_mib"] > 50 for row in rows)
+    with pytest.raises(ContenderError, match="absent"):
+        quantize_cost.measure(lambda *call: None, model=str(tmp_path / "absent"), recipe="rtn", calibration="none")
+
+
+def test_all_kinds_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(kind: str) -> Any:
+        def measure(progress: Any, **options: Any) -> list[dict[str, Any]]:
+            seen.setdefault(kind, []).append(options)
+            return [{"model": "demo"}]
+
+        return measure
+
+    for kind, module in (("demo", "demo_table"), ("quantize", "quantize_cost"), ("models", "models"),
+                         ("kernels", "kernels"), ("quality", "quality")):  # fmt: skip
+        monkeypatch.setattr(f"benchmarks.everything.{module}.measure", fake(kind))
+    from benchmarks.budget import Budget
+
+    parts = list(measure_everything(lambda *_: None, budget=Budget(900)))
+    assert [kind for kind, _, _ in parts] == ["demo", "quantize", "models", "models", "kernels", "quality", "quality"]
+    assert parts[-1][2] == "quality-demo"
+    demo, wide = seen["models"]
+    assert 270 < demo["budget"].seconds < 284  # 35% of what is left of 810 seconds
+    assert Path(wide["model"]).is_file()
+    assert [call["ways"] for call in seen["quality"]] == [("ours",), ("rounding",)]
+    list(measure_everything(lambda *_: None, budget=Budget(0)))
+    assert len(seen["quality"]) == 2  # nothing that is left out is begun
+
+
+def test_the_command_that_is_recorded_is_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = quality.measure
+    monkeypatch.setattr("benchmarks.quality.measure", lambda *a, **k: [{"model": "demo", "way": "ours"}])
+    monkeypatch.setattr(
+        "benchmarks.record.record",
+        lambda name, rows, *, command: seen.update(name=name, command=list(command)) or Path(name),
+    )
+    assert cli.main(["quality", "--row", "ours"]) == 0
+    assert seen == {"name": "quality-demo", "command": ["quality", "--row", "ours"]}
+    with pytest.raises(ResultsError):
+        real(lambda *_: None, ways=["best", "worst"])
+    assert "benchmarks.cli" in sys.modules

@@ -1,0 +1,181 @@
+"""Pages from results: blocks rewritten, no figure of their own, the best bold whoever has it, one device a table."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.blocks import MARK, OPENING, rewrite_file, rewritten
+from benchmarks.errors import ResultsError
+from benchmarks.markdown import LESS, MORE, Column, missing_line, table
+from benchmarks.record import RESULTS, context, latest, newest_device, one_device, read, record
+from benchmarks.report import PAGES, draw
+from benchmarks.tables import BLOCKS, block_text
+
+
+def test_pages_hold_what_their_blocks_make_of_the_results_and_nothing_else() -> None:
+    """Every figure of a marked block is in a file of results: the block is made from them again, and is the same."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert OPENING.findall(text), f"{page.name} has no marked block"
+        assert rewritten(text, partial(block_text, folder=RESULTS)) == text, (
+            f"{page.name}: a marked block is not what the results make; run: python -m benchmarks report"
+        )
+
+
+def test_a_figure_that_no_result_holds_is_seen() -> None:
+    text = PAGES[0].read_text("utf-8")
+    found = MARK.search(text)
+    assert found is not None
+    figure = re.search(r"\d+\.\d+", found["text"])
+    assert figure is not None
+    start = found.start("text") + figure.start()
+    forged = text[:start] + "9" + text[start:]
+    assert rewritten(forged, partial(block_text, folder=RESULTS)) == text != forged
+
+
+def test_blocks_are_replaced_and_the_rest_is_left(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n<!-- bench:demo -->\nold 1.0\n<!-- /bench:demo -->\nend 2.0\n")
+    assert rewrite_file(page, lambda name: f"new of {name}")
+    assert page.read_text() == "# Title\n<!-- bench:demo -->\nnew of demo\n<!-- /bench:demo -->\nend 2.0\n"
+    assert not rewrite_file(page, lambda name: f"new of {name}")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<!-- bench:demo -->\n", "marks do not match"),
+        ("<!-- bench:demo -->\n<!-- /bench:kernels -->\n", "marks do not match"),
+        ("<!-- bench:nothing -->\n<!-- /bench:nothing -->\n", "no block is called 'nothing'"),
+    ],
+)
+def test_broken_marks_are_errors(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=words):
+        rewritten(text, partial(block_text, folder=tmp_path))
+
+
+def test_the_best_is_bold_whoever_has_it_down_and_across() -> None:
+    columns = [Column("way", left=True), Column("us", LESS, 1), Column("rate", MORE, 1), Column("size")]
+    down = table(columns, [["ours", 2.04, 5.0, 1.0], ["peer", 2.0, 4.0, 0.5], ["none", None, None, None]])
+    assert down.splitlines()[2:] == [
+        "| ours | **2.0** | **5.0** | 1.00 |",  # as good as what prints alike
+        "| peer | **2.0** | 4.0 | 0.50 |",
+        "| none | - | - | - |",
+    ]
+    across = table([Column("l", left=True), Column("a", LESS), Column("b", LESS)], [["x", 3.0, 1000.0]], across=True)
+    assert across.splitlines()[2] == "| x | **3.00** | 1,000 |"
+
+
+def test_missing_ways_are_said_with_their_reasons() -> None:
+    rows = [{"way": "a", "missing": "not installed"}, {"way": "b", "us": 1.0}, {"way": "c", "refused": "wrong by 1"}]
+    assert missing_line(rows) == "Without figures: a (not installed); c (wrong by 1)."
+    assert missing_line(rows[1:2]) == ""
+
+
+def kernel_rows(cpu: str, when: str, us: float) -> list[dict[str, Any]]:
+    """Return rows as the kind `kernels` records them."""
+    about = {"linear": "0.6B q", "out": 2048, "in": 1024, "tokens": 1, "threads": 1}
+    device = {"cpu": cpu, "cores": 2, "isa": "avx2", "when": when, "command": f"run on {cpu}", "commit": "abc",
+              "torch": "2", "python": "3", "load_before": 0.5, "load_after": 1.5, "steal": 0.01}  # fmt: skip
+    ways = {"bwla A6": 1.0, "torch bf16": 0.5, "pure read": 0.4}
+    rows = [
+        {**about, "way": way, "us": us * factor, "us_low": us * factor, "us_high": us * factor, "gb_per_second": 5.0,
+         "gmac_per_second": 40.0, "times_ours": factor, "times_low": factor, "times_high": factor, **device}
+        for way, factor in ways.items()
+    ]  # fmt: skip
+    ceilings = [("pure read", {"gb_per_second": 9.5}), ("float32 multiply-adds", {"gmac_per_second": 80.0})]
+    rows += [{"linear": "ceiling", "way": way, "threads": 1, **rate, **device} for way, rate in ceilings]
+    return [*rows, {"linear": "", "way": "ggml", "missing": "llama-cpp-python is not installed", **device}]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Results of two devices, the second one later."""
+    rows = [*kernel_rows("old machine", "2026-01-01", 400.0), *kernel_rows("new machine", "2026-02-01", 200.0)]
+    (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_table_is_of_one_device_and_says_where_it_is_from(results: Path) -> None:
+    text = block_text("kernels", results)
+    assert "| 0.6B q | 2048 x 1024 | 1 | 1 | 200 | **100** | 80 | torch bf16: 0.50 (0.50-0.50) |" in text
+    assert "`run on new machine` at abc, 2026-02-01" in text
+    assert "old machine" not in text
+    assert "load 0.5 to 1.5, steal up to 1.0%" in text
+    assert "Without figures: ggml (llama-cpp-python is not installed)." in text
+    assert "pure read 9.5 GB/s on 1" in text
+
+
+def test_every_block_says_how_it_is_made_where_there_are_no_results(tmp_path: Path) -> None:
+    for name in BLOCKS:
+        kind = {"transforms": "kernels", "compile_time": "compile-time"}.get(name, name)
+        assert block_text(name, tmp_path) == f"Not measured yet: `python -m benchmarks {kind}`."
+
+
+def test_kernels_are_drawn(results: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = draw(results)
+    assert [path.name for path in drawn] == ["roofline.svg", "speed.svg"]
+    before = [path.read_bytes() for path in drawn]
+    assert before == [path.read_bytes() for path in draw(results)]  # the same bytes: no day, no random ids
+
+
+def test_results_are_appended_with_their_context_and_read_again(tmp_path: Path) -> None:
+    path = record("kind", [{"way": "a", "us": 1.0}], command=["kind", "--row", "two words"], folder=tmp_path)
+    record("kind", [{"way": "a", "us": 2.0}], command=["kind"], folder=tmp_path)
+    rows = read(path)
+    assert [row["us"] for row in rows] == [1.0, 2.0]
+    assert rows[0]["command"] == "python -m benchmarks kind --row 'two words'"
+    assert set(context([])) <= set(rows[0])
+    assert [row["us"] for row in latest(rows, by=("way",))] == [2.0]
+    assert newest_device(rows) == rows
+    assert one_device(rows, what="test")
+    with pytest.raises(ResultsError, match="no such file"):
+        read(tmp_path / "absent.jsonl")
+    path.write_text("{")
+    with pytest.raises(ResultsError, match="no file of JSON lines"):
+        read(path)
+
+
+def test_the_main_job_is_shown_as_its_last_run_found_it(tmp_path: Path) -> None:
+    device = {"cpu": "x", "cores": 2, "isa": "avx2", "command": "demo", "commit": "abc", "torch": "2", "python": "3"}
+    size = {"calibration_sequences": 96, "test_sequences": 32, "length": 256}
+    rows = []
+    for when, a6 in (("2026-01-01", 30.0), ("2026-02-01", 20.0)):
+        figures = {"true_bits": 1.2, "n_bytes": 2048, "a16": 19.5, "a8": 19.5, "a6": a6, "a4": 25.0}
+        rows += [
+            {"model": "demo:", "recipe": "fp", "perplexity": 19.0, "n_bytes": 9 << 20},
+            {"model": "demo:", "recipe": "rtn", **figures, "a6": 90.0},
+            {"model": "demo:", "recipe": "bwla", **figures},
+            {"way": "bwla", "tokens_per_second": 10.0, "method": "greedy", "rounds": "bwla 9-11"},
+        ]
+        rows = [{**row, **size, **device, "when": row.get("when", when)} for row in rows]
+    (tmp_path / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = block_text("demo", tmp_path)
+    assert "32 sequences of 256 tokens; 96 sequences of calibration" in text
+    assert "| fp | 19.00 |  |  |  | - | 9.0 MiB |" in text
+    assert "| bwla | **19.50** | **19.50** | **20.00** | **25.00** | 1.20 | 2.0 KiB |" in text
+    assert "30.00" not in text
+    assert "greedy; rounds: bwla 9-11." in text
+
+
+def test_models_are_shown_with_what_is_missing(tmp_path: Path) -> None:
+    about = {"model": "m", "prompt": 8, "steps": 4, "threads": 1, "cpu": "x", "cores": 2, "isa": "avx2", "torch": "2",
+             "when": "2026-01-01", "command": "models m", "commit": "abc", "python": "3"}  # fmt: skip
+    figures = {"decode_low": 9.0, "decode_high": 11.0, "prefill_tokens_per_second": 50.0, "first_token_ms": 3.0}
+    rows = [
+        {**about, "way": "bwla", "decode_tokens_per_second": 10.0, "times_ours": 1.0, **figures},
+        {**about, "way": "inductor bf16", "decode_tokens_per_second": 12.0, "top1_fp32": 0.5, **figures},
+        {**about, "way": "torchao", "missing": "not installed"},
+        {**about, "way": "broken", "refused": "wrong by 1"},
+    ]
+    (tmp_path / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = block_text("models", tmp_path)
+    assert "| bwla | 10.0 | 9.0-11.0 | 1.00 | **50.0** |" in text
+    assert "| inductor bf16 | **12.0** | 9.0-11.0 | - | **50.0** |" in text
+    assert "| 50.0 |" in text
+    assert "Without figures: torchao (not installed); broken (wrong by 1)." in text

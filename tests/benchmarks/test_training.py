@@ -1,0 +1,89 @@
+"""Training of other families: a run that was stopped goes on to the same weights; families have what they are for."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import quality_model
+from benchmarks.families import FAMILIES, Size, new_model
+from benchmarks.training import CHECKPOINT, Job, batch_at, rate_at, train_family
+from bwla_compiler.demo.corpus import Document
+from bwla_compiler.errors import ModelError
+
+DOCUMENTS = [Document(f"f{i}", f"words and numbers {i} {i * i} in a file of text. " * 8) for i in range(12)]
+SMALL = {"size": Size(64, 1), "vocab_size": 300, "batch": 2, "length": 16}
+
+
+def quiet(label: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def job(folder: Path, family: str = "llama", **changes: Any) -> Job:
+    """Return a training of a few steps."""
+    return Job(family, folder, **{**SMALL, "steps": 6, **changes})
+
+
+def test_families_differ_in_what_the_compiler_meets() -> None:
+    llama, gpt2, moe = (new_model(family, Size(64, 1), 300, seed=0) for family in ("llama", "gpt2", "moe"))
+    assert llama.get_input_embeddings().weight is not llama.get_output_embeddings().weight  # type: ignore[operator]
+    assert any(isinstance(m, torch.nn.LayerNorm) for m in gpt2.modules())
+    assert any("experts" in name for name, _ in moe.named_parameters())
+    again = new_model("llama", Size(64, 1), 300, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stopped_training_goes_on_to_the_same_model(family: str, tmp_path: Path) -> None:
+    whole = train_family(job(tmp_path / "whole", family), progress=quiet, documents=DOCUMENTS)
+    assert whole["steps"] == 6
+    parts = tmp_path / "parts"
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done >= 500:
+            raise KeyboardInterrupt
+
+    stopped = job(parts, family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.training.SAVE_SECONDS", -1.0)  # a checkpoint at every step
+        with pytest.raises(KeyboardInterrupt):
+            train_family(stopped, progress=stop, documents=DOCUMENTS)
+    assert (parts / CHECKPOINT).is_file()
+    assert not (parts / "training.json").exists()
+    assert train_family(stopped, progress=quiet)["steps"] == 6
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", parts))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_lowers_the_loss_and_another_job_is_refused(tmp_path: Path) -> None:
+    facts = train_family(job(tmp_path, steps=40), progress=quiet, documents=DOCUMENTS)
+    assert facts["loss"] < 5  # the logarithm of 300 words is 5.7
+    assert json.loads((tmp_path / "training.json").read_text())["family"] == "llama"
+    with pytest.raises(ModelError, match="holds another training"):
+        train_family(job(tmp_path, seed=1), progress=quiet)
+
+
+def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path) -> None:
+    stream = torch.arange(100)
+    assert torch.equal(batch_at(stream, 3, job=job(tmp_path)), batch_at(stream, 3, job=job(tmp_path)))
+    assert not torch.equal(batch_at(stream, 3, job=job(tmp_path)), batch_at(stream, 4, job=job(tmp_path)))
+    with pytest.raises(ModelError, match="fewer than one sequence of 16"):
+        batch_at(torch.arange(10), 0, job=job(tmp_path))
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    assert rate_at(0.01) == pytest.approx(0.5)
+    assert rate_at(0.5) == 1
+    assert rate_at(0.85) == pytest.approx(0.5)
+    assert rate_at(1.0) == 0.02
+
+
+def test_an_unfinished_folder_is_no_subject(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has finished"):
+        quality_model.trained(tmp_path, files=2)
+    assert replace(job(tmp_path), minutes=5).fixed() == job(tmp_path).fixed()
