@@ -40,8 +40,8 @@ lint: setup  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gate: setup lint  ## lint, and every kernel against its reference on each ISA that this machine runs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime
+gate: setup lint  ## lint, every kernel against its reference, and the budgets of GPU kernels (no GPU needed)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/codegen tests/runtime tests/benchmarks/test_gpu.py
 
 sanitize: setup  ## the C++ kernels' tests under the address and undefined-behaviour sanitizers
 	BWLA_CXX="g++ $(SANITIZERS) -fno-omit-frame-pointer -g1" ASAN_OPTIONS=detect_leaks=0 \

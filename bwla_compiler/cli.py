@@ -312,4 +312,6 @@ def _kernel_table(report: Any) -> Table:
         used = (None, None, None) if r is None else (r.registers, r.stack_bytes, r.instructions)
         rows.append(row(kernel.name, Cell(kernel.title, "quiet"), kernel.warps, *used[:2], shared, used[2]))
     note = f"{len(report.groups)} distinct specs; registers a thread, stack bytes a thread, shared memory a program"
+    broken = [f"{kernel.title}: {'; '.join(kernel.broken)}" for kernel in report.kernels if kernel.broken]
+    note += "".join(f"\nbreaks a limit: {line}" for line in broken)
     return Table(f"{report.target}, {report.compiler}", columns, tuple(rows), note)

@@ -14,20 +14,22 @@ from bwla_compiler.codegen.build import build
 from bwla_compiler.codegen.cpp_linear import emit as emit_cpp
 from bwla_compiler.codegen.isa import best_isa
 from bwla_compiler.codegen.triton_aot import GpuTarget, Resources, compile_kernel, parse_target
+from bwla_compiler.codegen.triton_gate import violations
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
-from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
+from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, dot_tile, gemv_tile
+from bwla_compiler.codegen.triton_spec import NO_TILE, Emitted, LinearKernel, PrologueKernel
+from bwla_compiler.codegen.triton_tiles import device_for, is_decode, ranked
 from bwla_compiler.errors import BuildError, PlanError
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.group_specs import packed_specs, planned_specs
 from bwla_compiler.recipe import Recipe, load_recipe
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import LinearSpec
 
 Progress = Callable[[str, int, int], None]
 
-DECODE_TOKENS, PREFILL_TOKENS = 16, 512
-"""Numbers of tokens that the matrix kernels are emitted for: a small batch that decodes, and a prompt."""
+TOKENS = (1, 8, 512)
+"""Numbers of tokens that kernels are emitted for: one and a small batch that decode, and a prompt."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class EmittedKernel:
     """One kernel on disk. files: names in the folder, the source first. groups: numbers of the specs that use it.
 
     resources: None where the target's compiler does not tell. holds: whether a program fits the target's shared
-    memory; a prologue that does not is run as two, with torch's products between.
+    memory; a prologue that does not is run in stages. broken: what it should keep to and does not, in words.
     """
 
     name: str
@@ -53,6 +55,7 @@ class EmittedKernel:
     warps: int | None = None
     resources: Resources | None = None
     holds: bool = True
+    broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,15 @@ def _compile(emitted: Emitted, gpu: GpuTarget, folder: Path, groups: tuple[int, 
         _write(folder / f"{stem}.{suffix}", content)
     files = tuple(f"{stem}.{suffix}" for suffix in ("py", *compiled.artefacts))
     holds = compiled.resources.shared_bytes <= gpu.shared_limit
-    return EmittedKernel(emitted.name, emitted.title, files, groups, emitted.warps, compiled.resources, holds)
+    broken = tuple(violations(compiled))
+    return EmittedKernel(emitted.name, emitted.title, files, groups, emitted.warps, compiled.resources, holds, broken)
 
 
 def group_kernels(spec: LinearSpec, gpu: GpuTarget) -> list[Emitted]:
-    """Return the kernels that linears of one spec run on a GPU: before them, a small batch, a prompt, one token."""
+    """Return the kernels that linears of one spec run on a GPU: before them, one token, a small batch, a prompt.
+
+    Tiles are those of least modelled time; at run time they are timed.
+    """
     prologue = PrologueKernel(
         columns=spec.in_features,
         transform=spec.transform,
@@ -180,30 +187,34 @@ def group_kernels(spec: LinearSpec, gpu: GpuTarget) -> list[Emitted]:
         activation_bits=spec.activation_bits,
         precision=gpu.precision,
     )
-    whole = prologue if prologue.fits else dataclasses.replace(prologue, transform=TransformSpec())
-    found = [emit_prologue(whole)]
-    for tokens in (DECODE_TOKENS, PREFILL_TOKENS):
-        kernel = _linear_kernel(spec, gpu, tokens)
-        found += [emit_linear_dot(kernel), *([emit_low_rank(kernel)] if kernel.ranked else [])]
-    if gpu.backend == "cuda" and prologue.rounds:
-        found.append(emit_linear_gemv(_linear_kernel(spec, gpu, 1)))
-    return found
+    found = [emit_prologue(kernel) for kernel in ((prologue,) if prologue.fits else prologue.stages)]
+    for tokens in TOKENS:
+        kernel = linear_kernel(spec, gpu, tokens)
+        if is_decode(kernel, tokens):
+            found.append(emit_linear_gemv(kernel))
+        else:
+            found.append(emit_linear_dot(kernel))
+            found += [emit_linear_sum(kernel)] if kernel.tile.parts > 1 else []
+        found += [emit_low_rank(kernel)] if kernel.ranked else []
+    return list(dict.fromkeys(found))
 
 
-def _linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel:
-    members, grouped = len(spec.out_features), spec.scale_kind == "group"
-    rounds = spec.activation_bits < 16
-    tile = dot_tile(tokens, planes=spec.planes, grouped=grouped, rounds=rounds)
-    return LinearKernel(
+def linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel:
+    """Return the kernel of linears of one spec for so many tokens, with the tile of least modelled time."""
+    members, cuda = len(spec.out_features), gpu.backend == "cuda"
+    kernel = LinearKernel(
         columns=spec.in_features,
         out_features=spec.out_features,
         planes=spec.planes,
-        grouped=grouped,
+        grouped=spec.scale_kind == "group",
         ranks=(spec.rank,) * members,
         biases=(spec.bias,) * members,
         residuals=(False,) * members,
         activation_bits=spec.activation_bits,
-        tile=gemv_tile(spec.in_features) if tokens == 1 else tile,
+        tile=NO_TILE,
         precision=gpu.precision,
-        assembly=gpu.backend == "cuda",
+        assembly=cuda,
+        decodes=cuda,
     )
+    best = ranked(kernel, tokens, device_for([str(gpu)]), smallest=8 if cuda else 16)[0]
+    return dataclasses.replace(kernel, tile=best)

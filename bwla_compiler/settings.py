@@ -19,7 +19,7 @@ class Settings:
     debug: log a line per node (BWLA_DEBUG). dump: folder that receives graphs and sources (BWLA_DUMP).
     verify: check every compiled region against its reference (BWLA_VERIFY).
     compiler: the C++ compiler (BWLA_CXX, else CXX, else g++); an empty string means "none".
-    kernels: who computes (BWLA_KERNELS).
+    kernels: who computes (BWLA_KERNELS). tune: time tiles of GPU kernels when they are first met (BWLA_TUNE, on).
     """
 
     cache: Path
@@ -28,6 +28,7 @@ class Settings:
     verify: bool
     compiler: str
     kernels: Kernels
+    tune: bool = True
 
 
 def _flag(name: str) -> bool:
@@ -59,4 +60,5 @@ def settings() -> Settings:
         verify=_flag("BWLA_VERIFY"),
         compiler=os.environ.get("BWLA_CXX", os.environ.get("CXX", "g++")),
         kernels=chosen_kernels(),
+        tune=os.environ.get("BWLA_TUNE", "1").lower() not in ("", "0", "false", "no"),
     )

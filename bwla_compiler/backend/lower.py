@@ -6,6 +6,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.fx import GraphModule
 
+from bwla_compiler.backend.prepare import prepare
+
 
 class HandOver(Protocol):
     """Something that compiles a graph once our operators are in it, as `lower` does."""
@@ -21,6 +23,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     """
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
+    prepare(gm, example_inputs)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bwla_compiler.codegen import triton_module
+from bwla_compiler.codegen.triton_sass import LANES, Instruction, executed, instructions
 from bwla_compiler.codegen.triton_spec import Emitted, Precision
 from bwla_compiler.errors import BuildError
 
@@ -59,8 +60,13 @@ def parse_target(text: str) -> GpuTarget:
 @dataclass(frozen=True)
 class Resources:
     """What one kernel uses. registers: a thread's (HIP: vector registers). stack_bytes: a thread's, with spills.
+
     spills: registers spilled (HIP), loads and stores of local memory (CUDA). shared_bytes: a program's, static and
-    dynamic. instructions: all of the kernel's. matrix: of them those on matrix units; dot4: dp4a and alike."""
+    dynamic. instructions: all of the kernel's. matrix: of them those on matrix units; dot4: dp4a and alike. units:
+    names of these. per_weight: instructions that a thread executes in its loops for each of its 1-bit weights, None
+    where that is not known; whole_per_weight: with those before and after. packed_assembly: whether inline assembly
+    takes several elements at once, which assumes neighbours.
+    """
 
     registers: int
     stack_bytes: int
@@ -69,6 +75,10 @@ class Resources:
     instructions: int
     matrix: int
     dot4: int
+    units: tuple[str, ...] = ()
+    per_weight: float | None = None
+    whole_per_weight: float | None = None
+    packed_assembly: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def compile_kernel(emitted: Emitted, target: GpuTarget, *, activations: Activati
         built = triton.compile(ASTSource(function, types, attrs=aligned), target=gpu, options=emitted.options)
     except Exception as error:  # Triton's own errors have no common base, and MLIR's are RuntimeErrors
         raise BuildError(f"{emitted.name} ({emitted.title}) does not compile for {target}: {error}") from error
-    found = _nvidia(built) if target.backend == "cuda" else _amd(built)
+    found = _nvidia(built, emitted) if target.backend == "cuda" else _amd(built)
     suffixes = ("ptx", "cubin") if target.backend == "cuda" else ("amdgcn", "hsaco")
     return Compiled(emitted, target, {suffix: _bytes(built.asm[suffix]) for suffix in suffixes}, found)
 
@@ -133,17 +143,19 @@ def _inspect(cubin: bytes, *flags: str) -> str:
     return run.stdout
 
 
-_SASS = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _MATRIX_SASS = ("IMMA", "IGMMA", "HMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "DMMA")
+_PACKED = re.compile(r"packed_element = (?!1\b)\d+")
 
 
-def _nvidia(built: Any) -> Resources:
+def _nvidia(built: Any, emitted: Emitted) -> Resources:
     cubin = built.asm["cubin"]
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _inspect(cubin, "--dump-resource-usage"))
     if found is None:
         raise BuildError("cuobjdump does not tell a kernel's registers: its format is not known")
     registers, stack, static, _ = map(int, found.groups())
-    opcodes = _SASS.findall(_inspect(cubin, "-sass"))
+    code = instructions(_inspect(cubin, "-sass"))
+    opcodes = [one.opcode for one in code]
+    in_loops, whole = _per_weight(code, emitted)
     return Resources(
         registers=registers,
         stack_bytes=stack,
@@ -152,7 +164,21 @@ def _nvidia(built: Any) -> Resources:
         instructions=len(opcodes),
         matrix=_count(opcodes, _MATRIX_SASS),
         dot4=_count(opcodes, ("IDP",)),
+        units=tuple(sorted({opcode for opcode in opcodes if opcode.startswith((*_MATRIX_SASS, "IDP"))})),
+        per_weight=in_loops,
+        whole_per_weight=whole,
+        packed_assembly=_PACKED.search(built.asm["ttgir"]) is not None,
     )
+
+
+def _per_weight(code: Sequence[Instruction], emitted: Emitted) -> tuple[float | None, float | None]:
+    """Return the instructions a weight, in loops and in all; None for other kernels and where the code is silent."""
+    work = emitted.work
+    count = None if work is None else executed(code, needed=work.products // emitted.warps, slabs=work.slabs)
+    if work is None or count is None:
+        return None, None
+    threads = LANES * emitted.warps
+    return round(count.in_loops * threads / work.weights, 3), round(count.whole * threads / work.weights, 3)
 
 
 def _count(opcodes: Sequence[str], families: tuple[str, ...]) -> int:

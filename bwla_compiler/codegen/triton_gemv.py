@@ -4,8 +4,8 @@ With S the sum of the codes whose sign is +1 and X the sum of all, B q = 2 S - X
 gives 2^p at four channels; times 2^(7 - p) each plane of bits adds up to 128 S in int32, exact up to 132 000 columns.
 """
 
-from bwla_compiler.codegen.triton_linear import choice, constants, describe, group_of, member_parameters
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel
+from bwla_compiler.codegen.triton_linear import choice, constants, describe, group_of, member_parameters, more_parts
+from bwla_compiler.codegen.triton_spec import GROUP, Emitted, LinearKernel, Work
 from bwla_compiler.codegen.triton_text import head, indented
 
 _DP4A = {
@@ -59,11 +59,9 @@ def linear_gemv({names}):
     codes += token * (STRIDE // 4)
 {zeros}    for start in tl.range(0, GROUPS, SPLIT, num_stages=STAGES):
         group = start + tl.arange(0, SPLIT)
-        live_group = group < GROUPS
-        inside = live_group[:, None] & live_row[None, :]
-{loads}        for bit in tl.static_range(8):
+{live}{loads}        for bit in tl.static_range(8):
             x_at = group[:, None, None] * 32 + bit * 4 + word[None, None, :]
-            x0, x1, x2, x3 = split4(tl.load(codes + x_at, mask=live_group[:, None, None], other=0), SPLIT, 1)
+            x0, x1, x2, x3 = split4(tl.load(codes + x_at{live_codes}), SPLIT, 1)
 {sum_x}            x0, x1 = tl.broadcast_to(x0, (SPLIT, ROWS)), tl.broadcast_to(x1, (SPLIT, ROWS))
             x2, x3 = tl.broadcast_to(x2, (SPLIT, ROWS)), tl.broadcast_to(x3, (SPLIT, ROWS))
             mask = (0x01010101 << bit) if bit < 7 else -2139062144
@@ -86,8 +84,10 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     body = _GEMV.format(
         names=", ".join(name for name, _ in parameters),
         title=title,
-        choice=choice(spec),
+        choice=choice(spec, spec.tile.rows),
         zeros=indented(["total = tl.zeros((SPLIT, ROWS), tl.float32)"] if spec.grouped else _integers(spec)),
+        live=_live(spec),
+        live_codes="" if _whole(spec)[1] else ", mask=live_group[:, None, None], other=0",
         loads="".join(_loads(spec, p) for p in range(spec.planes)) + (_group_zeros(spec) if spec.grouped else ""),
         sum_x=indented(_SUM_X, 3) if spec.grouped else "",
         planes="".join(_plane(spec, p) for p in range(spec.planes)),
@@ -97,10 +97,26 @@ def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     )
     numbers = {**constants(spec), "SPLIT": spec.tile.split}
     source = head(title, numbers) + _DP4A[spec.assembly] + _SPLIT4 + body
-    return Emitted("linear_gemv", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages)
+    steps = -(-spec.groups // spec.tile.split) * spec.tile.split
+    work = Work(spec.tile.rows * steps * GROUP * spec.planes, 1)
+    return Emitted("linear_gemv", title, source, tuple(parameters), spec.tile.warps, spec.tile.stages, work)
 
 
 _SUM_X = ["sum_x = four(0x01010101, 0x01010101, 0x01010101, 0x01010101, x0, x1, x2, x3, sum_x)"]
+
+
+def _whole(spec: LinearKernel) -> tuple[bool, bool]:
+    """Whether every tile's rows, and every step's groups, are all there: a mask costs a tenth of all instructions."""
+    return all(out % spec.tile.rows == 0 for out in spec.out_features), spec.groups % spec.tile.split == 0
+
+
+def _live(spec: LinearKernel) -> str:
+    """Return the lines that say which groups, and which of the step's weights, are there."""
+    rows, groups = _whole(spec)
+    lines = [] if groups else ["live_group = group < GROUPS"]
+    parts = [] if groups else ["live_group[:, None]"]
+    parts += [] if rows else ["live_row[None, :]"]
+    return indented([*lines, *([f"inside = tl.broadcast_to({' & '.join(parts)}, (SPLIT, ROWS))"] if parts else [])], 2)
 
 
 def _integers(spec: LinearKernel) -> list[str]:
@@ -115,7 +131,7 @@ def _loads(spec: LinearKernel, plane: int) -> str:
     names = ", ".join(f"w{c}_{plane}" for c in range(4))
     group = group_of(spec, plane)
     at = f"(({group}[:, None] * outputs + row[None, :]) * 4)[:, :, None] + word[None, None, :]"
-    load = "tl.load(words + at, mask=inside[:, :, None], other=0)"
+    load = "tl.load(words + at)" if all(_whole(spec)) else "tl.load(words + at, mask=inside[:, :, None], other=0)"
     return indented([f"at = {at}", f"{names} = split4({load}, SPLIT, ROWS)"], 2)
 
 
@@ -134,7 +150,7 @@ def _group_end(spec: LinearKernel, plane: int) -> str:
     at = f"{group_of(spec, plane)}[:, None] * outputs + row[None, :]"
     return indented(
         [
-            f"group_scale = tl.load(scale + {at}, mask=inside, other=0.0)",
+            f"group_scale = tl.load(scale + {at}{'' if all(_whole(spec)) else ', mask=inside, other=0.0'})",
             f"total += (sums_{plane} - 64 * sum_x).to(tl.float32) * group_scale",
         ],
         2,
@@ -158,7 +174,9 @@ def _finish(spec: LinearKernel) -> str:
     if spec.ranked:
         lines += [
             "component = tl.arange(0, RANK)",
-            "t = tl.load(mixed + token * RANKS + rank_first + component, mask=component < rank, other=0.0)",
+            "at = token * RANKS + rank_first + component",
+            "t = tl.load(mixed + at, mask=component < rank, other=0.0)",
+            *more_parts(spec, "tl.num_programs(1)", "mask=component < rank"),
             "inside = live_row[:, None] & (component[None, :] < rank)",
             "factor = tl.load(low_rank_out + row[:, None] * rank + component[None, :], mask=inside, other=0)",
             "total += tl.sum(factor.to(tl.float32) * t[None, :], 1)",

@@ -1,5 +1,7 @@
 """The Triton kernel before a linear: prologue, change of basis and rounding to codes, one program a token.
 
+Where a token's factors are too large for one program, a kernel with one factor and `block` turns a part of it.
+
 x' by kind of prologue (a norm's statistics, an activation, a gate), x'' = (x' * scale) (left (x) right) as
 Y = left^T X' right on X' [n1, n2], codes = round(x'' * column_scale / token_scale), half to even.
 """
@@ -50,13 +52,13 @@ _ROUND = """\
 
 
 def emit_prologue(spec: PrologueKernel) -> Emitted:
-    """Return the kernel `prologue`. Grid (tokens,).
+    """Return the kernel `prologue`. Grid (tokens, programs that share a token).
 
     x, gate [tokens, n] any float; gain, shift, scale, column_scale [n], left [n1, n1], right [n2, n2] float; out
     [tokens, row_stride] int8 codes or floats; token_scale [tokens] float32, code_sum [tokens] int32: sum of codes.
     """
     parameters = _parameters(spec)
-    online = spec.transform.left or spec.transform.right
+    assert not spec.block or (spec.transform.left != spec.transform.right and not spec.rounds)
     title = _title(spec)
     names = ", ".join(name for name, _ in parameters)
     body = [
@@ -64,7 +66,7 @@ def emit_prologue(spec: PrologueKernel) -> Emitted:
         "    gate += token * COLUMNS\n" if spec.gated else "",
         "    out += token * STRIDE\n",
         "    mean, inverse = statistics(x, eps)\n" if spec.normed else "",
-        _factored(spec) if online else _unfactored(spec),
+        _factored(spec) if spec.online else _unfactored(spec),
         "    y = y * tl.load(column_scale + at, mask=live, other=0.0).to(tl.float32)\n" if spec.column_scaled else "",
         _ROUND if spec.rounds else "    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)\n",
         _rest(spec),
@@ -79,8 +81,9 @@ def emit_prologue(spec: PrologueKernel) -> Emitted:
 def _title(spec: PrologueKernel) -> str:
     parts: list[str] = [spec.kind] if spec.kind != "none" else []
     t = spec.transform
-    if t.left or t.right:
+    if spec.online:
         parts += [f"basis {t.n1 if t.left else f'I{t.n1}'} x {t.n2 if t.right else f'I{t.n2}'}"]
+    parts += [f"{spec.blocks} programs a token"] if spec.block else []
     parts += [f"A{spec.activation_bits}" if spec.rounds else "floats"]
     return f"{', '.join(parts)} of {spec.columns} channels"
 
@@ -103,14 +106,13 @@ def _parameters(spec: PrologueKernel) -> tuple[tuple[str, str], ...]:
 
 
 def _constants(spec: PrologueKernel) -> dict[str, int | float | str | bool]:
-    online = spec.transform.left or spec.transform.right
     constants: dict[str, int | float | str | bool] = {"COLUMNS": spec.columns, "STRIDE": spec.row_stride}
-    if spec.normed or not online:
+    if spec.normed or not spec.online:
         constants["BLOCK"] = power_of_two(spec.columns)
-    if online:
+    if spec.online:
         n1, n2 = spec.transform.n1, spec.transform.n2
         streamed = n1 if _streams_left(spec) else n2
-        constants |= {"N1": n1, "N2": n2, "ROWS": power_of_two(n1), "COLS": power_of_two(n2)}
+        constants |= {"N1": n1, "N2": n2, "ROWS": spec.sides[0], "COLS": spec.sides[1]}
         constants["SLAB"] = min(SLAB, power_of_two(streamed))
     if spec.rounds:
         constants["LIMIT"] = 2 ** (spec.activation_bits - 1) - 1
@@ -162,7 +164,12 @@ def _factored(spec: PrologueKernel) -> str:
     """Return Y = left^T X' right: one product over slabs of X' as they are read, then one with the whole factor."""
     t = spec.transform
     left = _streams_left(spec)
-    lines = ["row = tl.arange(0, ROWS)", "column = tl.arange(0, COLS)", "y = tl.zeros((ROWS, COLS), tl.float32)"]
+    row, column = "tl.arange(0, ROWS)", "tl.arange(0, COLS)"
+    if spec.block and t.right:
+        row = f"tl.program_id(1) * ROWS + {row}"
+    elif spec.block:
+        column = f"tl.program_id(1) * COLS + {column}"
+    lines = [f"row = {row}", f"column = {column}", "y = tl.zeros((ROWS, COLS), tl.float32)"]
     lines += [f"for start in range(0, {'N1' if left else 'N2'}, SLAB):", "    inner = start + tl.arange(0, SLAB)"]
     if left:
         slab = ["at = inner[:, None] * N2 + column[None, :]", "live = (inner[:, None] < N1) & (column[None, :] < N2)"]
@@ -195,6 +202,6 @@ def _rest(spec: PrologueKernel) -> str:
     """Return the lines that fill the row's last, incomplete group with zeros."""
     if spec.row_stride == spec.columns:
         return ""
-    lines = ["rest = tl.arange(0, 128) + COLUMNS"]
+    lines = ["rest = tl.arange(0, 128) + COLUMNS"]  # where programs share a token, each writes them
     lines += ["tl.store(out + rest, tl.zeros((128,), out.dtype.element_ty), mask=rest < STRIDE)"]
     return indented(lines)

@@ -1,10 +1,10 @@
 """What the Triton emitters are told of a kernel: shapes, formats and tiles, as plain numbers; and what they give."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bwla_compiler.cost.factors import LARGEST_TILE, holds, power_of_two
+from bwla_compiler.cost.factors import LARGEST_TILE, power_of_two
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 
 GROUP = 128
@@ -22,6 +22,12 @@ Precision = Literal["ieee", "tf32x2", "tf32x3"]
 GEMV_TOKENS = 1
 """Up to so many tokens the decode kernel serves; from there on each weight is used often enough for matrix units."""
 
+LARGEST_FACTORED = 8192
+"""Channels, sides padded to powers of two, up to which one program turns a token without spilling registers."""
+
+BLOCK = 16
+"""Rows (or columns) of a token's matrix that one program turns where a token is shared between programs."""
+
 
 def padded(columns: int) -> int:
     """Return the columns of a row of codes: whole groups, the rest zeros."""
@@ -37,7 +43,8 @@ class PrologueKernel:
 
     columns: n. transform: its factors, and whether a diagonal comes first. column_scaled, gain, shift: which
     vectors [n] there are. activation_bits: 2 to 8 gives int8 codes, 16 floats. stride: columns of a row of the
-    result, n or more; the rest is zeros. precision: of the factors' products.
+    result, n or more; the rest is zeros. precision: of the factors' products. block: rows or columns, of the side
+    that is not turned, that a program computes, 0 for all; needs one factor and a result of floats.
     """
 
     columns: int
@@ -49,6 +56,7 @@ class PrologueKernel:
     activation_bits: int = 8
     stride: int = 0
     precision: Precision = "tf32x2"
+    block: int = 0
 
     @property
     def gated(self) -> bool:
@@ -71,18 +79,49 @@ class PrologueKernel:
         return self.stride or padded(self.columns)
 
     @property
+    def online(self) -> bool:
+        """Whether there is a factor."""
+        return self.transform.left or self.transform.right
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the tile of a program with factors, powers of two."""
+        n1, n2 = power_of_two(self.transform.n1), power_of_two(self.transform.n2)
+        if not self.block:
+            return n1, n2
+        return (self.block, n2) if self.transform.right else (n1, self.block)
+
+    @property
     def fits(self) -> bool:
-        """Whether one program can hold a token and the smaller factor."""
-        if not (self.transform.left or self.transform.right):
+        """Whether one program holds a whole token; else `stages` of several programs serve it."""
+        if not self.online:
             return power_of_two(self.columns) <= LARGEST_TILE
-        return holds(self.transform.n1, self.transform.n2, both=self.transform.left and self.transform.right)
+        return self.sides[0] * self.sides[1] <= LARGEST_FACTORED
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share a token."""
+        if not self.block:
+            return 1
+        return -(-(self.transform.n1 if self.transform.right else self.transform.n2) // self.block)
+
+    @property
+    def stages(self) -> tuple["PrologueKernel", ...]:
+        """The kernels that do the same in turn, each reading the last one's floats: one factor each, then rounding."""
+        t, found = self.transform, list["PrologueKernel"]()
+        plain = PrologueKernel(self.columns, activation_bits=FLOAT_BITS, stride=self.columns, precision=self.precision)
+        for side in ("right", "left"):
+            if getattr(t, side):
+                only = replace(t, left=side == "left", right=side == "right", scaled=t.scaled and not found)
+                first = plain if found else replace(plain, kind=self.kind, gain=self.gain, shift=self.shift)
+                found.append(replace(first, transform=only, block=BLOCK))
+        last = replace(plain, column_scaled=self.column_scaled, activation_bits=self.activation_bits)
+        return (*found, replace(last, stride=self.stride))
 
     @property
     def warps(self) -> int:
         """Warps of a program: about 32 channels a thread."""
-        sides = (self.transform.n1, self.transform.n2)
-        online = self.transform.left or self.transform.right
-        size = power_of_two(sides[0]) * power_of_two(sides[1]) if online else power_of_two(self.columns)
+        size = self.sides[0] * self.sides[1] if self.online else power_of_two(self.columns)
         return min(16, max(4, size // 1024))
 
 
@@ -90,7 +129,8 @@ class PrologueKernel:
 class Tile:
     """The piece of a result that one program computes. rows: outputs; tokens; warps; stages: of the load pipeline.
 
-    split: groups of channels that the decode kernel reads side by side.
+    split: groups of channels that the decode kernel reads side by side. parts: programs that share the channels of a
+    tile of the matrix kernel.
     """
 
     rows: int
@@ -98,6 +138,11 @@ class Tile:
     warps: int
     stages: int
     split: int = 1
+    parts: int = 1
+
+
+NO_TILE = Tile(rows=0, tokens=0, warps=0, stages=0)
+"""Of a kernel whose tile is still to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +151,8 @@ class LinearKernel:
 
     columns: n. planes: binary planes. grouped: one scale per 128 columns, else one per row. ranks: of the low-rank
     pair, 0 for none. biases, residuals: which members add one. assembly: CUDA's dp4a; else the same in plain Triton.
+    decodes: whether the device has that instruction, so that one token has a kernel of its own.
+    Where the tile has parts, `linear_dot` leaves their sums, and `linear_sum` adds them up and does the rest.
     """
 
     columns: int
@@ -119,6 +166,7 @@ class LinearKernel:
     tile: Tile
     precision: Precision = "tf32x2"
     assembly: bool = False
+    decodes: bool = True
 
     @property
     def groups(self) -> int:
@@ -136,9 +184,21 @@ class LinearKernel:
         return any(self.ranks)
 
     @property
+    def part_groups(self) -> int:
+        """Groups of channels of one part."""
+        return -(-self.groups // self.tile.parts)
+
+    @property
+    def sum_tile(self) -> Tile:
+        """The tile of the kernel that adds up parts."""
+        return Tile(rows=64, tokens=self.tile.tokens, warps=4, stages=1)
+
+    @property
     def rank_tile(self) -> Tile:
-        """The tile of the kernel of low-rank components: 16 of them, so that many programs share the columns."""
-        return Tile(rows=16, tokens=max(16, min(64, self.tile.tokens)), warps=2, stages=self.tile.stages)
+        """The tile of the kernel of low-rank components: 16 of them; of few tokens programs share the channels."""
+        few = self.tile.tokens <= 16
+        parts = min(16, max(1, self.groups // 8)) if few else 1
+        return Tile(rows=16, tokens=16 if few else min(64, self.tile.tokens), warps=2, stages=4, parts=parts)
 
     @staticmethod
     def first_tiles(sizes: Sequence[int], rows: int) -> list[int]:
@@ -150,9 +210,36 @@ class LinearKernel:
 
 
 @dataclass(frozen=True)
+class Int8Kernel:
+    """A linear of int8 weights and float inputs: a head. columns: n. tile: `split` channels of a row at a time."""
+
+    columns: int
+    out_features: int
+    bias: bool
+    tile: Tile
+    precision: Precision = "tf32x2"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program of a kernel does, to count instructions by. weights: of 1 bit, planes counted; tokens: of its
+    tile; slabs: trips of its loops of float products."""
+
+    weights: int
+    tokens: int
+    slabs: int = 1
+
+    @property
+    def products(self) -> int:
+        """Integer multiply-adds."""
+        return self.weights * self.tokens
+
+
+@dataclass(frozen=True)
 class Emitted:
     """A kernel's source. name: of the jit function; parameters: (name, Triton type) in order, the type of
-    activations written "*x"; warps, stages: how it is launched; title: what it does, in a line."""
+    activations written "*x"; warps, stages: how it is launched; title: what it does, in a line; work: of 1-bit
+    linears."""
 
     name: str
     title: str
@@ -160,27 +247,9 @@ class Emitted:
     parameters: tuple[tuple[str, str], ...]
     warps: int
     stages: int
+    work: Work | None = None
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Triton's options, for a launch and for compilation alike; sums may be fused, as its versions differ in."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-def dot_tile(tokens: int, *, planes: int, grouped: bool, rounds: bool) -> Tile:
-    """Return the tile of the matrix kernel for a number of tokens; small ones so that many programs share decoding."""
-    if not rounds:
-        return Tile(rows=64, tokens=16 if tokens <= 16 else 32, warps=4, stages=2)
-    if tokens <= 16:
-        return Tile(rows=64, tokens=16, warps=2, stages=4)
-    if tokens <= 64:
-        return Tile(rows=64, tokens=64, warps=4, stages=3)
-    if planes > 1 or grouped:
-        return Tile(rows=128, tokens=64, warps=8, stages=3)
-    return Tile(rows=128, tokens=128, warps=8, stages=3)
-
-
-def gemv_tile(columns: int) -> Tile:
-    """Return the tile of the decode kernel: groups side by side that leave none idle where they can, 4 to a warp."""
-    split = 16 if (padded(columns) // GROUP) % 16 == 0 else 8
-    return Tile(rows=32, tokens=1, warps=split // 4, stages=2, split=split)

@@ -4,7 +4,25 @@ from collections.abc import Mapping, Sequence
 
 from bwla_compiler.codegen.triton_spec import Precision
 
-EXPAND = '''
+_SIGNS = {
+    True: '''
+@triton.jit
+def signs64(bits):
+    """Return bytes -64 and +64 for bytes whose top bit is 0 and 1: one instruction, which some compilers split."""
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0x80808080, 0xC0C0C0C0, 0x6A;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1
+    )
+''',
+    False: '''
+@triton.jit
+def signs64(bits):
+    """Return bytes -64 and +64 for bytes whose top bit is 0 and 1."""
+    return (bits & -2139062144) ^ -1061109568
+''',
+}
+
+_EXPAND = '''
+
 @triton.jit
 def expand(words):
     """Return the signs of one group as -64 and +64, int8 [ROWS, 128] in channel order, of words int32 [ROWS, 4].
@@ -13,11 +31,17 @@ def expand(words):
     exclusive or 0xC0, is 64 or -64.
     """
     bit = tl.arange(0, 8)
-    bytes4 = ((words[:, None, :] << (7 - bit)[None, :, None]) & -2139062144) ^ -1061109568
+    bytes4 = signs64(words[:, None, :] << (7 - bit)[None, :, None])
     even = tl.join(bytes4.to(tl.int8), (bytes4 >> 16).to(tl.int8))
     odd = tl.join((bytes4 >> 8).to(tl.int8), (bytes4 >> 24).to(tl.int8))
     return tl.reshape(tl.join(even, odd), (ROWS, 128))
 '''
+
+
+def expand_function(*, assembly: bool) -> str:
+    """Return the function `expand` and what it needs; assembly: CUDA's."""
+    return _SIGNS[assembly] + _EXPAND
+
 
 _IN_TWO = '''
 

@@ -29,6 +29,6 @@ def _on_gpu(spec: LinearSpec, *, cuda: bool) -> str:
         column_scaled=spec.scale_kind == "row+column",
         activation_bits=spec.activation_bits,
     ).fits
-    before = "prologue" if whole else "torch's products for the transform, prologue"
+    before = "prologue" if whole else "prologue in stages"
     tokens = "1 token" if GEMV_TOKENS == 1 else f"up to {GEMV_TOKENS} tokens"
     return f"Triton: {before}, {f'gemv for {tokens}, else ' if cuda and rounds else ''}dot"

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
+
+from bwla_compiler.errors import BwlaError
 
 V = TypeVar("V")
 
@@ -31,6 +34,11 @@ def _state(tensor: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
     return own if beside is None else (*own, id(beside), beside.data_ptr(), beside._version)
 
 
+def _recording(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded on the tensor's device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Derived(Generic[V]):
     """A cache of one derived value per tensor. name: what it holds, for the warning."""
 
@@ -41,7 +49,8 @@ class Derived(Generic[V]):
     def get(self, tensor: Tensor, make: Callable[[], V], *, beside: Tensor | None = None) -> V:
         """Return make() for this state of `tensor`, called once a state.
 
-        beside: a second tensor (an exponent) that the value depends on.
+        beside: a second tensor (an exponent) that the value depends on. Raises BwlaError where that would have to be
+        derived while a CUDA graph is recorded: it would live in the graph's memory.
         """
         if tensor.is_inference() or (beside is not None and beside.is_inference()):
             self._warn_inference()
@@ -50,6 +59,11 @@ class Derived(Generic[V]):
         entry = self._entries.get(key)
         if entry is not None and entry.owner() is tensor and entry.state == state:
             return entry.value
+        if _recording(tensor):
+            raise BwlaError(
+                f"a weight's {self._name} is asked for while a CUDA graph is recorded, and was not derived before: "
+                "call the model once outside the recording, after the last edit of its weights"
+            )
         value = make()
         self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), state, value)
         return value

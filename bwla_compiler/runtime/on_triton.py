@@ -4,33 +4,34 @@ Serves CUDA and HIP tensors; CPU tensors where BWLA_KERNELS=triton and Triton ru
 """
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from bwla_compiler.codegen import triton_module
-from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
-from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
-from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import (
-    GEMV_TOKENS,
-    Emitted,
-    Kind,
-    LinearKernel,
-    Precision,
-    PrologueKernel,
-    dot_tile,
-    gemv_tile,
-    padded,
-)
+from bwla_compiler.codegen.triton_int8 import int8_tile
+from bwla_compiler.codegen.triton_spec import NO_TILE, Int8Kernel, Kind, LinearKernel, PrologueKernel, Tile, padded
+from bwla_compiler.codegen.triton_tiles import is_decode
 from bwla_compiler.errors import BuildError, ShapeError
-from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.portable import Prologue
-from bwla_compiler.runtime.triton_layout import exact_in_tf32, float32, packed_scale, packed_signs
+from bwla_compiler.runtime.triton_launch import (
+    has_dp4a,
+    int8_linear_of,
+    launch,
+    linear_dot_of,
+    linear_gemv_of,
+    linear_sum_of,
+    low_rank_of,
+    precision_of,
+    prologue_of,
+)
+from bwla_compiler.runtime.triton_layout import float32, packed_scale, packed_signs
+from bwla_compiler.runtime.triton_tuner import tile_for
 from bwla_compiler.settings import chosen_kernels
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
 
@@ -47,6 +48,12 @@ class _Codes:
     code_sum: Tensor | None
 
 
+@functools.cache
+def warn_slow(reason: str) -> None:
+    """Warn, once for each reason, that plain torch computes where kernels should."""
+    warnings.warn(f"{reason}. Until then plain torch computes, many times slower", RuntimeWarning, stacklevel=3)
+
+
 def serves(x: Tensor) -> bool:
     """Return whether Triton computes operators of x, which has entries.
 
@@ -56,6 +63,8 @@ def serves(x: Tensor) -> bool:
     if chosen in ("cpp", "torch") or (chosen == "auto" and not x.is_cuda) or x.numel() == 0 or x.is_meta:
         return False
     if chosen == "auto":
+        if not triton_module.installed():
+            warn_slow(f"Triton, which quantized linears need on a GPU, is not installed; {triton_module.REMEDY}")
         return triton_module.installed()
     if not x.is_cuda and not triton_module.interpreted():
         raise BuildError(
@@ -127,7 +136,7 @@ def _kernel(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, *, bi
         shift=prologue.shift is not None,
         activation_bits=bits,
         stride=stride,
-        precision=_precision(rows, prologue.left, prologue.right),
+        precision=precision_of(rows, prologue.left, prologue.right),
     )
 
 
@@ -158,9 +167,7 @@ def _rounded(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, bits
     values = rows.new_empty(tokens, spec.row_stride, dtype=torch.int8)
     scale, total = rows.new_empty(tokens, dtype=torch.float32), rows.new_empty(tokens, dtype=torch.int32)
     results = {"out": values, "token_scale": scale, "code_sum": total}
-    if not _run(spec, {**_inputs(rows, prologue, column_scale), **results}):
-        floats = _by_torch(rows, prologue, column_scale, stride=spec.columns, dtype=torch.float32)
-        return _rounded(floats, Prologue(), None, bits)
+    _run(spec, _inputs(rows, prologue, column_scale), results)
     return _Codes(values, scale, total)
 
 
@@ -176,35 +183,37 @@ def _floats(
     """Return x'' * column_scale [tokens, stride] of `dtype`, columns beyond n zero."""
     spec = _kernel(rows, prologue, column_scale, bits=FLOAT_BITS, stride=stride)
     out = rows.new_empty(rows.shape[0], stride, dtype=dtype)
-    if not _run(spec, {**_inputs(rows, prologue, column_scale), "out": out}):
-        return _by_torch(rows, prologue, column_scale, stride=stride, dtype=dtype)
+    _run(spec, _inputs(rows, prologue, column_scale), {"out": out})
     return out
 
 
-def _run(spec: PrologueKernel, tensors: Mapping[str, Any]) -> bool:
-    """Launch a prologue's kernel, one program a token; return whether the device holds what a program needs."""
+def _run(spec: PrologueKernel, inputs: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
+    """Launch a prologue: one program a token, or, where a device cannot hold that, a kernel for each of its stages.
+
+    Raises ShapeError for rows longer than the kernels take.
+    """
+    if spec.fits and spec not in _TOO_LARGE and (_attempt(spec, {**inputs, **results}) or not spec.online):
+        return
+    if not spec.stages[-1].fits:
+        raise ShapeError(f"a row of {spec.columns} channels is longer than the kernels take: 32768 at most")
+    x = inputs["x"]
+    for stage in spec.stages[:-1]:
+        out = x.new_empty(x.shape, dtype=torch.float32)
+        launch(prologue_of(stage), (x.shape[0], stage.blocks), {**inputs, "x": x, "out": out})
+        x = out
+    launch(prologue_of(spec.stages[-1]), (x.shape[0], 1), {**inputs, **results, "x": x})
+
+
+def _attempt(spec: PrologueKernel, tensors: Mapping[str, Any]) -> bool:
+    """Launch one program a token; return whether the device holds what it needs, which is remembered."""
     from triton.runtime.errors import OutOfResources
 
-    if not spec.fits or spec in _TOO_LARGE:
-        return False
     try:
-        _launch(emit_prologue_of(spec), (tensors["x"].shape[0],), tensors)
+        launch(prologue_of(spec), (tensors["x"].shape[0], 1), tensors)
     except OutOfResources:
         _TOO_LARGE.add(spec)
         return False
     return True
-
-
-def _by_torch(
-    rows: Tensor, prologue: Prologue, column_scale: Tensor | None, *, stride: int, dtype: torch.dtype
-) -> Tensor:
-    """Return what `_floats` does for factors too large for one program: their products are torch's."""
-    if prologue.left is None and prologue.right is None:
-        raise ShapeError(f"a row of {rows.shape[1]} channels is longer than the kernels take: 32768 at most")
-    first = Prologue(prologue.kind, prologue.eps, prologue.gain, prologue.shift, prologue.gate, prologue.scale)
-    before = _floats(rows, first, None, stride=rows.shape[1], dtype=torch.float32)
-    after = apply_kronecker(before, prologue.left, prologue.right)
-    return _floats(after, Prologue(), column_scale, stride=stride, dtype=dtype)
 
 
 def _inputs(rows: Tensor, prologue: Prologue, column_scale: Tensor | None) -> dict[str, Any]:
@@ -230,21 +239,37 @@ def _members(
     rows: Tensor, codes: _Codes, members: Sequence[Linear], residuals: Sequence[Tensor | None], bits: int
 ) -> list[Tensor]:
     """Return y of members that one launch serves."""
-    tokens = rows.shape[0]
     residuals = _alike_floats(residuals)
-    ys = [rows.new_empty(tokens, m.signs.shape[1]) for m in members]
-    spec, gemv = _spec(rows, members, residuals, bits)
-    tensors: dict[str, Any] = {"codes": codes.values.view(torch.int32) if gemv else codes.values}
-    tensors |= {"token_scale": codes.token_scale, "code_sum": codes.code_sum, "tokens": tokens}
-    if spec.ranked:
-        tensors["mixed"] = _low_rank(spec, codes, members, tokens)
+    ys = [rows.new_empty(rows.shape[0], m.signs.shape[1]) for m in members]
+    spec = _spec(rows, members, residuals, bits)
+    tensors: dict[str, Any] = {"codes": codes.values, "token_scale": codes.token_scale, "code_sum": codes.code_sum}
+    tensors |= {"tokens": rows.shape[0]}
     for i, (member, residual) in enumerate(zip(members, residuals, strict=True)):
         own = _member_tensors(member, residual, ys[i], columns=spec.columns)
         tensors |= {f"{name}_{i}": tensor for name, tensor in own.items()}
-    tiles = spec.first_tiles(spec.out_features, spec.tile.rows)[-1]
-    emitted = emit_linear_gemv_of(spec) if gemv else emit_linear_dot_of(spec)
-    _launch(emitted, (tiles, -(-tokens // spec.tile.tokens)), tensors)
+    run = functools.partial(_run_linears, spec, tensors)
+    run(tile_for(spec, rows.shape[0], rows, run))
     return ys
+
+
+def _run_linears(spec: LinearKernel, tensors: dict[str, Any], tile: Tile) -> None:
+    """Launch the kernels of linears that share their codes, with a tile."""
+    spec, tokens, codes = replace(spec, tile=tile), tensors["tokens"], tensors["codes"]
+    if spec.ranked:
+        tensors = {**tensors, "mixed": _low_rank(spec, tensors)}
+    grid = spec.first_tiles(spec.out_features, tile.rows)[-1], -(-tokens // tile.tokens)
+    if is_decode(spec, tokens) and tile.tokens == 1:
+        launch(linear_gemv_of(spec), grid, {**tensors, "codes": codes.view(torch.int32)})
+    elif tile.parts == 1:
+        launch(linear_dot_of(spec), grid, tensors)
+    else:
+        floats = spec.grouped or not spec.rounds
+        sums = (tile.parts, 1 if spec.grouped else spec.planes, tokens, sum(spec.out_features))
+        partial = codes.new_empty(sums, dtype=torch.float32 if floats else torch.int32)
+        launch(linear_dot_of(spec), (*grid, tile.parts), {**tensors, "partial": partial})
+        own = spec.sum_tile
+        grid = spec.first_tiles(spec.out_features, own.rows)[-1], -(-tokens // own.tokens)
+        launch(linear_sum_of(spec), grid, {**tensors, "partial": partial})
 
 
 def _alike_floats(residuals: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -254,81 +279,61 @@ def _alike_floats(residuals: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if r is None else r.float() for r in residuals]
 
 
-def _spec(
-    rows: Tensor, members: Sequence[Linear], residuals: Sequence[Tensor | None], bits: int
-) -> tuple[LinearKernel, bool]:
-    """Return the spec of a launch for these tensors, and whether it is the decode kernel."""
-    planes, grouped = members[0].signs.shape[0], members[0].scale.shape[2] > 1
-    rounds = bits < FLOAT_BITS
-    gemv = rows.shape[0] <= GEMV_TOKENS and rounds and _has_dp4a(rows)
-    tile = gemv_tile(rows.shape[1]) if gemv else dot_tile(rows.shape[0], planes=planes, grouped=grouped, rounds=rounds)
-    spec = LinearKernel(
+def _spec(rows: Tensor, members: Sequence[Linear], residuals: Sequence[Tensor | None], bits: int) -> LinearKernel:
+    """Return the spec of a launch for these tensors, its tile still open."""
+    return LinearKernel(
         columns=rows.shape[1],
         out_features=tuple(m.signs.shape[1] for m in members),
-        planes=planes,
-        grouped=grouped,
+        planes=members[0].signs.shape[0],
+        grouped=members[0].scale.shape[2] > 1,
         ranks=tuple(0 if m.low_rank is None else m.low_rank[0].shape[0] for m in members),
         biases=tuple(m.bias is not None for m in members),
         residuals=tuple(r is not None for r in residuals),
         activation_bits=bits,
-        tile=tile,
-        precision=_precision(rows),
-        assembly=rows.is_cuda and not triton_module.interpreted(),
+        tile=NO_TILE,
+        precision=precision_of(rows),
+        assembly=rows.is_cuda and has_dp4a(rows) and not triton_module.interpreted(),
+        decodes=has_dp4a(rows),
     )
-    return spec, gemv
 
 
 def _member_tensors(member: Linear, residual: Tensor | None, y: Tensor, *, columns: int) -> dict[str, Tensor | None]:
     """Return a member's tensors by the first part of their parameter names."""
-    onto = None if member.low_rank is None else member.low_rank[1].contiguous()
+    pair = member.low_rank
     return {
         "words": packed_signs(member.signs, columns),
         "scale": packed_scale(member.scale),
-        "low_rank_out": onto,
+        "low_rank_in": None if pair is None else pair[0].contiguous(),
+        "low_rank_out": None if pair is None else pair[1].contiguous(),
+        "low_rank_scale": None if pair is None else float32(pair[2]),
         "bias": None if member.bias is None else float32(member.bias),
         "residual": None if residual is None else residual.reshape(y.shape).contiguous(),
         "y": y,
     }
 
 
-def _low_rank(spec: LinearKernel, codes: _Codes, members: Sequence[Linear], tokens: int) -> Tensor:
-    """Return t [tokens, sum of ranks] float32 of members with a low-rank pair."""
-    pairs = [m.low_rank for m in members if m.low_rank is not None]
-    mixed = codes.values.new_empty(tokens, sum(spec.ranks), dtype=torch.float32)
-    tensors: dict[str, Any] = {"codes": codes.values, "mixed": mixed, "tokens": tokens}
-    for i, (into, _, scale) in enumerate(pairs):
-        tensors |= {f"low_rank_in_{i}": into.contiguous(), f"low_rank_scale_{i}": float32(scale)}
-    tile = spec.rank_tile
+def _low_rank(spec: LinearKernel, tensors: Mapping[str, Any]) -> Tensor:
+    """Return t [parts, tokens, sum of ranks] float32 of members with a low-rank pair."""
+    tokens, tile = tensors["tokens"], spec.rank_tile
+    mixed: Tensor = tensors["codes"].new_empty(tile.parts, tokens, sum(spec.ranks), dtype=torch.float32)
+    own: dict[str, Any] = {"codes": tensors["codes"], "mixed": mixed, "tokens": tokens}
+    for i, member in enumerate(i for i, rank in enumerate(spec.ranks) if rank):
+        own |= {f"{name}_{i}": tensors[f"{name}_{member}"] for name in ("low_rank_in", "low_rank_scale")}
     tiles = spec.first_tiles([r for r in spec.ranks if r], tile.rows)[-1]
-    _launch(emit_low_rank_of(spec), (tiles, -(-tokens // tile.tokens)), tensors)
+    launch(low_rank_of(spec), (tiles, -(-tokens // tile.tokens), tile.parts), own)
     return mixed
 
 
-# ---------------------------------------------------------------- launches
+# ---------------------------------------------------------------- heads
 
 
-emit_prologue_of = functools.cache(emit_prologue)
-emit_linear_dot_of = functools.cache(emit_linear_dot)
-emit_linear_gemv_of = functools.cache(emit_linear_gemv)
-emit_low_rank_of = functools.cache(emit_low_rank)
-function_of = functools.cache(triton_module.load)
-
-
-def _launch(emitted: Emitted, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-    """Run a kernel on the arguments that it names, on the device of its tensors."""
-    own = {name: arguments[name] for name, _ in emitted.parameters}
-    first = next(value for value in own.values() if isinstance(value, Tensor))
-    with torch.cuda.device_of(first):
-        function_of(emitted)[grid](**own, **emitted.options)
-
-
-def _precision(x: Tensor, *factors: Tensor | None) -> Precision:
-    """Return how float products with these factors run, on matrix units where there are any for it."""
-    if not x.is_cuda or torch.version.hip is not None:
-        return "ieee"
-    return "tf32x2" if all(exact_in_tf32(f) for f in factors if f is not None) else "tf32x3"
-
-
-def _has_dp4a(x: Tensor) -> bool:
-    """Return whether the decode kernel serves x's device: CUDA, and the interpreter, which stands in for it."""
-    return torch.version.hip is None or not x.is_cuda
+def int8_linear(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return (rows codes^T) * scale + bias [tokens, out], dtype of rows; rows [tokens, in], codes int8 [out, in]."""
+    rows, tokens, out = rows.contiguous(), rows.shape[0], codes.shape[0]
+    tile = int8_tile(tokens)
+    spec = Int8Kernel(rows.shape[1], out, bias is not None, tile, precision_of(rows))
+    y = rows.new_empty(tokens, out)
+    tensors = {"x": rows, "codes": codes.contiguous(), "scale": float32(scale), "y": y, "tokens": tokens}
+    tensors |= {"bias": None if bias is None else float32(bias)}
+    launch(int8_linear_of(spec), (-(-out // tile.rows), -(-tokens // tile.tokens)), tensors)
+    return y

@@ -174,6 +174,8 @@ def _experts_with(fast: bool) -> Any:
         columns = maybe_values(column_scale, column_scale_exponent)
         packed = Experts(signs, values(scale, scale_exponent), columns, pair, activation_bits)
         check_experts(x, experts, packed)
+        if x.is_cuda:
+            on_triton.warn_slow("mixtures of experts have no kernels for GPUs yet; run them on the CPU")
         library = compiled.kernels() if fast and native.wanted() else None
         y = expert_products(x.float(), experts.flatten(), packed, library=library)
         return y.to(x.dtype).view(*experts.shape, y.shape[-1])
@@ -192,6 +194,8 @@ def _int8_linear_with(fast: bool) -> Any:
         if scale.shape != codes.shape[:1]:
             raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
         scale, rows = values(scale, scale_exponent), _rows(x)
+        if on_triton.serves(rows):
+            return _shaped_like(on_triton.int8_linear(rows, codes, scale, bias), x)
         library = (
             compiled.kernels() if fast and native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
         )

@@ -14,9 +14,11 @@ from bwla_compiler.codegen.triton_aot import compile_kernel, parse_target
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, dot_tile, gemv_tile
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, Tile
 from bwla_compiler.errors import BuildError
 from bwla_compiler.spec import TransformSpec
+
+SMALL, ONE = Tile(64, 16, 2, 4), Tile(32, 1, 2, 2, split=8)
 
 H100, MI300 = parse_target("cuda:90"), parse_target("hip:gfx942")
 
@@ -29,7 +31,7 @@ LINEAR = LinearKernel(
     biases=(False, True),
     residuals=(True, False),
     activation_bits=6,
-    tile=dot_tile(16, planes=1, grouped=False, rounds=True),
+    tile=SMALL,
 )
 
 
@@ -51,13 +53,13 @@ def test_matrix_kernel_on_nvidia() -> None:
 
 
 def test_a_wide_low_rank_pair_does_not_spill() -> None:
-    tile = dot_tile(512, planes=1, grouped=False, rounds=True)
+    tile = Tile(128, 128, 8, 3)
     spec = dataclasses.replace(LINEAR, ranks=(80, 80), tile=tile)
     assert compile_kernel(emit_linear_dot(spec), parse_target("cuda:80")).resources.spills == 0
 
 
 def test_decode_kernel_on_nvidia_is_dp4a() -> None:
-    spec = dataclasses.replace(LINEAR, tile=gemv_tile(1000), assembly=True)
+    spec = dataclasses.replace(LINEAR, tile=ONE, assembly=True)
     r = compile_kernel(emit_linear_gemv(spec), H100).resources
     # 32 x 8 lanes on 64 threads are 4 a thread, each 32 dp4a a step, whatever the compiler unrolls
     assert r.dot4 >= 128

@@ -11,20 +11,16 @@ from hypothesis import strategies as st
 
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
-from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
+from bwla_compiler.codegen.triton_int8 import emit_int8_linear, int8_tile
+from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import (
-    Emitted,
-    Kind,
-    LinearKernel,
-    PrologueKernel,
-    dot_tile,
-    gemv_tile,
-    padded,
-)
+from bwla_compiler.codegen.triton_spec import Emitted, Int8Kernel, Kind, LinearKernel, PrologueKernel, Tile, padded
+from bwla_compiler.codegen.triton_tiles import candidates, is_decode
 from bwla_compiler.cost.factors import LARGEST_TILE, power_of_two
 from bwla_compiler.errors import BuildError
 from bwla_compiler.spec import TransformSpec
+
+SMALL, ONE = Tile(64, 16, 2, 4), Tile(32, 1, 2, 2, split=8)
 
 
 def linear(**changes: Any) -> LinearKernel:
@@ -37,7 +33,7 @@ def linear(**changes: Any) -> LinearKernel:
         biases=(False, False),
         residuals=(False, False),
         activation_bits=6,
-        tile=dot_tile(16, planes=1, grouped=False, rounds=True),
+        tile=SMALL,
     )
     return dataclasses.replace(kernel, **changes)
 
@@ -75,13 +71,23 @@ flags = st.tuples(st.booleans(), st.booleans())
 def test_linear_kernels_declare_what_they_read(
     columns: int, out: Any, planes: int, grouped: bool, ranks: Any, biases: Any, residuals: Any, bits: int, tokens: int
 ) -> None:
-    tile = dot_tile(tokens, planes=planes, grouped=grouped, rounds=bits < 16)
-    spec = LinearKernel(columns, out, planes, grouped, ranks, biases, residuals, bits, tile)
-    check(emit_linear_dot(spec))
-    if spec.ranked:
-        check(emit_low_rank(spec))
-    if spec.rounds:
-        check(emit_linear_gemv(dataclasses.replace(spec, tile=gemv_tile(columns))))
+    spec = LinearKernel(columns, out, planes, grouped, ranks, biases, residuals, bits, SMALL)
+    for tile in candidates(spec, tokens)[::3]:
+        chosen = dataclasses.replace(spec, tile=tile)
+        if is_decode(spec, tokens):
+            check(emit_linear_gemv(chosen))
+            continue
+        check(emit_linear_dot(chosen))
+        if tile.parts > 1:
+            check(emit_linear_sum(chosen))
+        if spec.ranked:
+            check(emit_low_rank(chosen))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_declare_what_they_read(tokens: int, bias: bool) -> None:
+    check(emit_int8_linear(Int8Kernel(200, 33, bias, int8_tile(tokens))))
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -92,6 +98,25 @@ def test_prologues_declare_what_they_read(kind: Kind, left: bool, right: bool) -
         norm = kind.endswith("_norm")
         spec = PrologueKernel(n1 * n2, kind, transform, scaled, norm, kind == "layer_norm", bits)
         check(emit_prologue(spec))
+        for stage in spec.stages:
+            check(emit_prologue(stage))
+
+
+def test_stages_do_each_thing_once() -> None:
+    basis = TransformSpec("kronecker", 20, 30, True, True, True)
+    spec = PrologueKernel(600, "rms_norm", basis, column_scaled=True, gain=True, activation_bits=6)
+    right, left, last = spec.stages
+    assert (right.kind, right.gain, right.transform.scaled, right.transform.right, right.transform.left) == (
+        "rms_norm", True, True, True, False,
+    )  # fmt: skip
+    assert (left.kind, left.gain, left.transform.scaled, left.transform.right, left.transform.left) == (
+        "none", False, False, False, True,
+    )  # fmt: skip
+    assert not right.rounds
+    assert not left.rounds
+    assert right.stride == left.stride == 600
+    assert (last.online, last.column_scaled, last.activation_bits, last.row_stride) == (False, True, 6, 640)
+    assert (right.blocks, left.blocks, last.blocks) == (2, 2, 1)
 
 
 def test_what_is_not_asked_for_is_not_there() -> None:
@@ -104,8 +129,8 @@ def test_what_is_not_asked_for_is_not_there() -> None:
                 linear(residuals=(True, False), biases=(True, True), ranks=(3, 0), grouped=word == "group_scale")
             ).source
         )
-    assert "inline_asm" not in emit_linear_gemv(linear(tile=gemv_tile(200))).source
-    assert "dp4a.u32.s32" in emit_linear_gemv(linear(tile=gemv_tile(200), assembly=True)).source
+    assert "inline_asm" not in emit_linear_gemv(linear(tile=ONE)).source
+    assert "dp4a.u32.s32" in emit_linear_gemv(linear(tile=ONE, assembly=True)).source
 
 
 def test_sizes() -> None:
@@ -118,8 +143,8 @@ def test_sizes() -> None:
     assert not PrologueKernel(LARGEST_TILE + 1).fits
 
 
-SIZES = {(64, 80): True, (200, 128): True, (160, 160): False, (256, 16): True, (300, 80): False}
-"""Factors, and whether one program holds them: at most 32768 channels when padded, the smaller side at most 128."""
+SIZES = {(64, 80): True, (64, 128): True, (96, 128): False, (200, 128): False, (256, 16): True, (300, 80): False}
+"""Factors, and whether one program holds them: at most 8192 channels when padded."""
 
 
 def test_a_source_is_written_once_and_mended(tmp_path: Path) -> None:

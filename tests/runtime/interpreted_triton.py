@@ -10,11 +10,12 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import Graph, GraphModule
 from triton.runtime.errors import OutOfResources
 
+from bwla_compiler.backend.prepare import prepare
 from bwla_compiler.codegen import triton_spec
-from bwla_compiler.codegen.triton_spec import Emitted, Kind
-from bwla_compiler.cost import factors
+from bwla_compiler.codegen.triton_spec import Emitted, Kind, Tile
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
@@ -102,15 +103,38 @@ def test_decode_kernel(case: str, columns: int, out: int, bits: int) -> None:
     assert relative(got, exact(q, token_scale, members[0])) < FLOAT
 
 
-def test_decode_kernel_takes_several_tokens_and_more_groups_than_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_triton, "GEMV_TOKENS", 2)
-    tile = triton_spec.Tile(rows=64, tokens=1, warps=4, stages=2, split=2)
-    monkeypatch.setattr(on_triton, "gemv_tile", lambda columns: tile)
-    x = torch.randn(2, 300, generator=seeded(1))
-    member = make_linear(300, 40, groups=True, rank=2)
+@pytest.fixture
+def tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Return a function that fixes the tile of every linear kernel."""
+    return lambda chosen: monkeypatch.setattr(on_triton, "tile_for", lambda *arguments: chosen)
+
+
+@pytest.mark.parametrize(
+    "columns, chosen",
+    [
+        (300, Tile(rows=64, tokens=1, warps=4, stages=2, split=2)),  # more groups than side by side
+        (2060, Tile(rows=16, tokens=1, warps=2, stages=2, split=16)),  # a low-rank pair in two parts
+    ],
+)
+def test_decode_kernel_with_other_tiles(columns: int, chosen: Tile, tile: Callable[[Tile], None]) -> None:
+    tile(chosen)
+    x = torch.randn(1, columns, generator=seeded(1))
+    member = make_linear(columns, 9, groups=True, rank=2)
     q, token_scale = portable.rounded(x, None, 8)
     (got,) = on_triton.linears(x, [member], None, 8)
     assert relative(got, exact(q, token_scale, member)) < FLOAT
+
+
+@pytest.mark.parametrize("case, bits", [("plain", 8), ("planes", 6), ("all", 8), *wider(("groups", 4), ("planes", 16))])
+def test_matrix_kernel_in_parts(case: str, bits: int, tile: Callable[[Tile], None]) -> None:
+    tile(Tile(rows=32, tokens=8, warps=2, stages=2, parts=3))
+    x = torch.randn(9, 1100, generator=seeded(1))  # nine groups and two blocks of tokens
+    members = [make_linear(1100, out, **FORMATS[case]) for out in (40, 7)]
+    added = [torch.randn(9, 40, generator=seeded(6)), None]
+    q, token_scale = portable.rounded(x, None, bits)
+    results = on_triton.fused(x, Prologue(), members, added, None, bits)
+    for got, member, residual in zip(results, members, added, strict=True):
+        assert relative(got, exact(q, token_scale, member, residual)) < FLOAT
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -279,25 +303,30 @@ def test_prologue_and_basis_together(kind: str) -> None:
     check_codes(x, make_steps(kind, x.shape, 24, 10, "slr"), 4)
 
 
-def test_factors_too_large_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "LARGEST_WHOLE", 16)
+@pytest.mark.parametrize("kind, parts", [("silu_mul", "slr"), ("rms_norm", "sl"), *wider(("layer_norm", "r"))])
+def test_factors_too_large_for_one_program(kind: str, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_spec, "LARGEST_FACTORED", 256)
+    calls = spied(monkeypatch)
     x = torch.randn(3, 600, generator=seeded(4))
-    steps = make_steps("silu_mul", x.shape, 20, 30, "slr")
+    steps = make_steps(kind, x.shape, 20, 30, parts)
     check_codes(x, steps, 8)
-    basis = Prologue(left=steps.left, right=steps.right)
-    assert relative(on_triton.transform(x, None, steps.left, steps.right), prologue64(x, basis)) < FLOAT
+    assert calls == ["prologue"] * (1 + ("l" in parts) + ("r" in parts))
+    column_scale = torch.rand(600, generator=seeded(2)) + 0.5
+    floats = on_triton._unrounded(x, steps, column_scale).values
+    assert relative(floats[:, :600], prologue64(x, steps) * column_scale.double()) < FLOAT
+    assert not floats[:, 600:].any()
 
 
 def test_factors_that_the_device_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, tried = on_triton._launch, []
+    launch, tried = on_triton.launch, []
 
     def small_device(emitted: Emitted, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        if arguments.get("left") is not None:
+        if {"left", "right"} <= {name for name, _ in emitted.parameters}:
             tried.append(emitted.name)
             raise OutOfResources(200_000, 100_000, "shared memory")
         launch(emitted, grid, arguments)
 
-    monkeypatch.setattr(on_triton, "_launch", small_device)
+    monkeypatch.setattr(on_triton, "launch", small_device)
     x = torch.randn(3, 420, generator=seeded(4))
     steps = make_steps("rms_norm", x.shape, 20, 21, "slr")
     check_codes(x, steps, 8)
@@ -314,7 +343,7 @@ def test_rows_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["tf32x2", "tf32x3"])
 def test_products_in_parts_are_the_same_sums(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # the interpreter multiplies in float32 whatever it is told, so this holds the parts' arithmetic, not tf32's error
-    monkeypatch.setattr(on_triton, "_precision", lambda x, *factors: precision)
+    monkeypatch.setattr(on_triton, "precision_of", lambda x, *factors: precision)
     x = torch.randn(3, 60, generator=seeded(4))
     check_codes(x, make_steps("rms_norm", x.shape, 6, 10, "slr"), 8)
     member = make_linear(60, 20, rank=3)
@@ -343,7 +372,30 @@ def test_fused_is_the_steps_one_by_one() -> None:
         assert relative(got, want) < FLOAT
 
 
+# ---------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("tokens, columns, out", [(1, 100, 17), (1, 1040, 8), (3, 100, 70), *wider((40, 200, 130))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_linear(tokens: int, columns: int, out: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, columns, generator=seeded(1)).to(dtype)
+    codes = torch.randint(-127, 128, (out, columns), dtype=torch.int8, generator=seeded(2))
+    scale, bias = torch.rand(out, generator=seeded(3)) + 0.5, torch.randn(out, generator=seeded(4))
+    got = on_triton.int8_linear(x, codes, scale, bias)
+    want = x.double() @ codes.double().T * scale.double() + bias.double()
+    assert got.dtype == dtype
+    assert relative(got, want) < (FLOAT if dtype == torch.float32 else 2**-7)  # truncated by the interpreter
+
+
 # ---------------------------------------------------------------- layouts and dispatch
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list that names each kernel launched from here on."""
+    calls: list[str] = []
+    launch = on_triton.launch
+    monkeypatch.setattr(on_triton, "launch", lambda e, grid, args: (calls.append(e.name), launch(e, grid, args))[1])
+    return calls
 
 
 def test_layout_p() -> None:
@@ -369,9 +421,7 @@ def test_operators_go_to_triton_and_leave_cpp_alone(monkeypatch: pytest.MonkeyPa
         raise AssertionError("the C++ operators were built")
 
     monkeypatch.setattr(native, "operators", refuse)
-    calls: list[str] = []
-    launch = on_triton._launch
-    monkeypatch.setattr(on_triton, "_launch", lambda e, grid, args: (calls.append(e.name), launch(e, grid, args))[1])
+    calls = spied(monkeypatch)
     x = torch.randn(2, 3, 60, generator=seeded(1))
     member = make_linear(60, 20, bias=True)
     y = torch.ops.bwla.linear(x, member.signs, member.scale, None, None, None, None, member.bias, 8)
@@ -386,6 +436,7 @@ def test_operators_go_to_triton_and_leave_cpp_alone(monkeypatch: pytest.MonkeyPa
     assert torch.ops.bwla.linear(x[:0], member.signs, member.scale, None, None, None, None, None, 8).shape == (0, 3, 20)
     codes = torch.randint(-127, 128, (5, 60), dtype=torch.int8, generator=seeded(3))
     assert torch.ops.bwla.int8_linear(x, codes, torch.ones(5), None).shape == (2, 3, 5)
+    assert calls[3:] == ["int8_dot"]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -400,3 +451,37 @@ def test_what_does_not_fit_is_refused() -> None:
         on_triton.fused(x, Prologue("rms_norm", gain=torch.ones(59)), [make_linear(60, 8)], [None], None, 8)
     with pytest.raises(ShapeError, match="gate \\[2, 30\\]: expected the shape of the input, \\[2, 60\\]"):
         on_triton.fused(x, Prologue("silu_mul", gate=torch.randn(2, 30)), [make_linear(60, 8)], [None], None, 8)
+
+
+def test_a_graph_prepared_derives_nothing_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    member = make_linear(60, 20, rank=2, bias=True)
+    assert member.low_rank is not None
+    names = ("x", "signs", "scale", "into", "onto", "rank_scale", "bias", "codes", "head_scale", "left")
+    graph = Graph()
+    x, signs, scale, into, onto, rank_scale, bias, codes, head_scale, left = map(graph.placeholder, names)
+    turned = graph.call_function(torch.ops.bwla.transform.default, (x, None, left, None))
+    y = graph.call_function(
+        torch.ops.bwla.linear.default, (turned, signs, scale, None, into, onto, rank_scale, bias, 8)
+    )
+    graph.output(graph.call_function(torch.ops.bwla.int8_linear.default, (y, codes, head_scale, None)))
+    gm = GraphModule({}, graph)
+    double = [t.double() for t in (member.scale, member.low_rank[2], torch.ones(5))]  # float32 copies are derived
+    inputs = (torch.randn(1, 60), member.signs, double[0], *member.low_rank[:2], double[1], member.bias,
+              torch.ones(5, 20, dtype=torch.int8), double[2], torch.eye(6))  # fmt: skip
+    assert prepare(gm, inputs) == 3
+    for cache in (triton_layout.PACKED_SIGNS, triton_layout.PACKED_SCALES, triton_layout.FLOATS):
+        monkeypatch.setattr(cache, "get", only_known(cache))
+    assert gm(*inputs).isfinite().all()
+
+
+def only_known(cache: Any) -> Callable[..., Any]:
+    """Return the cache's `get`, which fails where something has to be derived."""
+    get = cache.get
+
+    def known(tensor: Tensor, make: Callable[[], Any], **rest: Any) -> Any:
+        def refuse() -> Any:
+            raise AssertionError("derived while the graph runs")
+
+        return get(tensor, refuse, **rest)
+
+    return known

@@ -1,0 +1,176 @@
+"""Kernels and models on a GPU in one script: `python benchmarks/gpu.py -o results`. No network, random weights.
+
+Every kernel is first held against float64 on the device, then timed against what one would use instead, with weights
+that rotate beyond the cache; then steps of models, float and packed, CUDA graphs on both sides. `--dry` runs the same
+logic on a CPU with tiny sizes, in Triton's interpreter, and measures nothing.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if "--dry" in sys.argv:  # both are read when Triton and the package are imported
+    os.environ |= {"TRITON_INTERPRET": "1", "BWLA_KERNELS": "triton"}
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import gpu_models
+from benchmarks.gpu_kernels import correctness, device_name, kernels
+from benchmarks.gpu_sizes import DRY, FULL, Bench, say
+from bwla_compiler.runtime import triton_tuner
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure what the arguments ask for, write results.json and results.svg, and return what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=None, help="folder of the results; nothing is written without"
+    )
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    parser.add_argument("--only", choices=("kernels", "models"), default=None)
+    chosen = parser.parse_args(arguments)
+    if not chosen.dry and not torch.cuda.is_available():
+        parser.error("no GPU is here: run it on a machine with one, or with --dry")
+    device = torch.device("cpu" if chosen.dry else "cuda")
+    bench = Bench(DRY if chosen.dry else FULL, device, chosen.dry, time.monotonic())
+    found: dict[str, Any] = {"machine": machine(bench), "dry": chosen.dry, "left_out": []}
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
+    if chosen.only != "models":
+        parts["correctness"] = lambda: correctness(bench)
+    if chosen.only != "kernels":
+        parts["models"] = lambda: models(bench, found["left_out"])
+    if chosen.only != "models":
+        parts["kernels"] = lambda: kernels(bench, found["left_out"])
+    for part, rows in parts.items():
+        found[part] = []
+        for row in rows():
+            found[part].append(row)
+            save(found, bench, chosen.out)  # what was measured outlives what comes after it
+    if chosen.out is not None:
+        plot(found, chosen.out / "results.svg")
+    return found
+
+
+def save(found: dict[str, Any], bench: Bench, folder: Path | None) -> None:
+    """Write results.json, with the tiles that were chosen until now; nothing without a folder."""
+    found["tiles"] = {k: dataclasses.asdict(choice) for k, choice in triton_tuner.choices().items()}
+    found["seconds"] = round(time.monotonic() - bench.started, 1)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(found, indent=1))
+
+
+def machine(bench: Bench) -> dict[str, str]:
+    """Return device, versions, commit and command."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "torchao", "gemlite")}
+    here = {
+        "device": device_name(bench),
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or "unknown",
+    }
+    return {**here, **versions, "cuda": str(torch.version.cuda), "command": " ".join(sys.argv)}
+
+
+def _version(name: str) -> str:
+    import importlib.metadata as metadata
+
+    return metadata.version(name) if importlib.util.find_spec(name) else "-"
+
+
+# ---------------------------------------------------------------- models
+
+
+def models(bench: Bench, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield seconds of steps of models, float and packed: decoding by batch, and a prompt."""
+    size = bench.size
+    for name, layers, batches, prompt in size.stacks:
+        config = gpu_models.config_of(name, layers=layers)
+        for way, make in (("bf16", gpu_models.float_model), ("bwla", gpu_models.packed_model)):
+            title = f"{name}, {layers or 'all'} layers, {way}"
+            if bench.late:
+                left_out.append(title)
+                continue
+            say(title)
+            if not bench.dry:
+                torch.cuda.reset_peak_memory_stats()
+            model: Any = None
+            try:
+                model = make(config, bench.device)
+                about = {"model": name, "layers": config.num_hidden_layers, "way": way}
+                yield from _steps(bench, model, about, left_out, (*batches, *((0,) if prompt else ())), prompt)
+            except torch.cuda.OutOfMemoryError as error:
+                left_out.append(f"{title}: {error}"[:300])
+            model = None  # the next one needs its memory
+            torch.compiler.reset()
+            if not bench.dry:
+                torch.cuda.empty_cache()
+
+
+def _steps(
+    bench: Bench, model: Any, about: dict[str, Any], left_out: list[str], batches: Sequence[int], prompt: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one model; a batch of 0 stands for the prompt."""
+    size, way = bench.size, about["way"]
+    for batch in batches:
+        if bench.late:
+            left_out.append(f"{about}, batch {batch}")
+        elif batch:
+            found = gpu_models.time_decode(
+                model, way, batch=batch, context=size.context, rounds=size.rounds, dry=bench.dry
+            )
+            yield {**about, "step": "decode", "batch": batch, **_rates(found, batch, bench)}
+        else:
+            found = gpu_models.time_prefill(model, way, tokens=prompt, rounds=max(3, size.rounds // 4), dry=bench.dry)
+            yield {**about, "step": "prefill", "batch": 1, **_rates(found, prompt, bench)}
+        torch.compiler.reset()
+
+
+def _rates(steps: gpu_models.Steps, tokens: int, bench: Bench) -> dict[str, float]:
+    peak = 0 if bench.dry else torch.cuda.max_memory_allocated()
+    own = dataclasses.asdict(steps)
+    return {**own, "tokens_per_second": tokens / steps.seconds, "peak_memory_bytes": peak}
+
+
+# ---------------------------------------------------------------- the plot
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw how many times faster than bf16 steps are, by batch; nothing without matplotlib or models."""
+    if not importlib.util.find_spec("matplotlib") or not found.get("models"):
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {(m["model"], m["layers"], m["step"], m["batch"], m["way"]): m["seconds"] for m in found["models"]}
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    labels, ratios = [], []
+    for (model, layers, step, batch, way), seconds in rows.items():
+        other = rows.get((model, layers, step, batch, "bf16"))
+        if way == "bwla" and other:
+            labels.append(f"{model}, {layers} layers\n{step}, batch {batch}")
+            ratios.append(other / seconds)
+    axes.barh(labels, ratios)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel(f"times faster than bf16, {found['machine']['device']}{' (dry run)' if found['dry'] else ''}")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()["machine"], indent=1))
