@@ -139,17 +139,20 @@ def quality(
         _measure_anchor(anchor, model, data, activations)
     else:
         from benchmarks import quality as kind
+        from benchmarks.quality_folder import TOKENS
         from benchmarks.record import record
+
+        any_model = bool(tokens) or (model and (Path(model) / TOKENS).exists())
 
         def keep(found: Row) -> None:  # a row takes minutes: each is written as soon as it is there
             record("quality-fair" if fair else f"quality-{found['model']}", [found], command=_asked)
 
         with progress_bars() as progress:
             rows = kind.measure(
-                progress, seed=None if seed < 0 else seed, folder="" if tokens else model, quick=quick,
+                progress, seed=None if seed < 0 else seed, folder="" if any_model else model, quick=quick,
                 outliers=outliers, ways=row or (), fair=fair,
                 calibration_seed=None if calibration_seed < 0 else calibration_seed,
-                model=Path(model) if tokens else None, tokens=tokens, budget=_budget(minutes), keep=keep,
+                model=Path(model) if any_model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
             )  # fmt: skip
         _shown("quality", rows)
 
