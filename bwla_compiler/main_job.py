@@ -36,7 +36,7 @@ class Size:
     """How much text the demo calibrates and tests on, and how long it decodes."""
 
     calibration_sequences: int = 80
-    test_sequences: int = 32
+    test_sequences: int = 24
     length: int = 256
     decode_steps: int = 24
     rounds: int = 4
