@@ -21,13 +21,10 @@ from bwla_compiler.errors import BwlaError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
-from bwla_compiler.runtime.experts import PackedExperts
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
-from bwla_compiler.runtime.skeleton import build_skeleton, describe
+from bwla_compiler.runtime.skeleton import build_skeleton, describe, packed_modules
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
-_PACKED = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
 
 
 def pack_key(model: nn.Module, plan: Plan, recipe: Recipe, options: Options) -> str:
@@ -102,7 +99,7 @@ def _verdict_path(key: str) -> Path:
 
 def save_pack(key: str, quantized: nn.Module) -> None:
     """Write a quantized copy; where that fails the run goes on, with a warning."""
-    packed = {name: m for name, m in quantized.named_modules() if isinstance(m, _PACKED)}
+    packed = packed_modules(quantized)
     modules = json.dumps({name: describe(m, packed) for name, m in packed.items()})
     tensors = _apart((*quantized.named_parameters(), *quantized.named_buffers()))
     _write_whole(

@@ -221,6 +221,7 @@ def _calls_packed(gm: GraphModule) -> bool:
 
 
 def inputs(model: nn.Module, seed: int) -> Iterator[Tensor]:
+    """Give random token ids [BATCH, length] int64, for each of LENGTHS."""
     generator = torch.Generator().manual_seed(seed)
     for length in LENGTHS:
         yield torch.randint(0, vocabulary(model), (BATCH, length), generator=generator)
@@ -238,6 +239,7 @@ def call_of(model: nn.Module, seed: int) -> dict[str, Any]:
 
 
 def logits(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor:
+    """Return a model's logits [n, length, vocabulary] for ids [n, length] int64. call: as `call_of` gave it."""
     out = model(input_ids=ids, **call)
     logits = out if isinstance(out, Tensor) else out.logits
     assert isinstance(logits, Tensor)
@@ -245,6 +247,7 @@ def logits(model: Any, ids: Tensor, call: dict[str, Any]) -> Tensor:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of a difference over the norm of what was expected, in float64."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
