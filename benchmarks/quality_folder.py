@@ -28,17 +28,17 @@ def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and most < LENGTH:
         raise ValueError(f"{folder}: reads {most} tokens at most; the windows of this benchmark have {LENGTH}")
-    streams = _streams(tokens or folder / TOKENS, folder)
+    found = streams(tokens or folder / TOKENS, folder)
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    windows, owners = windows_of(streams["test"], end=end, files=files)
+    windows, owners = windows_of(found["test"], end=end, files=files)
     nothing = torch.zeros(0, LENGTH + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    ood = windows_of(streams["ood"], end=end, files=files) if "ood" in streams else nothing
+    ood = windows_of(found["ood"], end=end, files=files) if "ood" in found else nothing
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
-    return Subject(folder.resolve().name, load, streams["train"], windows, owners, *ood)
+    return Subject(folder.resolve().name, load, found["train"], windows, owners, *ood)
 
 
-def _streams(path: Path, folder: Path) -> dict[str, Tensor]:
-    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file."""
+def streams(path: Path, folder: Path) -> dict[str, Tensor]:
+    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file; folder: has the tokenizer."""
     stored = load_file(path) if path.suffix == ".safetensors" else {}
     if {"train", "test"} <= stored.keys():
         return {name: stream.flatten().to(torch.int64) for name, stream in stored.items()}
