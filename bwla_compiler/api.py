@@ -326,11 +326,13 @@ def generate(
     prompt: str,
     *,
     tokens: int = 64,
+    temperature: float = 0.7,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7.
+    """Return the model's continuation of a prompt, prompt left out; seeded sampling.
 
+    temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
     on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer.
     """
     if tokenizer is None:
@@ -338,7 +340,9 @@ def generate(
             "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
         )
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    options = {"max_new_tokens": tokens, "do_sample": True, "temperature": 0.7, "top_k": 50}
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": 50}
     if on_text is not None:
         options["streamer"] = _Pieces(tokenizer, on_text)
     torch.manual_seed(seed)
