@@ -24,6 +24,9 @@ from bwla_compiler.backend import compile_backend
 PAUSE_SECONDS = 0.01
 """Before a round: threads of the contender before may still wait for work by spinning."""
 
+MEMORY_SECONDS = 0.05
+"""From sample to sample of memory: a thousandth of the time that is measured."""
+
 
 class Runner:
     """A model loaded one way; `ids` [1, prompt + steps] int64 are what all contenders read, whatever they predict."""
@@ -119,7 +122,11 @@ def model_bytes(model: nn.Module) -> int:
 def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Load the job's way, then answer the commands of the standard input until it ends."""
     (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
-    memory = PeakMemory()
+    with PeakMemory(mapped=True, seconds=MEMORY_SECONDS) as memory:  # weights that are computed with may be mapped
+        _serve(job, way, memory, answer)
+
+
+def _serve(job: dict[str, Any], way: Way, memory: PeakMemory, answer: Callable[[dict[str, Any]], None]) -> None:
     before = memory.fields()["peak_mib"]
     runner = Runner(way, job["folder"], torch.load(job["ids"]), prompt=job["prompt"])
     loaded = {"load_seconds": runner.load_seconds, "n_bytes": model_bytes(runner.model), "before_mib": before}
