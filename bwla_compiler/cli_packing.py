@@ -206,12 +206,12 @@ def _print_evaluated(model: str, fields: dict[str, Any], source: str) -> None:
         columns += [">perplexity", ">tokens"]
         note = f"text: {source}; context {fields['context']}, stride {fields['stride']}"
     cells, columns = [*cells, *bits], [*columns, ">bits, linears", ">bits, model", ">bytes"]
-    if "kl" in fields:
-        cells += [f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}"]
-        columns += [">KL, nats", ">same best token"]
     console = stdout_console()
     console.print(render_table(Table("", tuple(columns), (row(*cells),), note)))
-    if "layer_errors" in fields:
+    if "kl" in fields:
+        near = row(f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}")
+        told = "of the next token's chances, against the original's"
+        console.print(render_table(Table("", (">KL, nats", ">same best token"), (near,), told)))
         rows = tuple(row(name, f"{error:.4f}") for name, error in fields["layer_errors"].items())
         told = "distance of each block's output from the original's, over the original's norm"
         console.print(render_table(Table("", ("layer", ">error"), rows, told)))

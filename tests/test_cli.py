@@ -224,7 +224,7 @@ def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: s
         (("quantize", "demo:", "-o", "{full}"), "exists and is not an empty folder"),
         (("recipes", "rtm"), "Did you mean 'rtn'"),
         (("eval", "some/folder"), "--text FILE"),
-        (("eval", "demo:", "--text", "{new}"), "nor a file"),
+        (("eval", "demo:", "--text", "{new}"), "there is no such file"),
         (("inspect", "demo:", "-o", "{new}/deep/report.html"), "cannot be written"),
     ],
 )
