@@ -24,6 +24,9 @@ from benchmarks.runner import Runner
 from bwla_compiler import api
 from bwla_compiler.backend import compile_backend
 
+MEMORY_SECONDS = 0.05
+"""From sample to sample of memory: a thousandth of the time that is measured."""
+
 
 class TorchRunner(Runner):
     """A model of transformers loaded one way."""
@@ -97,7 +100,11 @@ def model_bytes(model: nn.Module) -> int:
 def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Load the job's way, then answer the commands of the standard input until it ends."""
     (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
-    memory = PeakMemory()
+    with PeakMemory(mapped=True, seconds=MEMORY_SECONDS) as memory:  # weights that are computed with may be mapped
+        _serve(job, way, memory, answer)
+
+
+def _serve(job: dict[str, Any], way: Way, memory: PeakMemory, answer: Callable[[dict[str, Any]], None]) -> None:
     before = memory.fields()["peak_mib"]
     runner = runner_of(way, job["path"], torch.load(job["ids"]), prompt=job["prompt"], threads=job["threads"])
     loaded = {"load_seconds": runner.load_seconds, "n_bytes": runner.n_bytes, "before_mib": before}

@@ -3,7 +3,8 @@
 x is float32, bfloat16 or float16 with any leading dimensions; arithmetic is float32; results have the dtype of x.
 Scales and factors are floats, or int16 bits of float16 with their power of two as the argument NAME_exponent (int8,
 one element), which the operators decode. The first call on the CPU builds the C++ operators (`native`), which then
-take the place of the Python implementations here.
+take the place of the Python implementations here, for that call too: they add in another order, so that a process
+whose first call was Python's would not repeat the bits of one that was already running.
 """
 
 import dataclasses
@@ -237,14 +238,20 @@ def _int8_embedding(
     return portable.int8_embedding(ids, codes, values(scale, scale_exponent), dtype)
 
 
-def _installing(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the implementation for the CPU: called once before the C++ operators serve, always where they cannot."""
+def _installing(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the implementation of bwla::<name> for the CPU where the C++ operators do not serve yet, or cannot."""
+    op = getattr(torch.ops.bwla, name).default
 
     def call(*arguments: Any) -> Any:
-        native.install()
-        return implementation(*arguments)
+        return op(*arguments) if native.install() else implementation(*arguments)
 
     return call
+
+
+def _experts_installing(*arguments: Any) -> Any:
+    """Implementation of bwla::experts for the CPU; the C++ operators have none."""
+    native.install()
+    return _experts_with(True)(*arguments)
 
 
 def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
@@ -255,14 +262,14 @@ def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 ON_CPU: dict[str, Callable[..., Any]] = {
-    "transform": _installing(_transform),
-    "linear": _installing(_linear_with(True)),
-    "linear_group": _installing(_group_with(True)),
-    "fused_group": _installing(_fused_group),
-    "prologue": _installing(_prologue),
-    "experts": _installing(_experts_with(True)),
-    "int8_linear": _installing(_int8_linear_with(True)),
-    "int8_embedding": _installing(_int8_embedding),
+    "transform": _installing("transform", _transform),
+    "linear": _installing("linear", _linear_with(True)),
+    "linear_group": _installing("linear_group", _group_with(True)),
+    "fused_group": _installing("fused_group", _fused_group),
+    "prologue": _installing("prologue", _prologue),
+    "experts": _experts_installing,
+    "int8_linear": _installing("int8_linear", _int8_linear_with(True)),
+    "int8_embedding": _installing("int8_embedding", _int8_embedding),
 }
 for _name, _implementation in ON_CPU.items():
     LIBRARY.impl(_name, _implementation, "CPU")
