@@ -146,6 +146,7 @@ static void linear(const float* x, const Prologue* prologue, const float* column
 
 ENTRIES = r"""
 // Call f(K{}) with the kernel for codes in [-limit, limit], or for floats where limit is 0.
+// A kernel text that has a SmallKernel says up to which limit it serves.
 template <class F>
 static void with_kernel(int limit, const F& f) {
   if (!limit) return f(FloatKernel{});
@@ -207,7 +208,8 @@ EXPORT void bwla_quantize(const float* x, const float* column_scale, long tokens
 }
 
 template <class K>
-static void accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit, int32_t* acc) {
+static void accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
+                       int32_t* acc) {
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS, blocks = divide_up(out, ROWS);
   const long stride = blocks * ROWS;
   Buffer<int8_t> rows;

@@ -37,7 +37,7 @@ class Prologue(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Region:
-    """Memory of this process that an entry is given. address: 0 for none. links: offset -> Region for pointers in it."""
+    """Memory of this process that an entry is given. address: 0 for none. links: what pointers at offsets point to."""
 
     address: int | None
     size: int
