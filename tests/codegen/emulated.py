@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,18 +190,13 @@ class EmulatedLibrary:
         return result
 
 
-def cross_compiled(build: Callable[[], Path | None]) -> Path | None:
-    """Call `build` with the cross compiler in the settings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BWLA_CXX", COMPILER)
-        return build()
-
-
 @functools.cache
 def _emulated(isa: Isa) -> EmulatedLibrary:
     flags = [flag for flag in COMMON_FLAGS if flag not in SHARED_ONLY]
     source = emit(isa) + DRIVER.read_text()
-    program = cross_compiled(lambda: build_library(source, f"driver-{isa}", flags=[*flags, "-static", *FLAGS[isa]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BWLA_CXX", COMPILER)
+        program = build_library(source, f"driver-{isa}", flags=[*flags, "-static", *FLAGS[isa]])
     assert program is not None
     return EmulatedLibrary([EMULATOR, program], isa)
 

@@ -32,10 +32,22 @@ def random_signs(planes: int, out: int, columns: int, generator: torch.Generator
 
 
 def packed(library: Library, signs: Tensor) -> Tensor:
-    planes, out, columns = signs.shape
-    canonical = pack_signs(signs)
+    return packed_words(library, pack_signs(signs), signs.shape[2])
+
+
+def packed_words(library: Library, canonical: Tensor, columns: int) -> Tensor:
+    planes, out, _ = canonical.shape
     result = torch.empty(library.packed_bytes(planes, out, columns), dtype=torch.uint8)
     library.pack(canonical.data_ptr(), result.data_ptr(), planes, out, columns, 2)
+    return result
+
+
+def packed_scale(library: Library, scale: Tensor) -> Tensor:
+    """Return scale [planes, out, groups] as the kernels take it."""
+    if scale.shape[2] == 1:
+        return scale
+    result = torch.empty(library.packed_scales(*scale.shape))
+    library.pack_scale(scale.data_ptr(), result.data_ptr(), *scale.shape)
     return result
 
 
@@ -84,11 +96,7 @@ def run_linear(
 ) -> Tensor:
     planes, out, _ = signs.shape
     groups = scale.shape[2]
-    words = packed(library, signs)
-    scales = scale
-    if groups > 1:
-        scales = torch.empty(library.packed_scales(planes, out, groups))
-        library.pack_scale(scale.data_ptr(), scales.data_ptr(), planes, out, groups)
+    words, scales = packed(library, signs), packed_scale(library, scale)
     y = torch.full((x.shape[0], out), float("nan"))
     pair = [t.data_ptr() for t in low_rank] if low_rank else [0, 0, 0]
     rank = low_rank[0].shape[0] if low_rank else 0
