@@ -160,8 +160,8 @@ def _emit_cpu(groups: tuple[EmittedGroup, ...], target: str, isa: Isa, folder: P
     except BuildError as error:
         if supported(isa):
             raise
-        remedy = f"name one that compiles for {isa} in BWLA_CXX, as in BWLA_CXX=aarch64-linux-gnu-g++ for neon"
-        raise BuildError(f"{settings().compiler}: does not compile for {isa}; {remedy}\n{error}") from error
+        remedy = "set BWLA_CXX to a compiler that does (aarch64-linux-gnu-g++ for neon)"
+        raise BuildError(f"{settings().compiler} does not compile for {isa}; {remedy}\n{error}") from error
     if library is None:
         raise BuildError("no C++ compiler was found: install g++, or name one in BWLA_CXX")
     shutil.copyfile(library, folder / f"kernels-{isa}.so")

@@ -2,6 +2,10 @@
 
 Baseline Armv8.0. Codes up to 31 in magnitude have sums of four that fit a byte: one lookup for four columns; larger
 codes take two, for the low and the high byte of the sum.
+
+Instructions of the inner loops for a byte of weights (eight) and a token, counted in the machine code of GCC 12 at -O3,
+not timed: 0.91 with one token and 0.86 with two for codes up to 127, 0.66 and 0.52 for codes up to 31. Expanding each
+bit to a mask over the codes and adding pairs up (tbl, cmtst, and, sadalp; four rows at a time) takes 4.4 and 2.5.
 """
 
 KERNELS = r"""

@@ -54,6 +54,7 @@ class EmulatedLibrary:
 
     def __init__(self, program: Sequence[str | Path], isa: Isa) -> None:
         self.isa = isa
+        self.program = program[-1]
         self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._lock = threading.Lock()
 

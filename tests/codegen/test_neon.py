@@ -32,6 +32,8 @@ from tests.codegen.test_kernels import Library, accumulate, packed_scale, packed
 from tests.runtime.test_fused import Case, make
 from tests.runtime.test_ops import make_linear
 
+OBJDUMP = "aarch64-linux-gnu-objdump"
+
 # ---------------------------------------------------------------- the choice
 
 
@@ -110,6 +112,13 @@ def neon() -> Library:
     return kernels("neon")
 
 
+@pytest.fixture
+def direct(neon: Library) -> EmulatedLibrary:
+    if not isinstance(neon, EmulatedLibrary):
+        pytest.skip("this processor runs neon: test_fused.py calls these kernels through the operators")
+    return neon
+
+
 @pytest.mark.parametrize("columns", [513, 520])
 @pytest.mark.parametrize("limit", [1, 7, 30, 31, 32, 63, 127])
 def test_integer_sums_equal_the_portable_ones(neon: Library, limit: int, columns: int) -> None:
@@ -164,6 +173,53 @@ def test_rounding_fuses_nothing(contract: tuple[str, ...], fused: bool) -> None:
     assert bool(re.search(r"\tf(n?m(add|sub)|ml[as])\t", text)) == fused
 
 
+Instruction = tuple[int, str, str]
+"""Address, name, operands."""
+
+
+def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
+    """Yield name and instructions of each function that objdump lists."""
+    for part in re.split(r"\n(?=[0-9a-f]+ <)", listing):
+        title, _, body = part.partition(">:\n")
+        found = re.findall(r"^ *([0-9a-f]+):\t(\S+)\t?(.*)$", body, re.MULTILINE)
+        yield title, [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def inner_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
+    """Yield the instructions of each loop that holds no other loop."""
+    at = {address: number for number, (address, _, _) in enumerate(code)}
+    ends = []
+    for number, (_, name, operands) in enumerate(code):
+        target = re.search(r"([0-9a-f]+) <", operands) if re.match(r"b\.|cbn?z", name) else None
+        first = at.get(int(target[1], 16), number) if target else number
+        if first < number:
+            ends.append((first, number))
+    for first, last in ends:
+        if not any(first <= head and tail < last for head, tail in ends):
+            yield code[first : last + 1]
+
+
+def test_inner_loops_keep_their_sums_in_registers(direct: EmulatedLibrary) -> None:
+    """A bound on instructions for a byte of weights and a token, some above what cpp_neon.py tells; and no spills."""
+    if shutil.which(OBJDUMP) is None:
+        pytest.skip(f"{OBJDUMP} is not installed")
+    command = [OBJDUMP, "-d", "--no-show-raw-insn", str(direct.program)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counted = {"TableKernelILb0E": 0, "TableKernelILb1E": 0}
+    for title, code in functions(listing):
+        kernel = next((name for name in counted if name in title), None)
+        for loop in inner_loops(code) if kernel else ():
+            lookups = sum(name == "tbl" for _, name, _ in loop)
+            if kernel is None or not lookups:
+                continue
+            counted[kernel] += 1
+            wide = kernel == "TableKernelILb1E"
+            n_bytes = 16 * lookups / (4 if wide else 2)
+            assert len(loop) / n_bytes < (1.0 if wide else 0.75), title
+            assert sum("[sp" in operands for _, _, operands in loop) <= 2, title
+    assert min(counted.values()) >= 4, "one and two tokens, row and group scales: each has its loop"
+
+
 # ---------------------------------------------------------------- fused groups
 
 
@@ -206,13 +262,6 @@ class DirectCase(Case):
             (Member * len(members))(*members), len(members), 2,
         )  # fmt: skip
         return results
-
-
-@pytest.fixture
-def direct(neon: Library) -> EmulatedLibrary:
-    if not isinstance(neon, EmulatedLibrary):
-        pytest.skip("this processor runs neon: test_fused.py calls these kernels through the operators")
-    return neon
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8, 16])
