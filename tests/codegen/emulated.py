@@ -97,13 +97,12 @@ class EmulatedLibrary:
         count: int, threads: int,
     ) -> None:  # fmt: skip
         p = prologue._obj
-        sizes = {"gate": tokens * columns, "left": p.n1**2, "right": p.n2**2}
-        links = [Region(getattr(p, f), 4 * sizes.get(f, columns)) for f in ("gate", "gain", "shift", "scale")]
-        links += [Region(getattr(p, f), 4 * sizes[f]) for f in ("left", "right")]
-        at = zip(("gate", "gain", "shift", "scale", "left", "right"), links, strict=True)
-        before = Region(
-            ctypes.addressof(p), ctypes.sizeof(p), links=tuple((getattr(Prologue, f).offset, r) for f, r in at)
-        )
+        lengths = {
+            "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
+            "left": p.n1**2, "right": p.n2**2,
+        }  # fmt: skip
+        links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())
+        before = Region(ctypes.addressof(p), ctypes.sizeof(p), links=links)
         inputs = Region(x, 4 * tokens * columns), before, Region(column_scale, 4 * columns)
         group = self._members(members, tokens, columns)
         self._call("fused_group", *inputs, tokens, columns, limit, group, count, threads)
