@@ -96,16 +96,14 @@ class EmulatedLibrary:
         self, x: int, prologue: Any, column_scale: int, tokens: int, columns: int, limit: int, members: Any,
         count: int, threads: int,
     ) -> None:  # fmt: skip
-        p = prologue._obj
-        lengths = {
-            "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
-            "left": p.n1**2, "right": p.n2**2,
-        }  # fmt: skip
-        links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())
-        before = Region(ctypes.addressof(p), ctypes.sizeof(p), links=links)
+        before = self._before(prologue, tokens, columns)
         inputs = Region(x, 4 * tokens * columns), before, Region(column_scale, 4 * columns)
         group = self._members(members, tokens, columns)
         self._call("fused_group", *inputs, tokens, columns, limit, group, count, threads)
+
+    def prologue(self, x: int, prologue: Any, y: int, tokens: int, columns: int, threads: int) -> None:
+        inputs = Region(x, 4 * tokens * columns), self._before(prologue, tokens, columns)
+        self._call("prologue", *inputs, Region(y, 4 * tokens * columns, returned=True), tokens, columns, threads)
 
     def int8_linear(
         self, x: int, codes: int, scale: int, bias: int, y: int, tokens: int, out: int, columns: int, threads: int
@@ -126,6 +124,16 @@ class EmulatedLibrary:
         rows = 1 + max(ctypes.cast(ids, ctypes.POINTER(ctypes.c_int64))[:tokens])
         inputs = Region(ids, 8 * tokens), Region(codes, rows * width), Region(scale, 4 * rows)
         self._call("int8_embedding", *inputs, Region(y, 4 * tokens * width, returned=True), tokens, width)
+
+    def _before(self, given: Any, tokens: int, columns: int) -> Region:
+        """Return the memory of a Prologue, with all that it points to."""
+        p = given._obj
+        lengths = {
+            "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
+            "left": p.n1**2, "right": p.n2**2,
+        }  # fmt: skip
+        links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())
+        return Region(ctypes.addressof(p), ctypes.sizeof(p), links=links)
 
     def _members(self, given: Any, tokens: int, columns: int) -> Region:
         """Return the memory of one Member, or of an array of them, with all that they point to."""

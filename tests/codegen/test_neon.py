@@ -24,6 +24,7 @@ from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, best_isa, cpu_flags, supported
 from bwla_compiler.codegen.library import Member
 from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.spec import PROLOGUES
 from tests.codegen import emulated
@@ -272,6 +273,17 @@ def test_fused_groups_equal_the_reference(direct: EmulatedLibrary, kind: str, bi
     residual, column_scale = torch.randn(3, 70, generator=generator), torch.rand(203, generator=generator) + 0.5
     members = [make_linear(70, 203, rank=3, planes=2), make_linear(5, 203, seed=1)]
     DirectCase(x, prologue, members, column_scale, [residual, None], bits, direct).check()
+
+
+@pytest.mark.parametrize("kind", PROLOGUES[1:])
+def test_a_prologue_alone_equals_the_reference(direct: EmulatedLibrary, kind: str) -> None:
+    x, prologue = make(kind, 203, 5, transform=False)
+    vectors = [0 if v is None else v.data_ptr() for v in (prologue.gate, prologue.gain, prologue.shift)]
+    before = emulated.Prologue(PROLOGUES.index(kind), prologue.eps, *vectors, 0, 0, 0, 1, 203)
+    y = torch.full_like(x, float("nan"))
+    direct.prologue(x.data_ptr(), ctypes.byref(before), y.data_ptr(), 5, 203, 2)
+    # float32 functions of values up to 10, and sums of 203 of them
+    torch.testing.assert_close(y.double(), reference.prologue(x, prologue), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 63, 64, 65, 70])
