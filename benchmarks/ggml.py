@@ -38,6 +38,7 @@ class Ggml:
             self._function(name).restype = ctypes.c_void_p
         self._function("ggml_quantize_chunk").restype = ctypes.c_size_t
         self._function("ggml_row_size").restype = ctypes.c_size_t
+        self._function("ggml_blck_size").restype = ctypes.c_int64
         self._function("ggml_type_name").restype = ctypes.c_char_p
         self.backend = self._call("ggml_backend_cpu_init")
         self.version = importlib.metadata.version("llama-cpp-python")
@@ -57,6 +58,11 @@ class Ggml:
         """Whether this build knows a type."""
         name = self._function("ggml_type_name")(ctypes.c_int(TYPES[kind]))
         return bool(name) and name.decode().upper() == kind
+
+    def fits(self, kind: str, width: int) -> bool:
+        """Whether rows of so many columns are whole blocks of a type: ggml aborts the process where they are not."""
+        block = self._function("ggml_blck_size")(ctypes.c_int(TYPES[kind]))
+        return bool(width % block == 0)
 
     def features(self) -> str:
         """Return the instruction sets that it was built for."""

@@ -143,7 +143,7 @@ def _peers(weight: Tensor, x: Tensor, threads: int) -> dict[str, Contender]:
     library, found = ggml(), {}
     for kind in PEERS if library is not None else ():
         assert library is not None
-        if not library.has(kind):
+        if not library.has(kind) or not library.fits(kind, weight.shape[1]):
             continue
         first = library.linear(kind, weight, len(x), threads=threads)
         linears: list[GgmlLinear] = [first]
