@@ -95,6 +95,7 @@ def models(
 ) -> None:
     """Time whole models: decode, prefill, first token, memory, compile time cold and warm."""
     from benchmarks import models as kind
+    from benchmarks.markdown import peers_line
 
     work = kind.Work(prompt=prompt, steps=steps, rounds=rounds, threads=threads, warm=warm)
     with progress_bars() as progress:
@@ -103,6 +104,7 @@ def models(
             budget=_budget(minutes),
         )  # fmt: skip
     _kept("models", rows)
+    stdout_console().print(peers_line(rows), highlight=False)
 
 
 @app.command(
@@ -213,6 +215,27 @@ def quantize(
             vocab=vocab, folder=folder,
         )  # fmt: skip
     _kept("quantize", rows)
+
+
+@app.command(epilog=examples("bwla-compile bench gguf demo:", "bwla-compile bench gguf DIR --tokens wiki.txt"))
+def gguf(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo:, or a folder, of floats or packed.")] = "demo:",
+    tokens: Annotated[Path | None, typer.Option(metavar="FILE", help="Text of a folder, or ids.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows that are read.")] = 24,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    quick: Quick = False,
+    threads: Threads = 1,
+) -> None:
+    """Hold `export --to gguf` to llama.cpp: one packed model's perplexity there and here; exit code 1 beyond 1%."""
+    from benchmarks import gguf_agreement as kind
+
+    with progress_bars() as progress:
+        rows = kind.measure(
+            progress, model=model, tokens=tokens, sequences=sequences, length=length, quick=quick, threads=threads
+        )
+    _kept("gguf", rows)
+    if not rows[-1]["agrees"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("bwla-compile bench demo"))

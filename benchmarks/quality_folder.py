@@ -32,12 +32,12 @@ def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and most < LENGTH:
         raise ValueError(f"{folder}: reads {most} tokens at most; the windows of this benchmark have {LENGTH}")
-    streams = _streams(tokens, folder) if tokens else _own_streams(folder)
+    found = streams(tokens, folder) if tokens else _own_streams(folder)
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    windows, owners = windows_of(streams["test"], end=end, files=files)
+    windows, owners = windows_of(found["test"], end=end, files=files)
     nothing = torch.zeros(0, LENGTH + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    ood = windows_of(streams["ood"], end=end, files=files) if "ood" in streams else nothing
-    return Subject(folder.resolve().name, lambda: floats(folder), streams["train"], windows, owners, *ood)
+    ood = windows_of(found["ood"], end=end, files=files) if "ood" in found else nothing
+    return Subject(folder.resolve().name, lambda: floats(folder), found["train"], windows, owners, *ood)
 
 
 def _own_streams(folder: Path) -> dict[str, Tensor]:
@@ -45,11 +45,11 @@ def _own_streams(folder: Path) -> dict[str, Tensor]:
     path = folder / TOKENS
     if not path.is_file() or "test" not in load_file(path):
         raise ModelError(f"{folder}: no {TOKENS} with a stream that was held out is there; give --tokens FILE")
-    return _streams(path, folder)
+    return streams(path, folder)
 
 
-def _streams(path: Path, folder: Path) -> dict[str, Tensor]:
-    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file."""
+def streams(path: Path, folder: Path) -> dict[str, Tensor]:
+    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file; folder: has the tokenizer."""
     stored = load_file(path) if path.suffix == ".safetensors" else {}
     if {"train", "test"} <= stored.keys():
         return {name: stream.flatten().to(torch.int64) for name, stream in stored.items()}

@@ -6,6 +6,7 @@ from bwla_compiler.codegen import (
     cpp_driver,
     cpp_ends,
     cpp_entries,
+    cpp_neon,
     cpp_portable,
     cpp_prologue,
     cpp_transform,
@@ -15,6 +16,7 @@ from bwla_compiler.codegen.isa import Isa
 KERNELS: dict[Isa, str] = {
     "avx512": cpp_avx512.KERNELS,
     "avx2": cpp_avx2.KERNELS,
+    "neon": cpp_neon.KERNELS,
     "portable": cpp_portable.KERNELS,
 }
 

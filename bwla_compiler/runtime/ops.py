@@ -44,6 +44,9 @@ SCHEMAS = (
     "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
+    "sin(Tensor x) -> Tensor",
+    "cos(Tensor x) -> Tensor",
     "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
     "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
     "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
@@ -156,6 +159,15 @@ def _fused_group(
     return [y.to(x.dtype) for y in sums]
 
 
+def _prologue(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Implementation of bwla::prologue in plain torch: a norm or activation function alone, in float32."""
+    before = portable.Prologue(kind, eps, gain, shift)
+    check_prologue(x, before)
+    if kind == "none":
+        raise ShapeError("prologue 'none' computes nothing: its result would alias its input")
+    return _shaped_like(portable.prologue(_rows(x), before), x)
+
+
 def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
     """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
     results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
@@ -254,6 +266,7 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "linear": _installing("linear", _linear_with(True)),
     "linear_group": _installing("linear_group", _group_with(True)),
     "fused_group": _installing("fused_group", _fused_group),
+    "prologue": _installing("prologue", _prologue),
     "experts": _experts_installing,
     "int8_linear": _installing("int8_linear", _int8_linear_with(True)),
     "int8_embedding": _installing("int8_embedding", _int8_embedding),
@@ -263,8 +276,11 @@ for _name, _implementation in ON_CPU.items():
 LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
+LIBRARY.impl("prologue", _prologue, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "Autograd")
+for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
+    LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
@@ -279,7 +295,7 @@ def _result(x: Tensor, features: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], features])
 
 
-def _fake_transform(x: Tensor, *rest: Any) -> Tensor:
+def _fake_same(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -315,7 +331,10 @@ def _fake_refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 for _name, _fake in (
-    ("transform", _fake_transform),
+    ("transform", _fake_same),
+    ("prologue", _fake_same),
+    ("sin", torch.empty_like),
+    ("cos", torch.empty_like),
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
@@ -383,5 +402,5 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
     return kernel
 
 
-for _name in ("transform", "linear", "linear_group", "fused_group", "experts", "int8_linear"):
+for _name in ("transform", "linear", "linear_group", "fused_group", "prologue", "experts", "int8_linear"):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

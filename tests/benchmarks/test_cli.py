@@ -22,6 +22,7 @@ KINDS = (
     "models",
     "quality",
     "quantize",
+    "gguf",
     "demo",
     "compile-time",
     "text",
