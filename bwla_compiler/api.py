@@ -37,7 +37,7 @@ from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.graph.repetition import Repetition, plan_deep
 from bwla_compiler.inspector.cost import CostReport, cost_report
-from bwla_compiler.memory import memory_bytes
+from bwla_compiler.memory import memory_bytes, told_of_shortage
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import check_weights
 from bwla_compiler.passes.base import PassContext, PassReport
@@ -77,6 +77,9 @@ __all__ = [
 ]
 
 
+SHORT_OF_MEMORY = "quantize_to (bwla-compile quantize) needs one block at a time; or take a machine with more"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with its tokenizer (None where the folder has none) and the name that it was loaded by."""
@@ -95,8 +98,8 @@ def load(
 ) -> LoadedModel:
     """Return the causal LM of a directory, a hub id, "demo:" or "demo:outliers"; packed checkpoints too.
 
-    dtype: of the float weights, None for float32. Raises CheckpointError, saying what is wrong with the folder, and
-    DeviceError.
+    dtype: of the float weights, None for float32. Raises CheckpointError, saying what is wrong with the folder,
+    OutOfMemory and DeviceError.
     """
     name = str(source)
     _check_device(device)
@@ -107,7 +110,8 @@ def load(
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{name}: the folder has no config.json; give the folder that save_pretrained wrote")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
+        with told_of_shortage(name, remedy=SHORT_OF_MEMORY):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -247,7 +251,8 @@ def quantize(
             seed=seed,
             progress=progress,
         )
-    report = quantize_model(model, chosen, batches, seed=seed, progress=progress)
+    with told_of_shortage(type(model).__name__, remedy=SHORT_OF_MEMORY):
+        report = quantize_model(model, chosen, batches, seed=seed, progress=progress)
     hf.attach(model, recipe=chosen, plan=report.plan, bits=report.bits)
     return report
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -58,21 +59,25 @@ def _trim() -> Callable[[int], object] | None:
 
 @contextlib.contextmanager
 def told_of_shortage(what: str, *, remedy: str) -> Iterator[None]:
-    """Turn a failed allocation, Python's or torch's on any device, into OutOfMemory: what was done, and the remedy."""
+    """Turn a failed allocation, Python's or torch's on any device, into OutOfMemory: what was done, and the remedy.
+
+    Files that could not be mapped for want of addresses are one too.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, OutOfMemory) or not _is_shortage(error):
             raise
         raise OutOfMemory(f"{what}: out of memory{_size(error)}; {remedy}") from error
 
 
 def _is_shortage(error: Exception) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)  # torch's allocator on the CPU raises a plain RuntimeError
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", 0) == errno.ENOMEM
+    # torch's allocator on the CPU says "can't", its maps of files say "Cannot", both in plain RuntimeErrors
+    return known or "allocate memory" in str(error)
 
 
 def _size(error: Exception) -> str:
     """Return what could not be had, in torch's own words, where it says so."""
-    found = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    found = re.search(r"(?:tried to allocate|unable to mmap) ([\d.]+ \w+)", str(error), re.IGNORECASE)
     return f" (asked for {found[1]})" if found else ""

@@ -72,10 +72,14 @@ def quantize_folder(
         raise RecipeError(
             f"recipe {job.recipe.name}: its weights are not packed, so they cannot be saved; give another recipe"
         )
+    with told_of_shortage(str(job.folder), remedy=SHORTAGE):
+        return _quantized(job, progress, on_block)
+
+
+def _quantized(job: Job, progress: Progress | None, on_block: Callable[[BlockReport], None] | None) -> QuantizeReport:
     model = _empty(job.folder)
     source = SourceWeights(job.folder, model)
-    short = told_of_shortage(str(job.folder), remedy=SHORTAGE)
-    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work), short:
+    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
         weights = StreamedWeights(model, source, work, *_tuning(job, model, work))
         report = quantize_model(
             model,

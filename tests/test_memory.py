@@ -1,5 +1,6 @@
 """A failed allocation is told with what was being done, how much was asked for, and what helps."""
 
+import errno
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def test_torchs_and_pythons_failures_are_one_error() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(OutOfMemory, match="the job: out of memory; use less"), told():
         raise MemoryError
+    with pytest.raises(OutOfMemory, match="asked for 385894736 bytes"), told():
+        raise RuntimeError("unable to mmap 385894736 bytes from file <a.safetensors>: Cannot allocate memory (12)")
+    with pytest.raises(OutOfMemory, match="the job: out of memory; use less"), told():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
     with pytest.raises(OutOfMemory, match=r"asked for 20\.00 GiB"), told():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
 
@@ -28,6 +33,8 @@ def test_torchs_and_pythons_failures_are_one_error() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="something else"), told_of_shortage("the job", remedy="use less"):
         raise RuntimeError("something else")
+    with pytest.raises(OSError, match="No space"), told_of_shortage("the job", remedy="use less"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_limit_counts_where_it_is_a_number_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

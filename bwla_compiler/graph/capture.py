@@ -9,11 +9,13 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
 
 from bwla_compiler.errors import CaptureError
 from bwla_compiler.tokens import device_of, evaluating
@@ -49,6 +51,22 @@ def _cached(cache: Any) -> list[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
+class _IndicesOnCpu(TorchFunctionMode):
+    """Makes tensors of the lists that a model indexes by on the CPU: of those on meta no rule could read a number."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__getitem__:
+            x, index = args
+            args = (x, tuple(map(_on_cpu, index)) if isinstance(index, tuple) else _on_cpu(index))
+        return func(*args, **(kwargs or {}))
+
+
+def _on_cpu(index: Any) -> Any:
+    return torch.tensor(index, device="cpu") if isinstance(index, list) else index
+
+
 def capture(
     model: nn.Module, *, batch: int = 3, length: int = 11, cache: bool = False, table: Decompositions | None = None
 ) -> GraphModule:
@@ -61,7 +79,7 @@ def capture(
     """
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device_of(model))
     try:
-        with evaluating(model):
+        with evaluating(model), _IndicesOnCpu() if ids.is_meta else nullcontext():
             function, inputs = _Function(model, cache=cache), {"input_ids": ids}
             return _normal_form(function, (), inputs, name=type(model).__name__, table=table)
     except CaptureError as error:

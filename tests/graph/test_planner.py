@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bwla_compiler.checkpoint.empty import meta_model
 from bwla_compiler.errors import PlanError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of, make_plan
@@ -277,3 +278,10 @@ def test_a_model_without_linears_is_refused() -> None:
 def test_block_of_a_name() -> None:
     assert block_of("model.layers.3.mlp.up_proj") == "model.layers.3"
     assert block_of("lm_head") == ""
+
+
+@pytest.mark.parametrize("name", ["falcon", *wider("gpt2", "gemma2", "mixtral", "gpt_oss", "qwen3_next", "bloom")])
+def test_a_config_alone_gives_the_plan_of_the_model(name: str) -> None:
+    model = tiny.make(name) if name in tiny.CONFIGS else tiny_model(name)
+    # Falcon indexes by lists: on meta their numbers are read too
+    assert make_plan(meta_model(model.config)).to_json() == planned.plan(name).to_json()
