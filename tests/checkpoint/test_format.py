@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bwla_compiler import api
-from bwla_compiler.runtime.modules import Int8Embedding, PackedLinear
+from bwla_compiler.runtime.modules import EndEmbedding, PackedLinear
 from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
@@ -127,7 +127,7 @@ def test_a_reader_from_the_text_alone_computes_the_same(
             close = np.isclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
             assert close.mean() > 0.9, key
         elif entry["kind"] == "Int8Embedding":
-            assert isinstance(module, Int8Embedding)
+            assert isinstance(module, EndEmbedding)
             scale = halves(tensors, f"{key}.row_scale")
             assert scale is not None
             rows = tensors[f"{key}.codes"].astype(np.float64) * scale[:, None]

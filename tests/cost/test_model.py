@@ -17,7 +17,7 @@ from bwla_compiler.cost.model import (
     kept_stage,
 )
 from bwla_compiler.cost.roofline import M
-from bwla_compiler.spec import LinearSpec
+from bwla_compiler.spec import INT8_ROWS, LinearSpec
 
 H100 = DEVICES["h100-sxm"]
 LAYERS = 64
@@ -30,7 +30,7 @@ def qwen3_32b() -> ModelShape:
         GroupShape("gate_up", LinearSpec(5120, (25600, 25600)), LAYERS),
         GroupShape("down", LinearSpec(25600, (5120,)), LAYERS),
     )
-    tables = (TableShape("embed", 151936, 5120, 8, True), TableShape("head", 151936, 5120, 8, False))
+    tables = (TableShape("embed", 151936, 5120, INT8_ROWS, True), TableShape("head", 151936, 5120, INT8_ROWS, False))
     return ModelShape(groups, tables, attention=(AttentionShape(LAYERS, 64, 8, 128),))
 
 

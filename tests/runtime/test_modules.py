@@ -12,8 +12,8 @@ from bwla_compiler.errors import GradientError, ShapeError, WeightError
 from bwla_compiler.numerics.planes import BinaryWeight
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.modules import (
-    Int8Embedding,
-    Int8Linear,
+    EndEmbedding,
+    EndLinear,
     OnlineTransform,
     PackedLinear,
     TiedHead,
@@ -62,7 +62,7 @@ class Tied(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.embedding = Int8Embedding.from_weight(torch.randn(50, IN, generator=g), transform=kronecker(seed))
+        self.embedding = EndEmbedding.from_weight(torch.randn(50, IN, generator=g), transform=kronecker(seed))
         self.head = TiedHead(self.embedding, transform=kronecker(seed + 1), column_scale=torch.rand(IN, generator=g))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_compiles_in_one_graph() -> None:
             super().__init__()
             self.tied, self.linear = Tied(), packed()
             self.norm = nn.LayerNorm(IN)
-            self.int8 = Int8Linear.from_weight(torch.randn(7, OUT, generator=torch.Generator().manual_seed(0)))
+            self.int8 = EndLinear.from_weight(torch.randn(7, OUT, generator=torch.Generator().manual_seed(0)))
 
         def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
             hidden = self.norm(self.tied.embedding(ids))
@@ -246,13 +246,13 @@ def test_int8_linear_and_embedding_round_by_row() -> None:
     weight = torch.randn(50, IN, generator=g) * torch.logspace(-2, 3, 50)[:, None]
     weight[3] = 0
     bias, x = torch.randn(50, generator=g), inputs(2)
-    head = Int8Linear.from_weight(weight, bias=bias)
+    head = EndLinear.from_weight(weight, bias=bias)
     exact = x @ weight.T + bias
     # a weight is off by at most half a step, 1/254 of its row's peak, and a little where float16 rounds the scale
     bound = x.abs().sum(1, keepdim=True) * weight.abs().amax(1) / 250
     assert ((head(x) - exact).abs() <= bound + 1e-6).all()
     assert (head(x) - exact).norm() <= 0.02 * exact.norm()
-    embedding = Int8Embedding.from_weight(weight.bfloat16(), padding_idx=3)
+    embedding = EndEmbedding.from_weight(weight.bfloat16(), padding_idx=3)
     rows = embedding(torch.arange(50))
     assert rows.dtype == torch.bfloat16
     assert embedding.padding_idx == 3
