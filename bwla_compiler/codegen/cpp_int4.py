@@ -40,6 +40,15 @@ static inline V fetch(const void* from) {
   return v;
 }
 
+// The sum of N lanes, by halves.
+template <int N>
+static inline float sum_lanes(const float* lane) {
+  if constexpr (N == 1)
+    return *lane;
+  else
+    return sum_lanes<N / 2>(lane) + sum_lanes<N / 2>(lane + N / 2);
+}
+
 // Float16 values; infinities, of which scales have none, become large.
 static inline Vec halves(const uint16_t* from) {
   const Words bits = __builtin_convertvector(fetch<Halves>(from), Words);
@@ -72,56 +81,59 @@ struct Nibbles {  // a table of codes [out, bytes] and scales [out, groups]
   long out, in, group;
   const Ints* lanes;  // of each vector of codes under one vector of scales, which scale each word has
 
-  long bytes() const { return divide_up(in, 2); }
-  long groups() const { return divide_up(in, group); }
+  const long bytes = divide_up(in, 2), groups = divide_up(in, group);  // of a row
+  const long span = divide_up(in, SPAN) * (long)sizeof(Vec), scales = divide_up(groups, WIDTH) * WIDTH;  // read
 
-  // Whole vectors are read, beyond the end of a row what comes next; so the last rows are copied.
-  bool ends(long row) const {
-    const long span = divide_up(in, SPAN) * SPAN / 2, scales = divide_up(groups(), WIDTH) * WIDTH;
-    return row * bytes() + span > out * bytes() || row * groups() + scales > out * groups();
-  }
-
-  template <int T>
+  // sums [R, T]: products of R rows from `row` on with T tokens, `stride` words apart. Whole vectors are read, beyond
+  // the end of a row what comes next; so the last rows are copied.
+  template <int R, int T>
   void dots(long row, const int32_t* x, long stride, float* sums) const {
-    if (!ends(row)) return dots<T>(codes + row * bytes(), scale + row * groups(), x, stride, sums);
+    const uint8_t* code = codes + row * bytes;
+    const uint16_t* factor = scale + row * groups;
+    const long rest = out - row - R + 1;
+    if (span <= rest * bytes && scales <= rest * groups) return products<R, T>(code, factor, x, stride, sums);
     static thread_local Buffer<uint8_t> code_buffer;
     static thread_local Buffer<uint16_t> scale_buffer;
-    uint8_t* own = code_buffer.get(bytes() + sizeof(Vec));
-    uint16_t* own_scale = scale_buffer.get(groups() + WIDTH);
-    std::memset(own + bytes(), 0, sizeof(Vec));
-    std::memcpy(own, codes + row * bytes(), bytes());
-    std::fill(own_scale + groups(), own_scale + groups() + WIDTH, 0);
-    std::memcpy(own_scale, scale + row * groups(), groups() * sizeof(uint16_t));
-    dots<T>(own, own_scale, x, stride, sums);
+    uint8_t* own = code_buffer.get(span);
+    uint16_t* own_factor = scale_buffer.get(scales);
+    std::fill(own, own + span, 0);
+    std::fill(own_factor, own_factor + scales, 0);
+    for (int r = 0; r < R; r++, code += bytes, factor += groups) {
+      std::memcpy(own, code, bytes);
+      std::memcpy(own_factor, factor, groups * sizeof(uint16_t));
+      products<1, T>(own, own_factor, x, stride, sums + r * T);
+    }
   }
 
-  // Products of one row with T tokens, `stride` words apart.
-  template <int T>
-  void dots(const uint8_t* codes, const uint16_t* scale, const int32_t* x, long stride, float* sums) const {
-    Vec total[T];
-    for (int t = 0; t < T; t++) total[t] = Vec{};
-    for (long first = 0; first < in; first += WIDTH * group, scale += WIDTH) {
-      const Vec scales = halves(scale);
+ private:
+  template <int R, int T>
+  void products(const uint8_t* code, const uint16_t* factor, const int32_t* x, long stride, float* sums) const {
+    Vec total[R][T] = {}, factors[R];
+    for (long first = 0; first < in; first += WIDTH * group, factor += WIDTH) {
+      for (int r = 0; r < R; r++) factors[r] = halves(factor + r * groups);
       const Ints* lane = lanes;
-      for (long k = first; k < std::min(in, first + WIDTH * group); k += SPAN, codes += sizeof(Vec), x += 5 * WIDTH) {
-        __builtin_prefetch(codes + 2048);
-        const Words word = fetch<Words>(codes);
-        const Words part[4] = {word & 0x000F000F, word >> 4 & 0x000F000F, word >> 8 & 0x000F000F,
-                               (Words)((Shorts)word >> 12)};
-        const Vec factor = spread(scales, *lane++);
-        for (int t = 0; t < T; t++) {
-          const int32_t* own = x + t * stride;
-          Ints sum = fetch<Ints>(own + 4 * WIDTH);
-          for (int j = 0; j < 4; j++) sum += sum_pairs(part[j], fetch<Ints>(own + j * WIDTH));
-          total[t] = multiply_add(__builtin_convertvector(sum, Vec), factor, total[t]);
+      for (long k = first; k < std::min(in, first + WIDTH * group); k += SPAN, code += sizeof(Vec), x += 5 * WIDTH) {
+        const Ints from = *lane++;
+        for (int r = 0; r < R; r++) {
+          __builtin_prefetch(code + r * bytes + 2048);
+          const Words word = fetch<Words>(code + r * bytes);
+          const Words part[4] = {word & 0x000F000F, word >> 4 & 0x000F000F, word >> 8 & 0x000F000F,
+                                 (Words)((Shorts)word >> 12)};
+          const Vec spreaded = spread(factors[r], from);
+          for (int t = 0; t < T; t++) {
+            Ints sum = fetch<Ints>(x + t * stride + 4 * WIDTH);
+            for (int j = 0; j < 4; j++) sum += sum_pairs(part[j], fetch<Ints>(x + t * stride + j * WIDTH));
+            total[r][t] = multiply_add(__builtin_convertvector(sum, Vec), spreaded, total[r][t]);
+          }
         }
       }
     }
-    for (int t = 0; t < T; t++) {
-      float sum = 0;
-      for (int l = 0; l < WIDTH; l++) sum += total[t][l];
-      sums[t] = sum;
-    }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) {
+        float lane[WIDTH];
+        std::memcpy(lane, &total[r][t], sizeof lane);
+        sums[r * T + t] = sum_lanes<WIDTH>(lane);
+      }
   }
 };
 
@@ -132,7 +144,9 @@ EXPORT void bwla_int4_linear(const float* x, const uint8_t* codes, const uint16_
   static thread_local Buffer<int32_t> fixed_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long stride = divide_up(in, SPAN) * 5 * WIDTH;
-  int32_t* fixed = fixed_buffer.get(tokens * stride);
+  void* start = fixed_buffer.get(tokens * stride + WIDTH);
+  size_t room = (tokens * stride + WIDTH) * sizeof(int32_t);
+  auto* fixed = (int32_t*)std::align(sizeof(Vec), sizeof(Vec), start, room);  // else each load touches two cache lines
   float* factor = scale_buffer.get(tokens);
   for (long m = 0; m < tokens; m++)
     factor[m] = std::ldexp(fix_point(x + m * in, in, fixed + m * stride), (int)power);
@@ -143,20 +157,22 @@ EXPORT void bwla_int4_linear(const float* x, const uint8_t* codes, const uint16_
   const long height = std::clamp(out / (threads * 8), 1L, 64L);
   parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
-    auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * factor[m] + (bias ? bias[row] : 0); };
+    auto take = [&](auto rows, auto wide, long row, long m) {
+      constexpr int R = decltype(rows)::value, T = decltype(wide)::value;
+      float sums[R * T];
+      table.dots<R, T>(row, fixed + m * stride, stride, sums);
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+          y[(m + t) * out + row + r] = sums[r * T + t] * factor[m + t] + (bias ? bias[row + r] : 0);
+    };
     long m = 0;
     for (; m + 4 <= tokens; m += 4)
-      for (long row = job * height; row < last; row++) {
-        float sums[4];
-        table.dots<4>(row, fixed + m * stride, stride, sums);
-        for (int t = 0; t < 4; t++) store(m + t, row, sums[t]);
-      }
-    for (; m < tokens; m++)
-      for (long row = job * height; row < last; row++) {
-        float sum;
-        table.dots<1>(row, fixed + m * stride, stride, &sum);
-        store(m, row, sum);
-      }
+      for (long row = job * height; row < last; row++) take(Int<1>{}, Int<4>{}, row, m);
+    for (; m < tokens; m++) {
+      long row = job * height;
+      for (; row + 4 <= last; row += 4) take(Int<4>{}, Int<1>{}, row, m);
+      for (; row < last; row++) take(Int<1>{}, Int<1>{}, row, m);
+    }
   });
 }
 

@@ -14,6 +14,7 @@ from bwla_compiler.passes.quantize_linears import QuantizeLinears
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 from bwla_compiler.runtime.transformed import TransformedLinear
+from bwla_compiler.spec import Coding
 from tests import planned, tiny
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -182,6 +183,23 @@ def test_ends_can_be_stored_apart_or_left_alone() -> None:
     kept = QuantizeEnds(rotated=False).run(context(tiny.make("llama"), "llama", whole))
     assert kept.edits == []
     assert {what for what, _ in kept.skipped} == {"model.embed_tokens", "lm_head"}
+
+
+def test_ends_of_4_bits_by_the_recipe_and_by_name() -> None:
+    model = tiny.make("llama-tied")
+    ctx = context(model, "llama-tied", load_recipe("bwla-w1a6", {"head.bits": 4, "head.group_size": 32}))
+    before = logits(model)
+    for step in folding_passes(ctx.recipe):
+        run_pass(model, step, ctx)
+    run_pass(model, QuantizeEnds(rotated=True), ctx)
+    assert model.model.embed_tokens.coding == Coding(4, 32)
+    assert type(model.lm_head) is TiedHead
+    # int4 by 32 leaves 8 % of a Gaussian row, of the embedding and of the head, and the tiny models amplify it
+    assert relative(logits(model), before) < 0.5
+    other = tiny.make("llama")
+    own = [{"pattern": "lm_head", "set": {"head.bits": 4}}]
+    run_pass(other, QuantizeEnds(rotated=False), context(other, "llama", load_recipe("bwla-w1a6", {"overrides": own})))
+    assert (other.model.embed_tokens.coding, other.lm_head.coding) == (Coding(), Coding(4, 64))
 
 
 def test_a_head_that_is_no_longer_the_embedding_is_stored_on_its_own() -> None:

@@ -20,7 +20,7 @@ from bwla_compiler.runtime.modules import (
     set_activation_bits,
     stored_bytes,
 )
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import Coding, LinearSpec, TransformSpec
 
 OUT, IN = 30, 200
 
@@ -259,6 +259,31 @@ def test_int8_linear_and_embedding_round_by_row() -> None:
     assert (rows[3] == 0).all()
     assert ((rows.float() - weight).abs() <= weight.abs().amax(1, keepdim=True) * (1 / 254 + 2**-7)).all()
     assert embedding.to(torch.float32)(torch.tensor([0])).dtype == torch.float32
+
+
+def test_ends_of_4_bits_round_by_group() -> None:
+    g, coding = torch.Generator().manual_seed(0), Coding(4, 64)
+    weight, bias, x = torch.randn(50, IN, generator=g) * 1e-3, torch.randn(50, generator=g), inputs(2)
+    head = EndLinear.from_weight(weight, bias=bias, coding=coding)
+    assert (head.codes.dtype, head.codes.shape, head.row_scale.shape) == (
+        torch.uint8,
+        (50, IN // 2),
+        (50, -(-IN // 64)),
+    )
+    # 0.0081 of the energy (see test_nibbles) is 0.09 of the norm
+    assert (head.dense_weight() - weight).norm() < 0.095 * weight.norm()
+    # the input is rounded to 16 bits a token
+    torch.testing.assert_close(head(x), x @ head.dense_weight().T + bias, rtol=1e-4, atol=1e-5)
+    embedding = EndEmbedding.from_weight(weight, coding=coding)
+    assert torch.equal(embedding(torch.arange(50)), embedding.dense_weight())
+    assert torch.equal(embedding.codes, head.codes)
+    tied = TiedHead(embedding, bias=bias)
+    assert torch.equal(tied(x), head(x))
+    assert torch.equal(tied.dense_weight(), head.dense_weight())
+    assert "int4" in repr(tied)
+    assert head.half().codes.dtype == torch.uint8
+    with pytest.raises(WeightError):
+        EndLinear.from_weight(torch.full((3, 70), float("nan")), coding=coding)
 
 
 def test_tied_head_owns_no_codes_and_stays_tied() -> None:
