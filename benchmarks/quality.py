@@ -53,10 +53,11 @@ def measure(
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
     folder: in their place a model that `bench train` has made. outliers: rewritten as demo:outliers is. ways: rows by
-    name, none for all (or, where quick, for a few on less text). fair: the rows of the fair table; ends: those of embeddings and heads. calibration_seed: of
-    the calibration's draw and of the fit, by default the model's. model, tokens: a folder and its text in place of
-    these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of wall time; rows that do
-    not fit are not begun. Raises ResultsError for a name that no row has.
+    name, none for all (or, where quick, for a few on less text). fair: the rows of the fair table; ends: those that
+    differ in embedding and head. calibration_seed: of the calibration's draw and of the fit, by default the model's.
+    model, tokens: a folder and its text in place of these models (see `quality_folder`). keep: gets each row as soon as
+    it is there. budget: of wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row
+    has.
     """
     rows = fair_rows() if fair else ENDS if ends else ROWS
     if unknown := set(ways) - {row.way for row in rows}:

@@ -173,7 +173,7 @@ def quality_table(rows: Sequence[Row]) -> str:
 
 
 def ends_table(rows: Sequence[Row]) -> str:
-    """Return perplexity over the float model's by how embedding and head are stored, with the bits of the whole model."""
+    """Return perplexity over the float model's by how embedding and head are stored, and bits of the whole model."""
     rows = latest(rows, by=("model", "files", "fp_perplexity", "way"))
     columns = [Column("model", left=True), Column("ends", left=True), Column("bits, whole model"), Column("bytes")]
     columns += [Column(f"A{bits}", LESS, 4) for bits in (16, 6)] + [Column("A16, 95%")]
