@@ -63,7 +63,8 @@ def dequantized(packed: Tensor, scale: Tensor, *, columns: int, group_size: int)
 
 def _grouped(W: Tensor, group_size: int) -> Tensor:
     """Return W [m, n] as [m, groups, group_size], the last group filled up with zeros."""
-    return pad(W, (0, -W.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    groups: Tensor = pad(W, (0, -W.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    return groups
 
 
 def _codes(groups: Tensor, scale: Tensor) -> Tensor:
