@@ -95,6 +95,7 @@ def models(
 ) -> None:
     """Time whole models: decode, prefill, first token, memory, compile time cold and warm."""
     from benchmarks import models as kind
+    from benchmarks.markdown import peers_line
 
     work = kind.Work(prompt=prompt, steps=steps, rounds=rounds, threads=threads, warm=warm)
     with progress_bars() as progress:
@@ -103,6 +104,7 @@ def models(
             budget=_budget(minutes),
         )  # fmt: skip
     _kept("models", rows)
+    stdout_console().print(peers_line(rows), highlight=False)
 
 
 @app.command(
@@ -122,7 +124,7 @@ def quality(
     ends: Annotated[bool, typer.Option("--ends", help="Embedding and head in 8 and 4 bits.")] = False,
     calibration_seed: Annotated[int, typer.Option(help="Of the calibration's draw; the model's by default.")] = -1,
     model: Annotated[
-        str, typer.Option(metavar="DIR", help="A folder of bench train; with --tokens or --anchor any model.")
+        str, typer.Option(metavar="DIR", help="A folder of bench train, or any other with --tokens or --anchor.")
     ] = "",
     tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text of --model, or ids: streams train and test.")
@@ -141,10 +143,7 @@ def quality(
         _measure_anchor(anchor, model, data, activations)
     else:
         from benchmarks import quality as kind
-        from benchmarks.quality_folder import TOKENS
         from benchmarks.record import record
-
-        any_model = bool(tokens) or (model and (Path(model) / TOKENS).exists())
 
         def keep(found: Row) -> None:  # a row takes minutes: each is written as soon as it is there
             name = "quality-fair" if fair else f"{'ends' if ends else 'quality'}-{found['model']}"
@@ -152,10 +151,10 @@ def quality(
 
         with progress_bars() as progress:
             rows = kind.measure(
-                progress, seed=None if seed < 0 else seed, folder="" if any_model else model, quick=quick,
-                outliers=outliers, ways=row or (), fair=fair, ends=ends,
+                progress, seed=None if seed < 0 else seed, quick=quick, outliers=outliers, ways=row or (), fair=fair,
+                ends=ends,
                 calibration_seed=None if calibration_seed < 0 else calibration_seed,
-                model=Path(model) if any_model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
+                model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
             )  # fmt: skip
         _shown("ends" if ends else "quality", rows)
 
@@ -196,47 +195,51 @@ def _measure_anchor(key: str, model: str, data: str, activations: int) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog=examples("bwla-compile bench quantize demo: --set tuning.steps=0"))
+@app.command(
+    epilog=examples(
+        "bwla-compile bench quantize demo: --set tuning.steps=0",
+        "bwla-compile bench quantize benchmarks/configs/qwen3-8b.json --recipe rtn --layers 8 --layers 36",
+    )
+)
 def quantize(
     model: Subject = "demo:",
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a .toml file.")] = "bwla-w1a6",
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
     calibration: Annotated[str, typer.Option(help="self, random, none, or a file.")] = "random",
-    layers: Layers = 0,
+    layers: Annotated[list[int] | None, typer.Option(min=1, help="Of a config: so many blocks; repeatable.")] = None,
     vocab: Vocab = 0,
+    folder: Annotated[Path | None, typer.Option(help="Where there is space for the model and its packed form.")] = None,
 ) -> None:
-    """Seconds and peak memory of quantizing from folder to folder, block by block."""
-    from benchmarks import quantize_cost as kind
+    """Seconds and memory of quantizing from folder to folder, by block and by stage."""
+    from benchmarks import quantize as kind
 
     with progress_bars() as progress:
         rows = kind.measure(
-            progress,
-            model=model,
-            recipe=recipe,
-            changes=changes or (),
-            calibration=calibration,
-            layers=layers,
-            vocab=vocab,
-        )
+            progress, model=model, recipe=recipe, changes=changes or (), calibration=calibration, layers=layers or (),
+            vocab=vocab, folder=folder,
+        )  # fmt: skip
     _kept("quantize", rows)
 
 
-@app.command(
-    "quantize-memory",
-    epilog=examples("bwla-compile bench quantize-memory --config qwen3-8b --layers 8 --layers 36 --folder /big/disk"),
-)
-def quantize_memory(
-    config: Annotated[str, typer.Option(help="qwen3-1024, qwen3-8b, or a config.json.")] = "qwen3-1024",
-    layers: Annotated[list[int] | None, typer.Option(min=1, help="So many blocks; repeatable.")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe that needs no calibration.")] = "rtn",
-    folder: Annotated[Path | None, typer.Option(help="Where there is space for the model and its packed form.")] = None,
+@app.command(epilog=examples("bwla-compile bench gguf demo:", "bwla-compile bench gguf DIR --tokens wiki.txt"))
+def gguf(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo:, or a folder, of floats or packed.")] = "demo:",
+    tokens: Annotated[Path | None, typer.Option(metavar="FILE", help="Text of a folder, or ids.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows that are read.")] = 24,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    quick: Quick = False,
+    threads: Threads = 1,
 ) -> None:
-    """Anonymous memory of quantizing random weights of a config from folder to folder, by number of blocks."""
-    from benchmarks import quantize_memory as kind
+    """Hold `export --to gguf` to llama.cpp: one packed model's perplexity there and here; exit code 1 beyond 1%."""
+    from benchmarks import gguf_agreement as kind
 
     with progress_bars() as progress:
-        rows = kind.measure(progress, config=config, layers=layers or (), recipe=recipe, folder=folder)
-    _kept("quantize_memory", rows)
+        rows = kind.measure(
+            progress, model=model, tokens=tokens, sequences=sequences, length=length, quick=quick, threads=threads
+        )
+    _kept("gguf", rows)
+    if not rows[-1]["agrees"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("bwla-compile bench demo"))

@@ -9,69 +9,43 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from benchmarks.llama import LlamaRunner
 from benchmarks.memory import PeakMemory
 from benchmarks.noise import pinned
-from benchmarks.peers import Way, ways
+from benchmarks.peers import LLAMA, Way, ways
+from benchmarks.runner import Runner
 from bwla_compiler import api
 from bwla_compiler.backend import compile_backend
 
-PAUSE_SECONDS = 0.01
-"""Before a round: threads of the contender before may still wait for work by spinning."""
+MEMORY_SECONDS = 0.05
+"""From sample to sample of memory: a thousandth of the time that is measured."""
 
 
-class Runner:
-    """A model loaded one way; `ids` [1, prompt + steps] int64 are what all contenders read, whatever they predict."""
+class TorchRunner(Runner):
+    """A model of transformers loaded one way."""
 
     def __init__(self, way: Way, folder: str, ids: Tensor, *, prompt: int) -> None:
+        super().__init__(ids, prompt=prompt)
         start = time.perf_counter()
-        self.ids, self.prompt = ids, prompt
         self.model = _loaded(way, folder)
         self.cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1])
         self.call = _compiled(way, self.model)
         self.load_seconds = time.perf_counter() - start
-
-    @property
-    def steps(self) -> int:
-        """Tokens that are decoded one by one."""
-        return self.ids.shape[1] - self.prompt
+        self.n_bytes, self.about = model_bytes(self.model), way.version()
 
     @torch.no_grad()
     def first(self) -> dict[str, float]:
         """Return the seconds of the first prefill and of the first decoded token, compiling included."""
-        # Its tensors are made outside the compiled region, by a token that is then forgotten.
+        # The cache's tensors are made outside the compiled region, by a token that is then forgotten.
         self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True)
-        start = time.perf_counter()
-        self.prefill()
-        filled = time.perf_counter()
-        self.step(0)
-        return {"first_prefill_seconds": filled - start, "first_decode_seconds": time.perf_counter() - filled}
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Return the logits [prompt + steps, vocabulary] float32 that this way predicts with, prefill and decoded."""
-        parts = [self.prefill()[0].float()]
-        parts += [self.step(i)[0].float() for i in range(self.steps)]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def round(self) -> dict[str, float]:
-        """Return seconds: from the prompt to the first token, of the prefill alone, and of a decoded token (mean)."""
-        time.sleep(PAUSE_SECONDS)
-        start = time.perf_counter()
-        logits = self.prefill()
-        filled = time.perf_counter()
-        logits[0, -1].argmax().item()
-        first = time.perf_counter()
-        for i in range(self.steps):
-            self.step(i)[0, -1].argmax().item()
-        done = time.perf_counter()
-        return {"first_token": first - start, "prefill": filled - start, "decode": (done - first) / self.steps}
+        return super().first()
 
     def prefill(self) -> Tensor:
         """Return the logits of the prompt, read into an empty cache."""
@@ -85,6 +59,13 @@ class Runner:
     def _logits(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.call(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
         return logits
+
+
+def runner_of(way: Way, path: str, ids: Tensor, *, prompt: int, threads: int) -> Runner:
+    """Return what runs a way of the model at a path: a folder, or for llama.cpp a GGUF file."""
+    if way.compiler == LLAMA:
+        return LlamaRunner(Path(path), ids, prompt=prompt, threads=threads)
+    return TorchRunner(way, path, ids, prompt=prompt)
 
 
 def _loaded(way: Way, folder: str) -> Any:
@@ -119,11 +100,15 @@ def model_bytes(model: nn.Module) -> int:
 def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Load the job's way, then answer the commands of the standard input until it ends."""
     (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
-    memory = PeakMemory()
+    with PeakMemory(mapped=True, seconds=MEMORY_SECONDS) as memory:  # weights that are computed with may be mapped
+        _serve(job, way, memory, answer)
+
+
+def _serve(job: dict[str, Any], way: Way, memory: PeakMemory, answer: Callable[[dict[str, Any]], None]) -> None:
     before = memory.fields()["peak_mib"]
-    runner = Runner(way, job["folder"], torch.load(job["ids"]), prompt=job["prompt"])
-    loaded = {"load_seconds": runner.load_seconds, "n_bytes": model_bytes(runner.model), "before_mib": before}
-    answer({**loaded, "version": way.version()})
+    runner = runner_of(way, job["path"], torch.load(job["ids"]), prompt=job["prompt"], threads=job["threads"])
+    loaded = {"load_seconds": runner.load_seconds, "n_bytes": runner.n_bytes, "before_mib": before}
+    answer({**loaded, "version": runner.about})
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "first":

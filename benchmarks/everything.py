@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo_table, kernels, models, quality, quantize_cost
+from benchmarks import demo_table, kernels, models, quality, quantize
 from benchmarks.budget import Budget
 from benchmarks.record import Row
 
@@ -31,7 +31,7 @@ def measure_everything(progress: Progress, *, budget: Budget) -> Iterator[Part]:
     """
     spendable = budget.part(1 - RESERVE)
     yield "demo", demo_table.measure(progress), ""
-    yield "quantize", quantize_cost.measure(progress, changes=(TUNING,)), ""
+    yield "quantize", quantize.measure(progress, changes=(TUNING,)), ""
     yield "models", models.measure(progress, budget=spendable.part(0.35)), ""
     yield "models", models.measure(progress, **WIDE, budget=spendable.part(0.5)), ""
     yield "kernels", kernels.measure(progress, budget=spendable.part(0.6)), ""

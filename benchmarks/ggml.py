@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TYPES = {"BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q1_0": 41, "TQ2_0": 35}
+TYPES = {"BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q1_0": 41, "TQ2_0": 35, "IQ1_S": 19}
 """ggml's numbers of the types that are compared."""
 
 _POINTERS = (
@@ -63,6 +63,24 @@ class Ggml:
         asked = ("avx2", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16")
         return " ".join(name for name in asked if self._call(f"ggml_cpu_has_{name}"))
 
+    def packed(self, weight: Tensor, kind: str) -> np.ndarray:
+        """Return weight [out, in] rounded to a type, its rows one behind the other: uint8 [bytes].
+
+        Types that must know how important each column is are told that all are alike.
+        """
+        out, width = weight.shape
+        kind_number, source = ctypes.c_int(TYPES[kind]), weight.float().contiguous().numpy()
+        row_bytes = self._function("ggml_row_size")(kind_number, ctypes.c_int64(width))
+        packed = np.empty(out * row_bytes, dtype=np.uint8)
+        asks = bool(self._call("ggml_quantize_requires_imatrix", kind_number) & 1)
+        importance = np.ones(width, dtype=np.float32) if asks else None
+        self._function("ggml_quantize_chunk")(
+            kind_number, ctypes.c_void_p(source.ctypes.data), ctypes.c_void_p(packed.ctypes.data),
+            ctypes.c_int64(0), ctypes.c_int64(out), ctypes.c_int64(width),
+            None if importance is None else ctypes.c_void_p(importance.ctypes.data),
+        )  # fmt: skip
+        return packed
+
     def linear(self, kind: str, weight: Tensor, tokens: int, *, threads: int) -> "GgmlLinear":
         """Return y = x weight^T with weight [out, in] in a ggml type, for x [tokens, in]."""
         return GgmlLinear(self, kind, weight, tokens, threads)
@@ -81,7 +99,7 @@ class GgmlLinear:
         tensor = call("ggml_new_tensor_2d", self._weights, kind_number, *shape)
         buffer_type = self._repacked(kind) or call("ggml_backend_cpu_buffer_type")
         call("ggml_backend_alloc_ctx_tensors_from_buft", self._weights, buffer_type)
-        packed = self._packed(weight, kind)
+        packed = library.packed(weight, kind)
         call("ggml_backend_tensor_set", tensor, packed.ctypes.data, ctypes.c_size_t(0), ctypes.c_size_t(packed.nbytes))
         self.n_bytes = packed.nbytes
         self._context = init(_InitParams((tokens * (width + out)) * 4 + (1 << 20), None, False))
@@ -92,18 +110,6 @@ class GgmlLinear:
         call("ggml_build_forward_expand", self._graph, product)
         self.x = _tensor_at(call("ggml_get_data", source), (tokens, width))
         self.y = _tensor_at(call("ggml_get_data", product), (tokens, out))
-
-    def _packed(self, weight: Tensor, kind: str) -> np.ndarray:
-        out, width = weight.shape
-        kind_number, source = ctypes.c_int(TYPES[kind]), weight.float().contiguous().numpy()
-        row_bytes = self.ggml._function("ggml_row_size")(kind_number, ctypes.c_int64(width))
-        packed = np.empty(out * row_bytes, dtype=np.uint8)
-        importance = np.ones(width, dtype=np.float32)
-        self.ggml._function("ggml_quantize_chunk")(
-            kind_number, ctypes.c_void_p(source.ctypes.data), ctypes.c_void_p(packed.ctypes.data),
-            ctypes.c_int64(0), ctypes.c_int64(out), ctypes.c_int64(width), ctypes.c_void_p(importance.ctypes.data),
-        )  # fmt: skip
-        return packed
 
     def _repacked(self, kind: str) -> int:
         """Return the buffer type of repacked weights where this type has one."""

@@ -98,3 +98,9 @@ def missing_line(rows: Sequence[Row]) -> str:
         if {"missing", "refused", "failed"} & row.keys()
     }
     return f"Without figures: {'; '.join(f'{way} ({why})' for way, why in reasons.items())}." if reasons else ""
+
+
+def peers_line(rows: Sequence[Row]) -> str:
+    """Return the versions of the peers that ran, with what they were built for; "" where there are none."""
+    found = dict.fromkeys(str(row["version"]) for row in rows if row.get("version"))
+    return f"Peers: {'; '.join(found)}." if found else ""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.budget import Budget
-from benchmarks.errors import ContenderError
+from benchmarks.errors import ContenderError, ResultsError
+from benchmarks.gguf_model import write_float_gguf
 from benchmarks.noise import Noise
-from benchmarks.peers import NOT_RUN, Way, ways
+from benchmarks.peers import Way, ways
 from benchmarks.subject import Subject, make_subject
 from benchmarks.timing import Times, in_turn, quartiles
 from benchmarks.turns import Contender
+from bwla_compiler.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
@@ -31,7 +33,10 @@ OURS = "bwla"
 STARTING = 0.7
 """Of the budget: for starting contenders; the rest is for timing them and for warm starts."""
 
-FIRST = ("eager fp32", "bwla, eager", "eager bf16", OURS, "inductor fp32", "inductor bf16")
+FIRST = (
+    "eager fp32", "bwla, eager", "eager bf16", OURS, "llama.cpp Q4_0", "llama.cpp Q1_0", "inductor fp32",
+    "inductor bf16",
+)  # fmt: skip
 """Ways that are started before all others, so that a short budget leaves out what matters least."""
 
 
@@ -97,7 +102,7 @@ class Race:
             self._warm(list(racing))
         for row in self.rows.values():
             row |= noise.fields()
-        return [*self.rows.values(), *({**self._about(name), "missing": why} for name, why in NOT_RUN.items())]
+        return [*self.rows.values()]
 
     def _about(self, name: str) -> Row:
         work = self.work
@@ -109,11 +114,25 @@ class Race:
             "threads": work.threads,
         }
 
-    def _job(self, way: Way) -> dict[str, Any]:
+    def _path(self, way: Way) -> str:
+        """Return what a way loads, written first where it is a file of its own.
+
+        Raises ResultsError and CheckpointError where this model cannot be had that way.
+        """
+        if missing := way.missing():
+            raise ResultsError(missing)
         folder = self.subject.folder(way.source)
+        if folder is None:
+            raise ResultsError("the float model was not given")
+        if not way.ggml:
+            return folder
+        file = self.root / f"{way.ggml}.gguf"
+        return str(file if file.exists() else write_float_gguf(folder, file, kind=way.ggml))
+
+    def _job(self, way: Way) -> dict[str, Any]:
         return {
             "way": way.name,
-            "folder": folder,
+            "path": self._path(way),
             "ids": str(self.ids),
             "prompt": self.work.prompt,
             "threads": self.work.threads,
@@ -126,11 +145,12 @@ class Race:
         for done, name in enumerate(self.budget.part(STARTING).within(order)):
             way = self.ways[name]
             self.progress("models: first calls", done, len(self.ways))
-            missing = way.missing() or ("" if self.subject.folder(way.source) else "the float model was not given")
-            if missing:
-                self.rows[name]["missing"] = missing
+            try:
+                job = self._job(way)
+            except (ResultsError, CheckpointError) as error:
+                self.rows[name]["missing"] = str(error)
                 continue
-            contender = stack.enter_context(Contender(self._job(way), caches=self._caches(name)))
+            contender = stack.enter_context(Contender(job, caches=self._caches(name)))
             try:
                 loaded = contender.answer()
                 first = contender.ask("first")

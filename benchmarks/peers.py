@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from benchmarks.errors import ResultsError
+from benchmarks.gguf_model import lacking
 
 Source = Literal["float", "packed"]
 
-EAGER, INDUCTOR, BWLA = "eager", "inductor", "bwla"
+LLAMA: Literal["llama.cpp"] = "llama.cpp"
+MODULES = {"llama-cpp-python": "llama_cpp"}
+"""Packages that are imported under another name."""
 
 
 @dataclass(frozen=True)
@@ -23,27 +26,31 @@ class Way:
 
     source: which folder it loads. compiler: who compiles it. tolerance: the relative error of its logits, against those
     of `reference` (another way's name, "" for none), above which it is not timed. quantize: edits the loaded model.
+    needs: packages. ggml: the type of the linears in the file that llama.cpp reads. default: whether it is run unasked.
     """
 
     name: str
     dtype: torch.dtype
-    compiler: Literal["eager", "inductor", "bwla"]
+    compiler: Literal["eager", "inductor", "bwla", "llama.cpp"]
     source: Source = "float"
     reference: str = "eager fp32"
     tolerance: float = 0.1
-    needs: str = ""
+    needs: tuple[str, ...] = ()
     options: str = ""
+    ggml: str = ""
+    default: bool = True
     quantize: Callable[[nn.Module], None] | None = None
 
     def missing(self) -> str:
         """Return why this way cannot run here, "" where it can."""
-        if self.needs and importlib.util.find_spec(self.needs.replace("-", "_")) is None:
-            return f"{self.needs} is not installed"
-        return ""
+        for package in self.needs:
+            if importlib.util.find_spec(MODULES.get(package, package.replace("-", "_"))) is None:
+                return f"{package} is not installed"
+        return lacking(self.ggml) if self.ggml else ""
 
     def version(self) -> str:
-        """Return the version of what this way needs beside torch, "" where that is nothing."""
-        return importlib.metadata.version(self.needs) if self.needs else ""
+        """Return the versions of what this way needs beside torch, "" where that is nothing."""
+        return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in self.needs)
 
 
 def _torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
@@ -61,36 +68,51 @@ def _torchao(config: str, **options: Any) -> Callable[[nn.Module], None]:
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
+
+def _llama(kind: str, *, tolerance: float | None = None, default: bool = False) -> Way:
+    """Return llama.cpp with linears of a type; without a tolerance its logits need only be finite."""
+    return Way(
+        f"llama.cpp {kind}", FP32, LLAMA, reference="" if tolerance is None else "eager fp32",
+        tolerance=tolerance or 0.0, needs=("llama-cpp-python", "gguf"), ggml=kind, default=default,
+    )  # fmt: skip
+
+
 # Tolerances: of float32 under another compiler only the order of sums differs; bfloat16 keeps 8 bits of each of some
-# hundred roundings; int8 and int4 of a tensor of random weights leave about 1 and 10 percent a linear.
+# hundred roundings; int8 and int4 of a tensor of random weights leave about 1 and 10 percent a linear. llama.cpp's
+# embedding and head of Q8_0 leave 1 percent by themselves, its 8 bits of activations as much a linear, and Q4_0 rounds
+# 32 weights together: 8 percent a linear. What one bit or two make of random weights is near to nothing.
 WAYS = (
     Way("eager fp32", FP32, "eager", reference=""),
     Way("eager bf16", BF16, "eager"),
     Way("inductor fp32", FP32, "inductor", tolerance=1e-3),
     Way("inductor bf16", BF16, "inductor"),
-    Way("inductor bf16, max-autotune", BF16, "inductor", options="max-autotune-no-cudagraphs"),
+    Way("inductor bf16, max-autotune", BF16, "inductor", options="max-autotune-no-cudagraphs", default=False),
     Way(
-        "torchao int8 dynamic", BF16, "inductor", tolerance=0.3, needs="torchao",
+        "torchao int8 dynamic", BF16, "inductor", tolerance=0.3, needs=("torchao",),
         quantize=_torchao("torchao.quantization.Int8DynamicActivationInt8WeightConfig"),
     ),
     Way(
-        "torchao int8 weight-only", BF16, "inductor", tolerance=0.3, needs="torchao",
+        "torchao int8 weight-only", BF16, "inductor", tolerance=0.3, needs=("torchao",),
         quantize=_torchao("torchao.quantization.Int8WeightOnlyConfig"),
     ),
     Way(
-        "torchao int4 weight-only", BF16, "inductor", tolerance=0.7, needs="torchao",
+        "torchao int4 weight-only", BF16, "inductor", tolerance=0.7, needs=("torchao",),
         quantize=_torchao("torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig", group_size=128),
     ),
+    _llama("BF16", tolerance=0.05),
+    _llama("F16", tolerance=0.05),
+    _llama("Q8_0", tolerance=0.1, default=True),
+    _llama("Q4_0", tolerance=0.5, default=True),
+    _llama("TQ2_0"),
+    _llama("Q1_0", default=True),
+    _llama("IQ1_S"),
     Way("bwla, eager", FP32, "eager", "packed", reference=""),
     Way("bwla", FP32, "bwla", "packed", reference="bwla, eager", tolerance=0.05),
 )  # fmt: skip
 """In the order of the tables. `bwla` is held against the packed model's own eager logits: codes at a rounding boundary
 may fall to either side when sums are ordered otherwise."""
 
-DEFAULT_WAYS = tuple(way.name for way in WAYS if not way.options)
-
-NOT_RUN = {"llama.cpp": "whole models are not run by this harness yet; its products are in `bench kernels`"}
-"""Peers without a way here, and why."""
+DEFAULT_WAYS = tuple(way.name for way in WAYS if way.default)
 
 
 def ways(names: tuple[str, ...] = ()) -> list[Way]:

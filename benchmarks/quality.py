@@ -17,7 +17,7 @@ from benchmarks.errors import ResultsError
 from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
 from benchmarks.quality_folder import from_folder
-from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, trained, with_outliers
+from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
 from benchmarks.quality_rows import ENDS, QUICK, ROWS, Row, fair_rows, recipe_for
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
@@ -38,7 +38,6 @@ def measure(
     progress: Progress,
     *,
     seed: int | None = None,
-    folder: str = "",
     quick: bool = False,
     outliers: bool = False,
     ways: Sequence[str] = (),
@@ -52,12 +51,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
-    folder: in their place a model that `bench train` has made. outliers: rewritten as demo:outliers is. ways: rows by
-    name, none for all (or, where quick, for a few on less text). fair: the rows of the fair table; ends: those that
-    differ in embedding and head. calibration_seed: of the calibration's draw and of the fit, by default the model's.
-    model, tokens: a folder and its text in place of these models (see `quality_folder`). keep: gets each row as soon as
-    it is there. budget: of wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row
-    has.
+    outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
+    fair: the rows of the fair table; ends: those that differ in embedding and head. calibration_seed: of the
+    calibration's draw and of the fit, by default the model's. model, tokens: a folder, of `bench train` or any other,
+    and its text in place of these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of
+    wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has, and what
+    `quality_folder` raises.
     """
     rows = fair_rows() if fair else ENDS if ends else ROWS
     if unknown := set(ways) - {row.way for row in rows}:
@@ -65,8 +64,6 @@ def measure(
     files = 8 if quick else FILES
     if model is not None:
         subject = from_folder(model, tokens, files=files)
-    elif folder:
-        subject = trained(Path(folder), files=files)
     elif seed is None:
         subject = embedded("demo:outliers" if outliers else "demo:", files=files)
     else:

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.quality_model import LENGTH, WINDOWS_A_FILE, Subject
+from benchmarks.quality_model import LENGTH, TOKENS, WINDOWS_A_FILE, Subject, floats
+from bwla_compiler.errors import ModelError
 from bwla_compiler.tokens import from_file
 
 HELD_OUT = 0.1
 """Share of a stream, at its end, that is read for perplexity where the file does not say."""
-TOKENS = "tokens.safetensors"
 
 
 def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
@@ -22,23 +22,34 @@ def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
     tokens: a `.safetensors` with streams of ids "train" and "test" and, where there is text of another kind, "ood"; or
     anything that `tokens.from_file` reads, whose last tenth is held out. None: the folder's own tokens.safetensors.
     Files end where the model's end-of-text token stands; where it hardly does, each few windows count as a file.
-    Raises CalibrationError, and ValueError where the model reads fewer tokens than a window has.
+    Raises ModelError where the folder holds no model or its own tokens are not held out, CalibrationError, and
+    ValueError where the model reads fewer tokens than a window has.
     """
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: holds no model, or none that `bench train` has finished; give another") from error
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and most < LENGTH:
         raise ValueError(f"{folder}: reads {most} tokens at most; the windows of this benchmark have {LENGTH}")
-    streams = _streams(tokens or folder / TOKENS, folder)
+    found = streams(tokens, folder) if tokens else _own_streams(folder)
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    windows, owners = windows_of(streams["test"], end=end, files=files)
+    windows, owners = windows_of(found["test"], end=end, files=files)
     nothing = torch.zeros(0, LENGTH + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    ood = windows_of(streams["ood"], end=end, files=files) if "ood" in streams else nothing
-    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
-    return Subject(folder.resolve().name, load, streams["train"], windows, owners, *ood)
+    ood = windows_of(found["ood"], end=end, files=files) if "ood" in found else nothing
+    return Subject(folder.resolve().name, lambda: floats(folder), found["train"], windows, owners, *ood)
 
 
-def _streams(path: Path, folder: Path) -> dict[str, Tensor]:
-    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file."""
+def _own_streams(folder: Path) -> dict[str, Tensor]:
+    """Return the streams of a folder's own tokens.safetensors; what the model was trained on is not cut for a test."""
+    path = folder / TOKENS
+    if not path.is_file() or "test" not in load_file(path):
+        raise ModelError(f"{folder}: no {TOKENS} with a stream that was held out is there; give --tokens FILE")
+    return streams(path, folder)
+
+
+def streams(path: Path, folder: Path) -> dict[str, Tensor]:
+    """Return the streams [n_tokens] int64 "train", "test" and perhaps "ood" of a file; folder: has the tokenizer."""
     stored = load_file(path) if path.suffix == ".safetensors" else {}
     if {"train", "test"} <= stored.keys():
         return {name: stream.flatten().to(torch.int64) for name, stream in stored.items()}

@@ -1,7 +1,6 @@
 """Models and texts of the quality table: the embedded model, or a fresh one trained on a fresh split by seed."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,6 @@ from bwla_compiler.demo.outliers import add_outliers
 from bwla_compiler.demo.store import ensure
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.demo.train import new_model, train
-from bwla_compiler.errors import ModelError
 from bwla_compiler.settings import settings
 
 Progress = Callable[[str, int, int], None]
@@ -28,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 LENGTH = 256
 WINDOWS_A_FILE = 6
 """At most, so that one long file does not decide."""
+TOKENS = "tokens.safetensors"
+"""A model's text as streams of ids: "train", and perhaps "test" and "ood"."""
 
 
 @dataclass(frozen=True)
@@ -56,45 +56,35 @@ class Subject:
 def embedded(name: str, *, files: int) -> Subject:
     """Return the embedded model of that name with its own split."""
     loaded, corpus = load_demo(name), read_corpus()
-    texts = _held_out(loaded.tokenizer, corpus.test, corpus.ood, files=files)
+    windows = _held_out(loaded.tokenizer, corpus.test, corpus.ood, files=files)
     stream = encode_documents(loaded.tokenizer, corpus.train)
-    return Subject(name.strip(":").replace(":", "-"), lambda: load_demo(name).model, stream, *texts)
+    return Subject(name.strip(":").replace(":", "-"), lambda: load_demo(name).model, stream, *windows)
 
 
 def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
     """Return a model of the embedded one's architecture, trained and split by this seed; cached."""
     config = DemoConfig(seed=seed, second_limit=math.inf)  # the same model on a slow machine
-    corpus = read_corpus()
-    _, kept = split([*corpus.train, *corpus.test], seed, fraction=config.held_out)
-    key = hashlib.sha256(repr((corpus.sha256, asdict(config))).encode()).hexdigest()[:16]
+    kept, held_out, code = texts(seed, fraction=config.held_out)
+    key = hashlib.sha256(repr((read_corpus().sha256, asdict(config))).encode()).hexdigest()[:16]
     build = lambda folder: _build(folder, kept, config, progress)  # noqa: E731
     folder = ensure(settings().cache / "quality" / f"seed{seed}-{key}", build)
-    return stored(folder, seed=seed, files=files, label=f"seed{seed}")
-
-
-def stored(folder: Path, *, seed: int, files: int, label: str) -> Subject:
-    """Return a model that was trained on the split of this seed: folder holds it, its tokenizer and its tokens."""
-    corpus = read_corpus()
-    held_out, _ = split([*corpus.train, *corpus.test], seed, fraction=DemoConfig().held_out)
-    held = {document.name for document in held_out}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    stream = load_file(folder / TOKENS)["train"].to(torch.int64)
+    windows = _held_out(tokenizer, held_out, code, files=files)
+    return Subject(f"seed{seed}", lambda: floats(folder), stream, *windows)
+
+
+def texts(seed: int, *, fraction: float) -> tuple[list[Document], list[Document], list[Document]]:
+    """Return the embedded model's documents split by a seed: to train on, held out, and the code of those held out."""
+    corpus = read_corpus()
+    held_out, kept = split([*corpus.train, *corpus.test], seed, fraction=fraction)
+    held = {document.name for document in held_out}
     code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in source_files() if name in held]
-    texts = _held_out(tokenizer, held_out, code, files=files)
-    stream = load_file(folder / "tokens.safetensors")["train"].to(torch.int64)
-    return Subject(label, lambda: _load(folder), stream, *texts)
+    return kept, held_out, code
 
 
-def trained(folder: Path, *, files: int) -> Subject:
-    """Return a model that `bench train` has made. Raises ModelError where the folder is none, or not yet trained."""
-    try:
-        facts = json.loads((folder / "training.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: holds no model that `bench train` has finished") from error
-    label = f"{facts['family']}-{facts['size']['hidden']}x{facts['size']['layers']}-{facts['steps']}"
-    return stored(folder, seed=facts["seed"], files=files, label=label)
-
-
-def _load(folder: Path) -> nn.Module:
+def floats(folder: Path) -> nn.Module:
+    """Return a new copy of a folder's model."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
@@ -133,7 +123,7 @@ def _build(folder: Path, documents: Sequence[Document], config: DemoConfig, prog
     training = train(model, stream, config=config, progress=progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({"train": stream.to(torch.int32)}, folder / "tokens.safetensors")
+    save_file({"train": stream.to(torch.int32)}, folder / TOKENS)
     return asdict(training)
 
 

@@ -93,9 +93,15 @@ def context(command: Sequence[str]) -> Row:
         "transformers": transformers.__version__,
         "bwla_compiler": bwla_compiler.__version__,
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "benchmarks", *command]),
+        "command": shlex.join(["python", "-m", "benchmarks", *map(_without_place, command)]),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _without_place(argument: str) -> str:
+    """Return an argument, of a path from the root its last part alone: where a folder lay means nothing to others."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _commit() -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.contender import Runner
+from benchmarks.contender import TorchRunner
 from benchmarks.errors import ResultsError
 from benchmarks.noise import pinned
-from benchmarks.peers import ways
+from benchmarks.peers import LLAMA, ways
 from benchmarks.subject import Subject
 
 Progress = Callable[[str, int, int], None]
@@ -98,12 +98,14 @@ def profile_step(
     tell = progress or (lambda label, done, total: None)
     (chosen,) = [found for found in ways((way,)) if found.name == way]
     folder = subject.folder(chosen.source)
+    if chosen.compiler == LLAMA:
+        raise ResultsError(f"{way} cannot be profiled: torch's profiler does not see its kernels")
     if missing := chosen.missing() or ("" if folder else "the float model was not given"):
         raise ResultsError(f"{way} cannot be profiled: {missing}")
     # Loops that Inductor writes are told apart from the calls between them only where they are compiled to say so.
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}), pinned(threads), torch.no_grad():
         tell("profile: loading and compiling", 0, 3)
-        runner = Runner(chosen, str(folder), subject.ids(prompt + steps), prompt=prompt)
+        runner = TorchRunner(chosen, str(folder), subject.ids(prompt + steps), prompt=prompt)
         runner.first()
         runner.round()
         tell("profile: steps without the profiler", 1, 3)

@@ -1,15 +1,14 @@
 """What the models are: folders of a float model and of its packed twin, made of a config where there is none."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.random_model import random_model
 from bwla_compiler import api
 from bwla_compiler.demo import demo_path, is_demo
 from bwla_compiler.errors import ModelError
@@ -64,7 +63,8 @@ def make_subject(
     if is_demo(source):
         label, floats = source, str(demo_path(source, progress=progress))
     elif path.suffix == ".json":
-        label, floats = random_model(path, work / "float", layers=layers, vocab=vocab)
+        floats = str(work / "float")
+        label = random_model(path, work / "float", layers=layers, vocab=vocab, progress=progress)
     else:
         label = path.name or source
         if _is_packed(path):
@@ -80,35 +80,6 @@ def make_subject(
 def quick_recipe(name: str = "bwla-w1a6") -> Recipe:
     """Return a recipe with QUICK_FIT."""
     return load_recipe(name, QUICK_FIT)
-
-
-def random_model(config_file: Path, folder: Path, *, layers: int = 0, vocab: int = 0) -> tuple[str, str]:
-    """Write a model of a config with random weights in bfloat16; return (label, folder). Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(config_file)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{config_file}: does not describe a model: {str(error).splitlines()[0]}") from error
-    label = config_file.parent.name if config_file.stem == "config" else config_file.stem
-    whole = config.num_hidden_layers
-    if layers and layers < whole:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        label += f", {layers} of {whole} layers"
-    if vocab and vocab < config.vocab_size:
-        config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = vocab, None, 0, 1
-        label += f", vocabulary {vocab}"
-    with _seeded():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    return f"{label}, random weights", str(folder)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def _config(folder: str | Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import LESS, MORE, Cell, Column, missing_line, source_line, table
+from benchmarks.markdown import LESS, MORE, Cell, Column, missing_line, peers_line, source_line, table
 from benchmarks.record import Row, latest, newest_device, read
 from bwla_compiler.inspector.table import size
 
@@ -16,8 +16,7 @@ def _mib(n_bytes: float | None) -> float | None:
 
 
 def _ending(rows: Sequence[Row]) -> str:
-    missing = missing_line(rows)
-    return "\n\n".join(filter(None, [missing, source_line(rows)]))
+    return "\n\n".join(filter(None, [missing_line(rows), peers_line(rows), source_line(rows)]))
 
 
 def demo_tables(rows: Sequence[Row]) -> str:
@@ -227,6 +226,26 @@ def compile_time_table(rows: Sequence[Row]) -> str:
     return f"{table(columns, cells)}\n\n{_ending(rows)}"
 
 
+def gguf_table(rows: Sequence[Row]) -> str:
+    """Return perplexities of exported models here and in llama.cpp, a table a model."""
+    rows = latest(rows, by=("model", "recipe", "sequences", "length", "way"))
+    columns = [Column("way", left=True), Column("perplexity", decimals=3), Column("over ours, A16", decimals=4)]
+    columns += [Column("over ours, A8", decimals=4), Column("KL to ours, A16"), Column("top-1, %", decimals=1)]
+    parts = []
+    for key in dict.fromkeys(tuple(row[name] for name in ("model", "recipe", "sequences", "length")) for row in rows):
+        chosen = [row for row in rows if tuple(row[name] for name in ("model", "recipe", "sequences", "length")) == key]
+        cells: list[list[Cell]] = [
+            [
+                row["way"], row["perplexity"], row.get("against_a16"), row.get("against_a8"),
+                f"{row['kl']:.1e}" if "kl" in row else None, 100 * row["top1"] if "top1" in row else None,
+            ]
+            for row in chosen
+        ]  # fmt: skip
+        title = f"**{key[0]}**, {key[1]}, {key[2]} sequences of {key[3]} tokens"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+    return "\n\n".join(parts)
+
+
 Maker = Callable[[Sequence[Row]], str]
 
 BLOCKS: dict[str, tuple[str, Maker]] = {
@@ -238,6 +257,7 @@ BLOCKS: dict[str, tuple[str, Maker]] = {
     "quality": ("quality-*", quality_table),
     "ends": ("ends-*", ends_table),
     "quantize": ("quantize", quantize_table),
+    "gguf": ("gguf", gguf_table),
     "compile_time": ("compile_time", compile_time_table),
 }
 """A marked block's name, the files of results that it is made from, and what makes it."""

@@ -21,16 +21,16 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.families import Size, new_model
-from benchmarks.quality_model import split
+from benchmarks.quality_model import TOKENS, texts
 from bwla_compiler.demo.config import DemoConfig
-from bwla_compiler.demo.corpus import Document, read_corpus
+from bwla_compiler.demo.corpus import Document
 from bwla_compiler.demo.muon import Muon
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.errors import ModelError
 
 Progress = Callable[[str, int, int], None]
 
-CHECKPOINT, TOKENS, FACTS = "checkpoint.pt", "tokens.safetensors", "training.json"
+CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
 SAVE_SECONDS = 60.0
 WARMUP, DECAY = 0.02, 0.3
 """Shares of the run: in which the rate rises, and in which it falls to nothing."""
@@ -61,7 +61,8 @@ class Job:
 def train_family(job: Job, *, progress: Progress, documents: list[Document] | None = None) -> dict[str, Any]:
     """Train, or go on, and return {"steps", "seconds", "loss", "n_parameters", ...}; the folder is then a model.
 
-    documents: the text, by default the embedded model's without what the seed holds out. Raises ModelError where the
+    documents: the text, by default the embedded model's without what the seed holds out, which is kept beside it for
+    `bench quality --model`. Raises ModelError where the
     folder holds another training, or the loss is not finite.
     """
     tokenizer, stream = _text(job, documents)
@@ -80,15 +81,15 @@ def _text(job: Job, documents: list[Document] | None) -> tuple[PreTrainedTokeniz
     if (job.folder / TOKENS).is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(job.folder)
         return tokenizer, load_file(job.folder / TOKENS)["train"].to(torch.int64)
+    parts = {"train": documents or []}
     if documents is None:
-        corpus = read_corpus()
-        documents = split([*corpus.train, *corpus.test], job.seed, fraction=DemoConfig().held_out)[1]
+        parts = dict(zip(("train", "test", "ood"), texts(job.seed, fraction=DemoConfig().held_out), strict=True))
     job.folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(documents, job.vocab_size)
+    tokenizer = train_tokenizer(parts["train"], job.vocab_size)
     tokenizer.save_pretrained(job.folder)
-    stream = encode_documents(tokenizer, documents)
-    save_file({"train": stream.to(torch.int32)}, job.folder / TOKENS)
-    return tokenizer, stream
+    streams = {name: encode_documents(tokenizer, found) for name, found in parts.items()}
+    save_file({name: stream.to(torch.int32) for name, stream in streams.items()}, job.folder / TOKENS)
+    return tokenizer, streams["train"]
 
 
 class _Trainer:

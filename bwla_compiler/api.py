@@ -10,7 +10,7 @@ from typing import Any, Literal
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bwla_compiler import tokens as token_sources
 from bwla_compiler.calibrate.quantize import quantize_model
@@ -23,7 +23,7 @@ from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.checkpoint.source import source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
-from bwla_compiler.errors import CalibrationError, CheckpointError, PlanError
+from bwla_compiler.errors import CalibrationError, CheckpointError, DeviceError, ModelError, PlanError
 from bwla_compiler.evaluate.fidelity import Fidelity
 from bwla_compiler.evaluate.fidelity import fidelity as fidelity_to
 from bwla_compiler.evaluate.harness import run_tasks
@@ -32,6 +32,7 @@ from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.evaluate.verification import Verification, verify_rotations
 from bwla_compiler.evaluate.windows import Windowed
 from bwla_compiler.evaluate.windows import windowed_perplexity as by_windows
+from bwla_compiler.generation import generate
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.graph.repetition import Repetition, plan_deep
@@ -94,9 +95,11 @@ def load(
 ) -> LoadedModel:
     """Return the causal LM of a directory, a hub id, "demo:" or "demo:outliers"; packed checkpoints too.
 
-    dtype: of the float weights, None for float32. Raises CheckpointError, saying what is wrong with the folder.
+    dtype: of the float weights, None for float32. Raises CheckpointError, saying what is wrong with the folder, and
+    DeviceError.
     """
     name = str(source)
+    _check_device(device)
     if is_demo(name):
         demo = load_demo(name, progress=progress)
         return LoadedModel(demo.model.to(dtype or torch.float32).to(device), demo.tokenizer, name)
@@ -113,6 +116,17 @@ def load(
             f"{name}: cannot be loaded as a causal LM: {first}. Give a model folder, a hub id, or demo:"
         ) from error
     return LoadedModel(model.eval().to(device), _tokenizer(name), name)
+
+
+def _check_device(name: str) -> None:
+    """Raise DeviceError where torch does not know a device, or the machine does not have it."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DeviceError(
+            f"device {name!r} cannot be used: {first}. `bwla-compile doctor` lists what is here"
+        ) from error
 
 
 def skeleton(source: str | Path, *, device: str = "cpu", progress: Progress | None = None) -> LoadedModel:
@@ -216,8 +230,9 @@ def quantize(
 
     recipe: name, TOML file or Recipe; settings: dotted fields to change, {"psp.hidden_over": 32}. calibration:
     "self" (the model generates it), "random", "none", a file, texts (then a tokenizer is needed), or token ids
-    [sequences, length] int64. Raises RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
+    [sequences, length] int64. Raises ModelError, RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
     """
+    _refuse_other(model)
     _refuse_packed(model, "quantized")
     chosen = load_recipe(recipe, settings)
     check_weights(model)
@@ -290,6 +305,19 @@ def _sampled(job: Job, progress: Progress | None) -> Tensor:
     return tokens
 
 
+def _refuse_other(model: object) -> None:
+    """Raise ModelError for what is no decoder: a name, an encoder, a model without its head."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{model!r} is no model: load it first, or give a folder's name to quantize_to")
+    if not isinstance(model, PreTrainedModel):
+        return
+    headless = not model.can_generate() and model.get_output_embeddings() is None
+    if headless or getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is no decoder that predicts next tokens: give what AutoModelForCausalLM loads"
+        )
+
+
 def _refuse_packed(model: nn.Module, verb: str) -> None:
     if any(isinstance(m, (PackedLinear, PackedExperts)) for m in model.modules()):
         raise PlanError(f"{type(model).__name__} is already packed: it cannot be {verb}; load the float model")
@@ -318,45 +346,6 @@ def verify(model: nn.Module, *, seed: int = 0, progress: Progress | None = None)
     """Rotate every free basis of a float64 copy and compare logits; see `Verification.passed`."""
     _refuse_packed(model, "verified")
     return verify_rotations(model, seed=seed, progress=progress)
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    tokens: int = 64,
-    seed: int = 0,
-    on_text: Callable[[str], None] | None = None,
-) -> str:
-    """Return the model's continuation of a prompt, prompt left out; seeded sampling at temperature 0.7.
-
-    on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer.
-    """
-    if tokenizer is None:
-        raise CheckpointError(
-            "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
-        )
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    options = {"max_new_tokens": tokens, "do_sample": True, "temperature": 0.7, "top_k": 50}
-    if on_text is not None:
-        options["streamer"] = _Pieces(tokenizer, on_text)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        out = model.generate(encoded, **options)  # type: ignore[operator]
-    return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
-
-
-class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Hands text on as soon as no later token can change it."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers with each piece."""
-        self.on_text(text)
 
 
 def windowed_perplexity(

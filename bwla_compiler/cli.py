@@ -281,12 +281,18 @@ def doctor() -> None:
         "bwla-compile emit demo: --target cuda:90 -o kernels",
         "bwla-compile emit DIR --target hip:gfx942 -o OUT --recipe bwla-w1a8",
         "bwla-compile emit demo: --target cpu -o kernels",
+        "bwla-compile emit demo: --target cpu:neon -o kernels",
     ),
 )
 def emit_kernels(
     model: Model,
     target: Annotated[
-        str, typer.Option(metavar="TARGET", help="cuda:90, hip:gfx942 and alike, or cpu; the GPU need not be there.")
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="cuda:90, hip:gfx942 and alike, cpu, or cpu:ISA with ISA one of avx512, avx2, neon, portable; neither "
+            "the GPU nor such a processor need be there (a cross compiler is named in BWLA_CXX).",
+        ),
     ],
     out: OutFolder,
     recipe: RecipeName = "bwla-w1a6",

@@ -1,4 +1,4 @@
-"""The commands that make and use packed models: quantize, eval, generate, export."""
+"""The commands that make and use packed models: quantize, eval, generate, serve, export."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,10 @@ def add_commands(app: typer.Typer) -> None:
         ),
     )(evaluate)
     app.command(epilog=examples('bwla-compile generate demo: --prompt "Return the" --tokens 32'))(generate)
+    app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        epilog=examples("bwla-compile serve OUT", "bwla-compile serve OUT --host 0.0.0.0 --port 8080"),
+    )(serve)
     app.command(
         epilog=examples(
             "bwla-compile export OUT --to dense -o DENSE", "bwla-compile export OUT --to gguf -o model.gguf"
@@ -202,12 +206,12 @@ def _print_evaluated(model: str, fields: dict[str, Any], source: str) -> None:
         columns += [">perplexity", ">tokens"]
         note = f"text: {source}; context {fields['context']}, stride {fields['stride']}"
     cells, columns = [*cells, *bits], [*columns, ">bits, linears", ">bits, model", ">bytes"]
-    if "kl" in fields:
-        cells += [f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}"]
-        columns += [">KL, nats", ">same best token"]
     console = stdout_console()
     console.print(render_table(Table("", tuple(columns), (row(*cells),), note)))
-    if "layer_errors" in fields:
+    if "kl" in fields:
+        near = row(f"{fields['kl']:.4f}", f"{fields['top1_agreement']:.1%}")
+        told = "of the next token's chances, against the original's"
+        console.print(render_table(Table("", (">KL, nats", ">same best token"), (near,), told)))
         rows = tuple(row(name, f"{error:.4f}") for name, error in fields["layer_errors"].items())
         told = "distance of each block's output from the original's, over the original's norm"
         console.print(render_table(Table("", ("layer", ">error"), rows, told)))
@@ -232,6 +236,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="How the text begins.")] = "The",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: always the likeliest token.")] = 0.7,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -241,8 +246,19 @@ def generate(
     with progress_bars() as progress:
         loaded = api.load(model, device=device, progress=progress)
     tell = lambda text: print(text, end="", flush=True)  # noqa: E731
-    api.generate(loaded.model, loaded.tokenizer, prompt, tokens=tokens, seed=seed, on_text=tell)
+    api.generate(
+        loaded.model, loaded.tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, on_text=tell
+    )
     print()
+
+
+def serve(
+    context: typer.Context, model: Annotated[str, typer.Argument(metavar="OUT", help="A folder or a hub id.")]
+) -> None:
+    """Answer OpenAI's clients on http://localhost:8000/v1: `transformers serve` with its options, on packed models."""
+    from bwla_compiler.serving import serve
+
+    serve(model, context.args)
 
 
 def export(

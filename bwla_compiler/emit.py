@@ -12,7 +12,7 @@ from torch import nn
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.build import build
 from bwla_compiler.codegen.cpp_linear import emit as emit_cpp
-from bwla_compiler.codegen.isa import best_isa
+from bwla_compiler.codegen.isa import ISAS, Isa, best_isa, supported
 from bwla_compiler.codegen.triton_aot import GpuTarget, Resources, compile_kernel, parse_target
 from bwla_compiler.codegen.triton_gate import violations
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
@@ -24,6 +24,7 @@ from bwla_compiler.errors import BuildError, PlanError
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.group_specs import packed_specs, planned_specs
 from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.settings import settings
 from bwla_compiler.spec import LinearSpec
 
 Progress = Callable[[str, int, int], None]
@@ -84,18 +85,19 @@ def emit(
     """Write the kernels of a model's linears for a target into a folder, with resources.json, and return the report.
 
     model: packed, or float (on any device, meta too): then the specs are those that `recipe` would give. target:
-    "cuda:90", "hip:gfx942", or "cpu" for this machine's processor. folder: new or empty. Raises BuildError for
-    an unknown target, a folder in use, or without a compiler; CaptureError and PlanError for the model.
+    "cuda:90", "hip:gfx942", "cpu" for this machine's processor, or "cpu:neon" for any with that instruction set.
+    folder: new or empty. Raises BuildError for an unknown target, a folder in use, or without a compiler for it;
+    CaptureError and PlanError for the model.
     """
-    gpu = None if target == "cpu" else parse_target(target)
-    if gpu is not None:
+    goal = cpu_target(target) or parse_target(target)
+    if isinstance(goal, GpuTarget):
         triton_module.require_triton()
     groups = model_groups(model, load_recipe(recipe))
     _make_empty(folder)
-    if gpu is None:
-        report = _emit_cpu(groups, folder)
+    if isinstance(goal, GpuTarget):
+        report = _emit_gpu(groups, goal, folder, progress or (lambda label, done, total: None))
     else:
-        report = _emit_gpu(groups, gpu, folder, progress or (lambda label, done, total: None))
+        report = _emit_cpu(groups, target, goal, folder)
     _write(folder / "resources.json", report.to_json().encode())
     return report
 
@@ -136,18 +138,36 @@ def model_groups(model: nn.Module, recipe: Recipe) -> tuple[EmittedGroup, ...]:
 # ---------------------------------------------------------------- targets
 
 
-def _emit_cpu(groups: tuple[EmittedGroup, ...], folder: Path) -> EmitReport:
-    """Write the C++ kernels of this machine: one source for all specs, which they take as arguments."""
-    isa = best_isa()
+def cpu_target(target: str) -> Isa | None:
+    """Return the instruction set of "cpu" or "cpu:ISA", None for another target. Raises BuildError for another ISA."""
+    if target == "cpu":
+        return best_isa()
+    backend, _, name = target.partition(":")
+    if backend != "cpu":
+        return None
+    for isa in ISAS:
+        if name == isa:
+            return isa
+    raise BuildError(f"target {target!r} is not known: expected cpu, or one of {', '.join(f'cpu:{i}' for i in ISAS)}")
+
+
+def _emit_cpu(groups: tuple[EmittedGroup, ...], target: str, isa: Isa, folder: Path) -> EmitReport:
+    """Write the C++ kernels of an instruction set: one source for all specs, which they take as arguments."""
     source = emit_cpp(isa)
     _write(folder / f"kernels-{isa}.cpp", source.encode())
-    library = build(source, isa)
+    try:
+        library = build(source, isa)
+    except BuildError as error:
+        if supported(isa):
+            raise
+        remedy = "set BWLA_CXX to a compiler that does (aarch64-linux-gnu-g++ for neon)"
+        raise BuildError(f"{settings().compiler} does not compile for {isa}; {remedy}\n{error}") from error
     if library is None:
         raise BuildError("no C++ compiler was found: install g++, or name one in BWLA_CXX")
     shutil.copyfile(library, folder / f"kernels-{isa}.so")
     files = (f"kernels-{isa}.cpp", f"kernels-{isa}.so")
     kernel = EmittedKernel("kernels", f"All operators for {isa}", files, tuple(range(len(groups))))
-    return EmitReport("cpu", str(folder), "C++", groups, (kernel,))
+    return EmitReport(target, str(folder), "C++", groups, (kernel,))
 
 
 def _emit_gpu(groups: tuple[EmittedGroup, ...], gpu: GpuTarget, folder: Path, progress: Progress) -> EmitReport:

@@ -57,6 +57,10 @@ class DemoError(BwlaError, RuntimeError):
     """The embedded model cannot be built or found."""
 
 
+class DeviceError(BwlaError, RuntimeError):
+    """A device is not known, or the machine does not have it."""
+
+
 class WorkerError(BwlaError, RuntimeError):
     """A worker process ended without a result."""
 

@@ -46,6 +46,10 @@ def calibration_tokens(
     elif isinstance(source, str) and source == "random":
         tokens = random_tokens(vocab_size, sequences=sequences, length=length, seed=seed)
     elif isinstance(source, (str, Path)):
+        if not Path(source).is_file():
+            raise CalibrationError(
+                f'calibration "{source}" is neither "self", "random", "none" nor a file; correct the name'
+            )
         tokens = from_file(source, tokenizer, length=length, limit=sequences)
     elif isinstance(source, Tensor):
         tokens = from_ids(source, length=length, limit=sequences)
@@ -114,7 +118,7 @@ def from_file(path: str | Path, tokenizer: Any = None, *, length: int, limit: in
     """
     path = Path(path)
     if not path.is_file():
-        raise CalibrationError(f'calibration "{path}" is neither "self", "random", "none" nor a file; correct the name')
+        raise CalibrationError(f"{path}: there is no such file; correct the name")
     if path.suffix in ID_SUFFIXES:
         return from_ids(_stored_ids(path), length=length, limit=limit, where=str(path))
     try:

@@ -1,11 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
 
 import bwla_compiler as bwla
 from bwla_compiler import api
-from bwla_compiler.errors import CalibrationError, CheckpointError, RecipeError
+from bwla_compiler.errors import CalibrationError, CheckpointError, DeviceError, ModelError, RecipeError
 from tests import tiny
 
 
@@ -81,3 +84,28 @@ def test_a_config_that_describes_no_causal_lm_is_one_clear_error(tmp_path: Path)
 def test_generating_without_a_tokenizer_says_so() -> None:
     with pytest.raises(CheckpointError, match="no tokenizer"):
         bwla.generate(tiny.make("llama"), None, "x")
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BertModel(BertConfig(**SMALL)),
+        lambda: LlamaModel(LlamaConfig(**SMALL)),
+        lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)),
+        lambda: "some/model",
+    ],
+    ids=["encoder", "no head", "encoder and decoder", "name"],
+)
+def test_what_is_no_decoder_is_refused_before_it_is_run(make: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError, match=r"is no (decoder|model)"):
+        bwla.quantize(make())
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_one_clear_error(device: str, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=f"device '{device}' cannot be used.*doctor"):
+        bwla.load(tmp_path, device=device)

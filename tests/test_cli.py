@@ -37,6 +37,7 @@ COMMANDS = (
     "plan",
     "eval",
     "generate",
+    "serve",
     "export",
     "verify",
     "zoo",
@@ -131,8 +132,8 @@ class FakeApi(ModuleType):
     def export(self, model: Any, path: Path, *, to: str, tokenizer: Any = None) -> None:
         self.calls["export"] = {"path": path, "to": to, "tokenizer": tokenizer}
 
-    def generate(self, model: Any, tokenizer: Any, prompt: str, *, tokens: int, seed: int, on_text: Any = None) -> str:
-        self.calls["generate"] = {"prompt": prompt, "tokens": tokens, "seed": seed}
+    def generate(self, model: Any, tokenizer: Any, prompt: str, *, on_text: Any = None, **options: Any) -> str:
+        self.calls["generate"] = {"prompt": prompt, **options}
         on_text(" a ")
         on_text("[continuation]")
         return " a [continuation]"
@@ -223,7 +224,7 @@ def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: s
         (("quantize", "demo:", "-o", "{full}"), "exists and is not an empty folder"),
         (("recipes", "rtm"), "Did you mean 'rtn'"),
         (("eval", "some/folder"), "--text FILE"),
-        (("eval", "demo:", "--text", "{new}"), "nor a file"),
+        (("eval", "demo:", "--text", "{new}"), "there is no such file"),
         (("inspect", "demo:", "-o", "{new}/deep/report.html"), "cannot be written"),
     ],
 )
@@ -406,9 +407,9 @@ def test_export_passes_the_form(run: Run, api: FakeApi, tmp_path: Path) -> None:
 
 
 def test_generate_prints_the_text_as_it_is(run: Run, api: FakeApi) -> None:
-    code, text, _ = run("generate", "demo:", "--prompt", "Once", "--tokens", "5", "--seed", "2")
+    code, text, _ = run("generate", "demo:", "--prompt", "Once", "--tokens", "5", "--temperature", "0", "--seed", "2")
     assert (code, text) == (0, " a [continuation]\n")
-    assert api.calls["generate"] == {"prompt": "Once", "tokens": 5, "seed": 2}
+    assert api.calls["generate"] == {"prompt": "Once", "tokens": 5, "temperature": 0, "seed": 2}
 
 
 def test_verify_says_how_many_spaces_were_free(run: Run, api: FakeApi) -> None:

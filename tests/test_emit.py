@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bwla_compiler import emit as emit_module
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.checkpoint import hf
 from bwla_compiler.codegen import build
+from bwla_compiler.codegen.isa import ISAS, Isa, supported
 from bwla_compiler.codegen.triton_aot import Compiled, GpuTarget, Resources, parse_target
 from bwla_compiler.codegen.triton_spec import Emitted
 from bwla_compiler.emit import emit, group_kernels, model_groups
@@ -20,6 +22,7 @@ from bwla_compiler.errors import BuildError, PlanError
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.spec import LinearSpec, TransformSpec
 from tests import tiny
+from tests.codegen.emulated import COMPILER
 from tests.wider import wider
 
 QUICK = {
@@ -161,6 +164,61 @@ def test_the_processor_gets_its_library(tmp_path: Path) -> None:
     assert kernel.groups == (0, 1, 2, 3)
 
 
+@pytest.fixture
+def no_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ kernels are the same for every model: spare the capture of one."""
+    monkeypatch.setattr(emit_module, "model_groups", lambda model, recipe: ())
+
+
+@pytest.mark.usefixtures("no_specs")
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_that_this_machine_need_not_have(
+    isa: Isa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, Isa]] = []
+
+    def library(source: str, isa: Isa) -> Path:
+        built.append((source, isa))
+        (tmp_path / "library").write_bytes(b"code")
+        return tmp_path / "library"
+
+    monkeypatch.setattr(emit_module, "build", library)
+    report = emit(nn.Module(), f"cpu:{isa}", tmp_path / "out")
+    assert report.target == f"cpu:{isa}"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"kernels-{isa}.cpp",
+        f"kernels-{isa}.so",
+        "resources.json",
+    }
+    assert built == [((tmp_path / "out" / f"kernels-{isa}.cpp").read_text(), isa)]
+
+
+def test_an_unknown_instruction_set(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"'cpu:sse' is not known: expected cpu, or one of cpu:avx512, .*cpu:neon"):
+        emit(nn.Module(), "cpu:sse", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_specs")
+def test_a_compiler_for_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.compiler_version() is None:
+        pytest.skip("no C++ compiler here")
+    foreign: Isa = "avx512" if supported("neon") else "neon"
+    monkeypatch.setattr(emit_module, "emit_cpp", lambda _: "int f() { return 0; }\n")
+    with pytest.raises(BuildError, match=f"does not compile for {foreign}; set BWLA_CXX"):
+        emit(nn.Module(), f"cpu:{foreign}", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_specs")
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed")
+def test_a_cross_compiler_makes_a_library_of_its_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BWLA_CXX", COMPILER)
+    monkeypatch.setattr(emit_module, "emit_cpp", lambda _: "int f() { return 0; }\n")
+    (kernel,) = emit(nn.Module(), "cpu:neon", tmp_path / "out").kernels
+    header = (tmp_path / "out" / kernel.files[1]).read_bytes()
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == 183, "the machine of the ELF header is not AArch64"
+
+
 def test_without_a_cpp_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BWLA_CXX", "")
     with pytest.raises(BuildError, match="install g\\+\\+, or name one in BWLA_CXX"):
@@ -169,7 +227,7 @@ def test_without_a_cpp_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("target", ["gpu", "cuda:9", "hip"])
 def test_a_bad_target_is_refused_before_anything_is_written(target: str, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=f"target '{target}' is not known: expected cpu, cuda:N"):
+    with pytest.raises(BuildError, match=f"target '{target}' is not known: expected cpu, cpu:ISA, cuda:N"):
         emit(nn.Module(), target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,9 @@ LAYERS = {
     "passes": 4,
     **dict.fromkeys(("calibrate", "checkpoint", "inspector", "evaluate", "demo", "emit"), 5),
     "backend": 6,
-    **dict.fromkeys(("main_job", "comparison", "inspection", "dumping", "streaming", "zoo", "api"), 7),
+    **dict.fromkeys(
+        ("main_job", "comparison", "inspection", "dumping", "streaming", "serving", "generation", "zoo", "api"), 7
+    ),
     **dict.fromkeys(("cli", "cli_bench", "cli_options", "cli_inspect", "cli_packing", "__main__"), 7),
 }
 STRANGERS = {2, 5}

@@ -24,6 +24,7 @@ from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
+from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.skeleton import FORMAT_VERSION, build_skeleton, describe, packed_modules
@@ -113,6 +114,8 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Have norms and activation functions computed as the kernels do."""
+        share_functions(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -165,7 +168,9 @@ def _mark_initialized(parent: Any, *, always: bool = False) -> None:
 
 
 def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
-    """Give a model that was quantized in place the config that save_pretrained writes."""
+    """Make a model that was quantized in place what from_pretrained would give: with its config and operators."""
+    if not recipe.simulated:
+        share_functions(model)
     modules = packed_modules(model)
     config = BwlaConfig(
         modules={name: describe(module, modules) for name, module in modules.items()},

@@ -145,6 +145,17 @@ static void linear(const float* x, const Prologue* prologue, const float* column
 """
 
 ENTRIES = r"""
+// Call f(K{}) with the kernel for codes in [-limit, limit], or for floats where limit is 0.
+// A kernel text that has a SmallKernel says up to which limit it serves.
+template <class F>
+static void with_kernel(int limit, const F& f) {
+  if (!limit) return f(FloatKernel{});
+#ifdef SMALL_CODES
+  if (limit <= SMALL_CODES) return f(SmallKernel{});
+#endif
+  f(IntKernel{});
+}
+
 EXPORT long bwla_packed_bytes(long planes, long out, long in) {
   return planes * divide_up(out, ROWS) * ROWS * divide_up(in, COLUMNS) * (long)sizeof(Word);
 }
@@ -181,10 +192,9 @@ EXPORT void bwla_pack_scale(const float* scale, float* packed, long planes, long
 // or left as it is where limit is 0.
 EXPORT void bwla_fused_group(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in,
                              int limit, const Member* members, long n_members, long threads) {
-  if (limit)
-    linear<IntKernel>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
-  else
-    linear<FloatKernel>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
+  with_kernel(limit, [&](auto kernel) {
+    linear<decltype(kernel)>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
+  });
 }
 
 EXPORT void bwla_linear(const float* x, const float* column_scale, long tokens, long in, int limit,
@@ -197,22 +207,32 @@ EXPORT void bwla_quantize(const float* x, const float* column_scale, long tokens
   for (long m = 0; m < tokens; m++) scale[m] = quantize(x + m * in, column_scale, in, in, limit, codes + m * in);
 }
 
-// The integer sums of one plane, acc [tokens, out], for codes [tokens, in] in [-limit, limit]; for tests.
-EXPORT void bwla_accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
-                            int32_t* acc) {
+template <class K>
+static void accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
+                       int32_t* acc) {
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS, blocks = divide_up(out, ROWS);
   const long stride = blocks * ROWS;
   Buffer<int8_t> rows;
-  Buffer<IntKernel::Entry> tables;
+  Buffer<typename K::Entry> tables;
   Buffer<int32_t> sums;
   int8_t* row = rows.get(tokens * padded);
   std::memset(row, 0, tokens * padded);
   for (long m = 0; m < tokens; m++) std::memcpy(row + m * padded, codes + m * in, in);
-  IntKernel::Entry* table = tables.get(tokens * words * IntKernel::TABLE);
-  build_tables<IntKernel>(row, tokens, words, table, 1);
+  auto* table = tables.get(tokens * words * K::TABLE);
+  build_tables<K>(row, tokens, words, table, 1);
   int32_t* sum = sums.get(tokens * stride);
   std::fill(sum, sum + tokens * stride, 0);
-  sweep_rows<IntKernel>(signs, words, 0, blocks, table, tokens, limit, sum);
+  sweep_rows<K>(signs, words, 0, blocks, table, tokens, limit, sum);
   for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
+}
+
+// The integer sums of one plane, acc [tokens, out], for codes [tokens, in] in [-limit, limit], limit > 0; for tests.
+EXPORT void bwla_accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
+                            int32_t* acc) {
+  with_kernel(limit, [&](auto kernel) {
+    using K = decltype(kernel);
+    if constexpr (std::is_same_v<typename K::Code, int8_t>)
+      accumulate<K>(codes, signs, tokens, out, in, limit, acc);
+  });
 }
 """

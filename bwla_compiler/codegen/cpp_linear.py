@@ -7,6 +7,7 @@ from bwla_compiler.codegen import (
     cpp_ends,
     cpp_entries,
     cpp_int4,
+    cpp_neon,
     cpp_portable,
     cpp_prologue,
     cpp_transform,
@@ -16,6 +17,7 @@ from bwla_compiler.codegen.isa import Isa
 KERNELS: dict[Isa, str] = {
     "avx512": cpp_avx512.KERNELS,
     "avx2": cpp_avx2.KERNELS,
+    "neon": cpp_neon.KERNELS,
     "portable": cpp_portable.KERNELS,
 }
 

@@ -14,7 +14,9 @@ from bwla_compiler.codegen.cpp_ops_routes import ROUTES
 HEADER = r"""
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cos.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sin.h>
 #include <c10/util/Half.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -65,6 +67,7 @@ struct Kernels {
   void (*int8_embedding)(const void*, const void*, const void*, void*, long, long);
   void (*use_team)(void (*)(long, void (*)(void*), void*));
   void (*fused_group)(const void*, const Prologue*, const void*, long, long, int, const Member*, long, long);
+  void (*prologue)(const void*, const Prologue*, void*, long, long, long);
   void (*int4_linear)(const void*, const void*, const void*, const void*, void*, long, long, long, long, long, long);
   void (*int4_embedding)(const void*, const void*, const void*, void*, long, long, long, long);
 };
@@ -103,6 +106,9 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("int4_linear", TORCH_FN(int4_linear));
   registered.back()->impl("int4_embedding", TORCH_FN(int4_embedding));
   registered.back()->impl("transform", TORCH_FN(transform));
+  registered.back()->impl("prologue", TORCH_FN(prologue));
+  registered.back()->impl("sin", [](const Tensor& x) { return at::sin(x); });
+  registered.back()->impl("cos", [](const Tensor& x) { return at::cos(x); });
   registered.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "bwla", c10::DispatchKey::Autograd,
                                                         __FILE__, __LINE__));
   registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
@@ -111,6 +117,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("fused_call", TORCH_FN(fused_call));
   registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
+  registered.back()->impl("prologue", TORCH_FN(PrologueRoute::differentiable<prologue>));
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());
   registered.back()->impl("int4_linear", TORCH_FN(Int4Route::differentiable<int4_linear>));
   registered.back()->impl("int4_embedding", torch::CppFunction::makeFallthrough());

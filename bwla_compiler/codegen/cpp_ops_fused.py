@@ -1,4 +1,4 @@
-"""C++ text of the operator fused_group: norm or activation, transform, rounding, linears, bias and residual at once."""
+"""C++ text of the operators fused_group, from norm or activation to residual, and prologue, its first step alone."""
 
 from bwla_compiler.spec import PROLOGUES
 
@@ -52,6 +52,24 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
                           address(gains), address(shifts), address(f.scale), address(f.left), address(f.right),
                           f.n1, f.n2};
   return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits, &prologue);
+}
+
+struct PrologueName { static constexpr const char* name = "bwla::prologue"; };
+using PrologueRoute =
+    Route<PrologueName, Tensor(const Tensor&, std::string_view, double, const Maybe&, const Maybe&)>;
+
+// A norm or activation function alone.
+Tensor prologue(const Tensor& x, std::string_view kind, double eps, const Maybe& gain, const Maybe& shift) {
+  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && kind != "none" &&
+                    takes_prologue(x, kind, NOTHING, gain, shift);
+  if (!good) return PrologueRoute::portable(x, kind, eps, gain, shift);
+  const Tensor rows = plain(x), gains = gain ? plain(*gain) : Tensor(), shifts = shift ? plain(*shift) : Tensor();
+  const Prologue prologue{std::find(KINDS.begin(), KINDS.end(), kind) - KINDS.begin(), (float)eps, nullptr,
+                          address(gains), address(shifts), nullptr, nullptr, nullptr, 1, 1};
+  Tensor y = result_of(x, x.size(-1));
+  kernels.prologue(rows.const_data_ptr(), &prologue, y.mutable_data_ptr(), tokens_of(x), x.size(-1),
+                   at::get_num_threads());
+  return typed_like(std::move(y), x);
 }
 
 constexpr const char* BAD_PLAN =

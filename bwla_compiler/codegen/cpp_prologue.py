@@ -129,5 +129,14 @@ static const float* prepare(const Prologue* p, const float* x, long m, long n, l
   transform.token(x, y, transform.useful(threads, 1));
   return y;
 }
+
+// Norms and activation functions alone, y [tokens, n]: bit for bit what precedes the linears of a fused group.
+EXPORT void bwla_prologue(const float* x, const Prologue* p, float* y, long tokens, long n, long threads) {
+  constexpr long FEW = 1 << 15;  // numbers that one thread has done before a second one has begun
+  const long block = std::max(1L, FEW / std::max(1L, n));
+  parallel(divide_up(tokens, block), threads, [&](long job) {
+    for (long m = job * block; m < std::min(tokens, (job + 1) * block); m++) apply_kind(*p, x + m * n, m, y + m * n, n);
+  });
+}
 """
 )

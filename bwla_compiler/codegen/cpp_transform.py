@@ -9,6 +9,10 @@ static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm512_fmadd_ps(a
 typedef float Vec __attribute__((vector_size(32)));
 constexpr int TALL = 4;
 static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+#elif defined(USES_NEON)
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int TALL = 8;
+static inline Vec multiply_add(Vec a, float b, Vec c) { return (Vec)vfmaq_n_f32((float32x4_t)c, (float32x4_t)a, b); }
 #else
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int TALL = 4;

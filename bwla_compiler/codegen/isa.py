@@ -1,18 +1,19 @@
-"""Which instruction set this processor has: "avx512", "avx2" or "portable"."""
+"""Which instruction set this processor has: "avx512", "avx2", "neon" or "portable"."""
 
 import functools
 import platform
 from pathlib import Path
 from typing import Literal
 
-Isa = Literal["avx512", "avx2", "portable"]
+Isa = Literal["avx512", "avx2", "neon", "portable"]
 
-ISAS: tuple[Isa, ...] = ("avx512", "avx2", "portable")
+ISAS: tuple[Isa, ...] = ("avx512", "avx2", "neon", "portable")
 """Every instruction set with an emitter, best first."""
 
 NEEDS: dict[Isa, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"}),
     "avx2": frozenset({"avx2", "fma"}),
+    "neon": frozenset({"asimd"}),
     "portable": frozenset(),
 }
 """Processor flags that a kernel of each instruction set executes, named as Linux names them."""
@@ -20,20 +21,31 @@ NEEDS: dict[Isa, frozenset[str]] = {
 FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
+    "neon": ("-march=armv8-a",),
     "portable": (),
 }
 """Compiler flags of each instruction set; explicit, so that a cached library never depends on -march=native."""
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux lists the processor's features: under "flags" on x86, under "Features" on Arm."""
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Return the processor's feature flags as /proc/cpuinfo spells them; empty where it cannot be read."""
+    """Return the processor's feature flags as /proc/cpuinfo spells them.
+
+    Where it cannot be read: "asimd" on 64-bit Arm, all of which has NEON (macOS has no such file); else none.
+    """
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    always = frozenset({"asimd"} if arm else ())
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPU_INFO.read_text().splitlines()
     except OSError:
-        return frozenset()
-    words = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
-    return frozenset(next(words, []))
+        return always
+    label = "Features" if arm else "flags"
+    words = (line.partition(":")[2].split() for line in lines if line.startswith(label))
+    return always | frozenset(next(words, []))
 
 
 def supported(isa: Isa) -> bool:

@@ -43,6 +43,7 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
+    "prologue": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     "fused_group": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
@@ -57,7 +58,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
-    "use_team", "fused_group", "int4_linear", "int4_embedding",
+    "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 

@@ -19,7 +19,8 @@ SHARED_LIMITS = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100:
 HIP_SHARED_LIMITS = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840}
 """The same by AMD architecture, of those with matrix units and 64 lanes to a warp."""
 
-FORMS = f"cpu, cuda:N with N one of {', '.join(map(str, SHARED_LIMITS))}, or hip:{' or hip:'.join(HIP_SHARED_LIMITS)}"
+_CUDA, _HIP = ", ".join(map(str, SHARED_LIMITS)), " or hip:".join(HIP_SHARED_LIMITS)
+FORMS = f"cpu, cpu:ISA, cuda:N with N one of {_CUDA}, or hip:{_HIP}"
 
 Activations = Literal["fp32", "bf16", "fp16"]
 

@@ -13,7 +13,7 @@ from bwla_compiler.passes.graph_order import dependence, mutation_between, posit
 from bwla_compiler.passes.match_activations import match_activation
 from bwla_compiler.passes.match_graph import dtype_of
 from bwla_compiler.passes.match_norms import match_norm
-from bwla_compiler.passes.match_prologue import Found, Matcher, dtype_refusal
+from bwla_compiler.passes.match_prologue import Found, Matcher, dtype_refusal, match_call
 from bwla_compiler.passes.packed_calls import (
     NO_TRANSFORM,
     OPS,
@@ -24,7 +24,7 @@ from bwla_compiler.passes.packed_calls import (
     results_as,
 )
 
-MATCHERS: tuple[Matcher, ...] = (match_norm, match_activation)
+MATCHERS: tuple[Matcher, ...] = (match_norm, match_activation, match_call)
 
 
 @dataclass(frozen=True)

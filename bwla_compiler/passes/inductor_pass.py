@@ -1,4 +1,4 @@
-"""FuseKernels and FlattenCalls as Inductor runs them: on the decomposed graph, known to its cache by their source."""
+"""Our passes as Inductor runs them: on the decomposed graph, known to its cache by their source."""
 
 import logging
 from pathlib import Path
@@ -10,14 +10,15 @@ from bwla_compiler.graph.dump import GraphDump, graph_text
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.flatten_calls import FlattenCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
+from bwla_compiler.passes.keep_sines import KeepSines
 from bwla_compiler.runtime import flat
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
 
 _SOURCES = (
-    "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "match_activations", "match_graph", "match_norms",
-    "match_prologue", "packed_calls",
+    "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations", "match_graph",
+    "match_norms", "match_prologue", "packed_calls",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class InductorFusion(CustomGraphPass):
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
             dump.add(report.name, graph_text(graph), notes=notes)
         FlattenCalls().run(graph)
+        KeepSines().run(graph)
 
     def uuid(self) -> bytes:
         """Return a hash of the source of every file that decides what the pass does."""

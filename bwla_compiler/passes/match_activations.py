@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from bwla_compiler.passes.match_graph import TARGETS, Binding, OneOf, dtype_of, match, op, uncast
-from bwla_compiler.passes.match_prologue import Found, same_shape
+from bwla_compiler.passes.match_prologue import Found, match_call, same_shape
 
 _CUBE = OneOf((op("pow", "x", 3), op("mul", op("mul", "x", "x"), "x")))
 _TANH = op("tanh", op("mul", op("add", "x", op("mul", _CUBE, 0.044715)), 0.7978845608028654))
@@ -49,4 +49,7 @@ def _match_plain(value: Any) -> tuple[str, Binding] | None:
     for kind, pattern in ACTIVATIONS.items():
         if (bound := match(pattern, value)) is not None:
             return kind, bound
-    return None
+    called = match_call(value)
+    if called is None or called.kind not in ACTIVATIONS:
+        return None
+    return called.kind, Binding({"x": called.x}, called.dtypes)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bwla_compiler.passes.match_graph import dtype_of
+from bwla_compiler.passes.match_graph import dtype_of, uncast
+from bwla_compiler.runtime.ops import LIBRARY
+
+_PROLOGUE: Any = getattr(torch.ops, LIBRARY.ns).prologue.default
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,17 @@ def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
     if isinstance(m, torch.SymInt) and isinstance(n, torch.SymInt):
         return bool(m.node.expr == n.node.expr)
     return isinstance(m, int) and isinstance(n, int) and m == n
+
+
+def match_call(node: Any) -> Found | None:
+    """Return the norm or activation function that a call of bwla.prologue computes, or None."""
+    dtypes: set[torch.dtype] = set()
+    call = uncast(node, dtypes)
+    if not isinstance(call, Node) or call.target is not _PROLOGUE:
+        return None
+    x, kind, eps, gain, shift = cast(tuple[Node, str, float, Node | None, Node | None], call.args)
+    met = dtypes | ({dtype} if (dtype := dtype_of(call)) else set())
+    return Found(kind, x, met, eps=eps, gain=gain, shift=shift)
 
 
 def dtype_refusal(found: Found) -> str:

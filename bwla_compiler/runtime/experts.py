@@ -6,7 +6,7 @@ child of the same name, and the module's forward one of those here (`adopt`).
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from bwla_compiler.runtime.halves import read_half, register_empty_half, registe
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
 from bwla_compiler.runtime.transformed import counter_rotated
+from bwla_compiler.runtime.weight_spec import scale_kind, spec_of_weight
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
 EXPERTS = torch.ops.bwla.experts.default
@@ -66,20 +67,9 @@ class PackedExperts(nn.Module):
         Scales are rounded to float16, the low-rank pairs to int8 by component. Raises ShapeError where the formats
         differ, or have groups other than of 128 columns, or groups and column scales together.
         """
-        first = weights[0]
         _check_alike(weights)
-        groups = first.scale.shape[2]
-        row: Literal["row", "row+column"] = "row" if first.column_scale is None else "row+column"
-        spec = LinearSpec(
-            in_features=first.in_features,
-            out_features=(first.out_features,),
-            planes=first.planes,
-            scale_kind="group" if groups > 1 else row,
-            group_size=GROUP,
-            rank=first.rank,
-            transform=transform.spec if transform is not None else TransformSpec(),
-            activation_bits=activation_bits,
-        )
+        basis = transform.spec if transform is not None else None
+        spec = spec_of_weight(weights[0], transform=basis, activation_bits=activation_bits)
         experts = cls(spec, len(weights), device="meta")
         experts.transform = transform
         experts.signs = torch.stack([pack_signs(w.signs) for w in weights])
@@ -93,12 +83,11 @@ class PackedExperts(nn.Module):
     def spec(self) -> LinearSpec:
         """The shape and format of one expert's linear, as it is now."""
         has_columns = getattr(self, "column_scale") is not None  # noqa: B009 (a buffer that may be None)
-        row: Literal["row", "row+column"] = "row+column" if has_columns else "row"
         return LinearSpec(
             in_features=self.in_features,
             out_features=(self.out_features,),
             planes=self.signs.shape[1],
-            scale_kind="group" if self.row_scale.shape[3] > 1 else row,
+            scale_kind=scale_kind(groups=self.row_scale.shape[3], columns=has_columns),
             group_size=GROUP,
             rank=0 if self.low_rank_in is None else self.low_rank_in.shape[1],
             transform=self.transform.spec if self.transform is not None else TransformSpec(kind=self._kind),
@@ -148,13 +137,6 @@ def _check_alike(weights: Sequence[BinaryWeight]) -> None:
     formats = {(w.signs.shape, w.scale.shape, w.rank, w.column_scale is None, w.columns_per_scale()) for w in weights}
     if len(formats) > 1:
         raise ShapeError(f"the weights of {len(weights)} experts have {len(formats)} formats: one is needed")
-    first = weights[0]
-    groups = first.scale.shape[2]
-    if groups > 1 and (first.columns_per_scale() != GROUP or first.column_scale is not None):
-        raise ShapeError(
-            f"{groups} groups of {first.columns_per_scale()} columns: kernels take one scale a row, with or without "
-            f"column scales, or groups of {GROUP} columns without"
-        )
 
 
 class TransformedExperts(nn.Module):

@@ -3,7 +3,7 @@
 Their state is integers, so that casting a model (`dtype=bfloat16`, `.half()`) leaves it as it was saved.
 """
 
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
 from bwla_compiler.runtime.simulated import SimulatedLinear
 from bwla_compiler.runtime.typed import register_typed, stand_in
+from bwla_compiler.runtime.weight_spec import scale_kind, spec_of_weight
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
 __all__ = [
@@ -87,25 +88,8 @@ class PackedLinear(nn.Module):
         dtype: that of the model, for those who ask the linear for it.
         Raises ShapeError for groups other than of 128 columns, or for group and column scales together.
         """
-        groups = weight.scale.shape[2]
-        if groups > 1 and (weight.columns_per_scale() != GROUP or weight.column_scale is not None):
-            raise ShapeError(
-                f"{groups} groups of {weight.columns_per_scale()} columns"
-                f"{' and a column scale' if weight.column_scale is not None else ''}: "
-                f"kernels take one scale a row (and column scales), or groups of {GROUP} columns without column scales"
-            )
-        kind: Literal["row", "row+column", "group"] = "row" if weight.column_scale is None else "row+column"
-        spec = LinearSpec(
-            in_features=weight.in_features,
-            out_features=(weight.out_features,),
-            planes=weight.planes,
-            scale_kind="group" if groups > 1 else kind,
-            group_size=GROUP,
-            rank=weight.rank,
-            transform=transform.spec if transform is not None else TransformSpec(),
-            activation_bits=activation_bits,
-            bias=bias is not None,
-        )
+        basis = transform.spec if transform is not None else None
+        spec = spec_of_weight(weight, transform=basis, activation_bits=activation_bits, bias=bias is not None)
         linear = cls(spec, device="meta")
         linear.transform = transform
         linear.signs = pack_signs(weight.signs)
@@ -135,12 +119,11 @@ class PackedLinear(nn.Module):
     def spec(self) -> LinearSpec:
         """The shape and format of this linear, as it is now."""
         has_columns = getattr(self, "column_scale") is not None  # noqa: B009 (a buffer that may be None)
-        row: Literal["row", "row+column"] = "row+column" if has_columns else "row"
         return LinearSpec(
             in_features=self.in_features,
             out_features=(self.out_features,),
             planes=self.planes,
-            scale_kind="group" if self.row_scale.shape[2] > 1 else row,
+            scale_kind=scale_kind(groups=self.row_scale.shape[2], columns=has_columns),
             group_size=GROUP,
             rank=self.rank,
             transform=self.transform.spec if self.transform is not None else TransformSpec(kind=self._kind),

@@ -37,7 +37,7 @@ class NativeOperators:
         self._library.bwla_derived.restype = c_long
 
     def register(self) -> None:
-        """Put the operators before the Python implementations, which serve from the next call on."""
+        """Put the operators before the Python implementations: they serve from the next call on."""
         if not self.registered:
             self._library.bwla_register(self._entries, INT8_KERNEL_TOKENS)
         self.registered = True
@@ -94,11 +94,15 @@ def wanted() -> bool:
     return chosen_kernels() in ("auto", "cpp")
 
 
-def install() -> None:
-    """Build and register the operators if they are wanted, and that was not done or tried before."""
+def install() -> bool:
+    """Build and register the operators if they are wanted, and that was not done or tried before.
+
+    Returns whether they serve from now on.
+    """
     if not wanted():
-        return
+        return False
     with _GATE:
         found = operators()
         if found is not None:
             found.register()
+        return found is not None

@@ -3,7 +3,8 @@
 x is float32, bfloat16 or float16 with any leading dimensions; arithmetic is float32; results have the dtype of x.
 Scales and factors are floats, or int16 bits of float16 with their power of two as the argument NAME_exponent (int8,
 one element), which the operators decode. The first call on the CPU builds the C++ operators (`native`), which then
-take the place of the Python implementations here.
+take the place of the Python implementations here, for that call too: they add in another order, so that a process
+whose first call was Python's would not repeat the bits of one that was already running.
 """
 
 import dataclasses
@@ -44,6 +45,9 @@ SCHEMAS = (
     "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
+    "sin(Tensor x) -> Tensor",
+    "cos(Tensor x) -> Tensor",
     "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
     "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
     "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
@@ -146,6 +150,15 @@ def _fused_group(
     return [y.to(x.dtype) for y in sums]
 
 
+def _prologue(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Implementation of bwla::prologue in plain torch: a norm or activation function alone, in float32."""
+    before = portable.Prologue(kind, eps, gain, shift)
+    check_prologue(x, before)
+    if kind == "none":
+        raise ShapeError("prologue 'none' computes nothing: its result would alias its input")
+    return shaped_like(portable.prologue(rows_of(x), before), x)
+
+
 def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
     """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
     results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
@@ -185,14 +198,20 @@ def _transform(
     return portable.transform(x, *factored)
 
 
-def _installing(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the implementation for the CPU: called once before the C++ operators serve, always where they cannot."""
+def _installing(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the implementation of bwla::<name> for the CPU where the C++ operators do not serve yet, or cannot."""
+    op = getattr(torch.ops.bwla, name).default
 
     def call(*arguments: Any) -> Any:
-        native.install()
-        return implementation(*arguments)
+        return op(*arguments) if native.install() else implementation(*arguments)
 
     return call
+
+
+def _experts_installing(*arguments: Any) -> Any:
+    """Implementation of bwla::experts for the CPU; the C++ operators have none."""
+    native.install()
+    return _experts_with(True)(*arguments)
 
 
 def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
@@ -203,23 +222,27 @@ def _refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 ON_CPU: dict[str, Callable[..., Any]] = {
-    "transform": _installing(_transform),
-    "linear": _installing(_linear_with(True)),
-    "linear_group": _installing(_group_with(True)),
-    "fused_group": _installing(_fused_group),
-    "experts": _installing(_experts_with(True)),
-    "int8_linear": _installing(end_ops.int8_linear_with(True)),
-    "int4_linear": _installing(end_ops.int4_linear_with(True)),
-    "int8_embedding": _installing(end_ops.int8_embedding),
-    "int4_embedding": _installing(end_ops.int4_embedding),
+    "transform": _installing("transform", _transform),
+    "linear": _installing("linear", _linear_with(True)),
+    "linear_group": _installing("linear_group", _group_with(True)),
+    "fused_group": _installing("fused_group", _fused_group),
+    "prologue": _installing("prologue", _prologue),
+    "experts": _experts_installing,
+    "int8_linear": _installing("int8_linear", end_ops.int8_linear_with(True)),
+    "int8_embedding": _installing("int8_embedding", end_ops.int8_embedding),
+    "int4_linear": _installing("int4_linear", end_ops.int4_linear_with(True)),
+    "int4_embedding": _installing("int4_embedding", end_ops.int4_embedding),
 }
 for _name, _implementation in ON_CPU.items():
     LIBRARY.impl(_name, _implementation, "CPU")
 LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
+LIBRARY.impl("prologue", _prologue, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_call", _fused_call, "Autograd")
+for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
+    LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("int8_linear", end_ops.int8_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("int4_linear", end_ops.int4_linear_with(False), "CompositeExplicitAutograd")
@@ -232,7 +255,7 @@ LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
 # ---------------------------------------------------------------- shapes
 
 
-def _fake_transform(x: Tensor, *rest: Any) -> Tensor:
+def _fake_same(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -258,7 +281,10 @@ def _fake_refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 for _name, _fake in (
-    ("transform", _fake_transform),
+    ("transform", _fake_same),
+    ("prologue", _fake_same),
+    ("sin", torch.empty_like),
+    ("cos", torch.empty_like),
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
@@ -328,5 +354,14 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
     return kernel
 
 
-for _name in ("transform", "linear", "linear_group", "fused_group", "experts", "int8_linear", "int4_linear"):
+for _name in (
+    "transform",
+    "linear",
+    "linear_group",
+    "fused_group",
+    "prologue",
+    "experts",
+    "int8_linear",
+    "int4_linear",
+):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

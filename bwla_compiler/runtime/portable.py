@@ -71,8 +71,9 @@ def prologue(rows: Tensor, p: Prologue) -> Tensor:
 
 def _normalized(y: Tensor, p: Prologue) -> Tensor:
     if p.kind == "layer_norm":
-        y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + p.eps)
+        y = F.layer_norm(y, y.shape[-1:], eps=p.eps)
+    else:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + p.eps)
     if p.gain is not None:
         y = y * p.gain.float()
     return y if p.shift is None else y + p.shift.float()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cli, quality, quantize_cost
+from benchmarks import cli, quality
 from benchmarks.demo_table import rows_of
-from benchmarks.errors import ContenderError, ResultsError
+from benchmarks.errors import ResultsError
 from benchmarks.everything import measure_everything
 from bwla_compiler import cli as face
 from bwla_compiler.cli_bench import harness
-from bwla_compiler.errors import HarnessError, RecipeError
+from bwla_compiler.errors import HarnessError
 from tests.benchmarks.test_compare import EVEN, run
 
 KINDS = (
@@ -22,6 +22,7 @@ KINDS = (
     "models",
     "quality",
     "quantize",
+    "gguf",
     "demo",
     "compile-time",
     "text",
@@ -109,31 +110,6 @@ def test_the_main_job_becomes_rows() -> None:
     ]
 
 
-def test_quantizing_tells_a_row_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"block": "b0", "seconds": 1.0, "peak_mib": 9.0, "done": 1, "total": 1}, {"block": "all", "seconds": 2.0}]
-    monkeypatch.setattr(quantize_cost, "_in_process", lambda job: rows)
-    told: list[tuple[str, int, int]] = []
-    found = quantize_cost.measure(lambda *call: told.append(call), model="demo:", changes=("tuning.steps=0",))
-    assert [row["block"] for row in found] == ["b0", "all"]
-    assert found[0]["settings"] == "tuning.steps=0"
-    assert "done" not in found[0]
-    assert told[0] == ("quantizing: blocks", 1, 1)
-    with pytest.raises(RecipeError):
-        quantize_cost.measure(lambda *call: None, recipe="rtm")
-
-
-@pytest.mark.exhaustive
-def test_quantizing_in_a_process_of_its_own(tmp_path: Path) -> None:
-    from tests import tiny
-
-    tiny.make("llama").save_pretrained(tmp_path / "float")  # type: ignore[operator]
-    rows = quantize_cost.measure(lambda *call: None, model=str(tmp_path / "float"), recipe="rtn", calibration="none")
-    assert [row["block"] for row in rows][-1] == "all"
-    assert all(row["peak_mib"] > 50 for row in rows)
-    with pytest.raises(ContenderError, match="absent"):
-        quantize_cost.measure(lambda *call: None, model=str(tmp_path / "absent"), recipe="rtn", calibration="none")
-
-
 def test_all_kinds_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
@@ -144,7 +120,7 @@ def test_all_kinds_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatc
 
         return measure
 
-    for kind, module in (("demo", "demo_table"), ("quantize", "quantize_cost"), ("models", "models"),
+    for kind, module in (("demo", "demo_table"), ("quantize", "quantize"), ("models", "models"),
                          ("kernels", "kernels"), ("quality", "quality")):  # fmt: skip
         monkeypatch.setattr(f"benchmarks.everything.{module}.measure", fake(kind))
     from benchmarks.budget import Budget

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import models, peers
 from benchmarks.budget import Budget
-from benchmarks.contender import Runner, model_bytes, serve
+from benchmarks.contender import TorchRunner, model_bytes, serve
 from benchmarks.errors import ContenderError, ResultsError
 from benchmarks.models import Race, Work, compare
 from benchmarks.peers import ways
@@ -51,10 +51,10 @@ def test_layers_are_left_out_of_configs_alone_and_folders_without_a_config_are_r
         make_subject(str(tmp_path), work=tmp_path)
 
 
-def runner(subject: Subject, name: str) -> Runner:
+def runner(subject: Subject, name: str) -> TorchRunner:
     """Return a way of the subject, loaded in this process."""
     (way,) = [way for way in ways((name,)) if way.name == name]
-    return Runner(way, str(subject.folder(way.source)), subject.ids(12), prompt=8)
+    return TorchRunner(way, str(subject.folder(way.source)), subject.ids(12), prompt=8)
 
 
 def test_a_contender_reads_the_tokens_it_was_given_through_its_cache(subject: Subject) -> None:
@@ -74,7 +74,7 @@ def test_a_contender_reads_the_tokens_it_was_given_through_its_cache(subject: Su
 
 def test_a_contender_answers_commands(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(subject.ids(10), tmp_path / "ids.pt")
-    job = {"way": "bwla, eager", "folder": subject.packed, "ids": str(tmp_path / "ids.pt"), "prompt": 8, "threads": 1}
+    job = {"way": "bwla, eager", "path": subject.packed, "ids": str(tmp_path / "ids.pt"), "prompt": 8, "threads": 1}
     commands = ["first\n", f"logits {tmp_path / 'logits.pt'}\n", "round\n", "memory\n"]
     monkeypatch.setattr(sys, "stdin", iter(commands))
     answers: list[dict[str, Any]] = []
@@ -90,7 +90,9 @@ def test_a_contender_answers_commands(subject: Subject, tmp_path: Path, monkeypa
 
 def test_a_way_brings_what_it_is_held_against() -> None:
     assert [way.name for way in ways(("bwla",))] == ["bwla, eager", "bwla"]
-    assert "inductor bf16, max-autotune" not in [way.name for way in ways()]
+    unasked = [way.name for way in ways()]
+    assert not {"inductor bf16, max-autotune", "llama.cpp F16"} & set(unasked)
+    assert {"llama.cpp Q8_0", "llama.cpp Q4_0", "llama.cpp Q1_0"} < set(unasked)
     with pytest.raises(ResultsError, match="no way is called 'fast'; there are: eager fp32"):
         ways(("fast",))
 
@@ -166,7 +168,7 @@ def test_a_race_gives_each_way_a_row(fakes: type[FakeContender], tmp_path: Path)
     assert "wrong by 1.0e+00" in rows["inductor fp32"]["refused"]
     assert rows["inductor bf16"]["failed"] == "RuntimeError: no kernel"
     assert rows["torchao int4 weight-only"]["missing"] == "torchao is not installed"
-    assert "missing" in rows["llama.cpp"]
+    assert rows["llama.cpp Q1_0"]["missing"] == "llama-cpp-python is not installed"
     assert ("inductor fp32", "round") not in fakes.asked
     rounds = [way for way, command in fakes.asked if command == "round"]
     timed = list(dict.fromkeys(rounds))
@@ -214,5 +216,7 @@ def test_a_step_is_profiled_and_traced(subject: Subject, tmp_path: Path) -> None
     assert json.loads(trace.read_text())["traceEvents"]
     rows = found.rows("tiny")
     assert sum(row["share"] for row in rows) == pytest.approx(sum(regions.values()) / found.profiled_us, abs=0.01)
+    with pytest.raises(ResultsError, match="cannot be profiled: torch's profiler does not see"):
+        profile_step(subject, way="llama.cpp Q4_0")
     with pytest.raises(ResultsError, match="cannot be profiled: the float model was not given"):
         profile_step(Subject("s", None, subject.packed, 64), way="eager fp32")

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from benchmarks import adamw, quality_folder, quality_model
 from benchmarks.quality_rows import LEVELS, Row, fair_rows, recipe_for
 from bwla_compiler.demo import DemoConfig
+from bwla_compiler.errors import ModelError
 from bwla_compiler.recipe import load_recipe
 from tests import planned, tiny
 
@@ -60,6 +61,9 @@ def test_a_folder_with_streams_or_with_one_stream_is_a_subject(tmp_path: Path, m
     assert subject.ood.numel() > 0
     assert subject.load().config.hidden_size == 64
     assert subject.calibration(3, seed=0).shape == (3, 16)
+    save_file({"train": stream}, tmp_path / "llama" / "tokens.safetensors")
+    with pytest.raises(ModelError, match="held out"):  # its end was trained on: perplexity there says nothing
+        quality_folder.from_folder(tmp_path / "llama", None, files=4)
     torch.save(stream, tmp_path / "ids.pt")
     plain = quality_folder.from_folder(tmp_path / "llama", tmp_path / "ids.pt", files=4)
     assert plain.ood.numel() == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import quality_model
+from benchmarks import quality_folder, training
 from benchmarks.families import FAMILIES, Size, new_model
 from benchmarks.training import CHECKPOINT, Job, batch_at, rate_at, train_family
 from bwla_compiler.demo.corpus import Document
@@ -76,6 +76,17 @@ def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path
         batch_at(torch.arange(10), 0, job=job(tmp_path))
 
 
+def test_what_a_seed_holds_out_is_kept_for_the_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = [Document(f"f{i}", f"held out {i} words and numbers in a file of text. " * 200) for i in range(4)]
+    monkeypatch.setattr(training, "texts", lambda seed, *, fraction: (DOCUMENTS, long[:2], long[2:]))
+    train_family(job(tmp_path, steps=1), progress=quiet)
+    subject = quality_folder.from_folder(tmp_path, None, files=2)
+    assert subject.files.unique().tolist() == [0, 1]
+    assert subject.ood_files.unique().tolist() == [0, 1]
+    assert torch.equal(subject.train, load_file(tmp_path / "tokens.safetensors")["train"])
+    assert subject.load().config.model_type == "llama"
+
+
 def test_the_rate_rises_stays_and_falls() -> None:
     assert rate_at(0.01) == pytest.approx(0.5)
     assert rate_at(0.5) == 1
@@ -85,5 +96,5 @@ def test_the_rate_rises_stays_and_falls() -> None:
 
 def test_an_unfinished_folder_is_no_subject(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has finished"):
-        quality_model.trained(tmp_path, files=2)
+        quality_folder.from_folder(tmp_path, None, files=2)
     assert replace(job(tmp_path), minutes=5).fixed() == job(tmp_path).fixed()

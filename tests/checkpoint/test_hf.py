@@ -54,11 +54,14 @@ def test_a_reload_gives_bit_equal_logits_and_no_float_linear(name: str, tmp_path
     assert api.bits(again) == api.bits(model)
 
 
-def test_a_fresh_process_gives_the_same_bits(llama: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_a_fresh_process_of_transformers_gives_the_same_bits_after_one_import(
+    llama: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
     model, folder = llama
     code = (
-        "import sys, torch; from bwla_compiler import api; from tests import tiny\n"
-        "with torch.no_grad(): y = api.load(sys.argv[1]).model(tiny.ids(seed=4)).logits\n"
+        "import sys, torch, transformers, bwla_compiler.checkpoint.hf; from tests import tiny\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "with torch.no_grad(): y = model(tiny.ids(seed=4)).logits\n"
         "torch.save(y, sys.argv[2])"
     )
     out = tmp_path / "logits.pt"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import hub
 
@@ -30,6 +31,30 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(tiny.ids(seed=4)).logits
     return found
+
+
+class _Floats(TorchDispatchMode):
+    """Notes the most float values that any result off meta holds."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.is_floating_point() and not found.is_meta:
+            self.most = max(self.most, found.untyped_storage().nbytes() // found.itemsize)
+        return found
+
+
+def test_no_float_weight_is_ever_made(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # what other threads make is not seen
+    smallest = 64 * 32  # of k_proj and v_proj
+    with _Floats() as seen:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert 0 < seen.most < smallest
+    tiny.make("llama-tied").save_pretrained(tmp_path)
+    with _Floats() as seen:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert seen.most >= smallest, "float weights pass unseen: nothing is tested above"
 
 
 @pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}])

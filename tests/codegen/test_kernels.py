@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwla_compiler.codegen.isa import ISAS, Isa, supported
-from bwla_compiler.codegen.library import GROUP, KernelLibrary, Member, load
+from bwla_compiler.codegen.isa import ISAS
+from bwla_compiler.codegen.library import GROUP, KernelLibrary, Member
 from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.planes import pack_signs
 from bwla_compiler.runtime.reference import int4_weight
+from tests.codegen.emulated import EmulatedLibrary, kernels
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 130, 129), (65, 257, 1000), (5, 128, 2048), (7, 640, 520)]
 """(tokens, out, in): no tile, block, word or chunk divides them all; 65 tokens are more than one wave."""
@@ -19,29 +20,39 @@ SHAPES = [(1, 1, 1), (3, 7, 5), (2, 130, 129), (65, 257, 1000), (5, 128, 2048), 
 LIMIT = {8: 127, 6: 31, 4: 7}
 
 
+Library = KernelLibrary | EmulatedLibrary
+
+
 @pytest.fixture(params=ISAS)
-def library(request: pytest.FixtureRequest) -> KernelLibrary:
-    isa: Isa = request.param
-    if not supported(isa):
-        pytest.skip(f"this processor does not run {isa}")
-    kernels = load(isa)
-    assert kernels is not None, "the tests need a C++ compiler"
-    return kernels
+def library(request: pytest.FixtureRequest) -> Library:
+    return kernels(request.param)
 
 
 def random_signs(planes: int, out: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, (planes, out, columns), generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def packed(library: KernelLibrary, signs: Tensor) -> Tensor:
-    planes, out, columns = signs.shape
-    canonical = pack_signs(signs)
+def packed(library: Library, signs: Tensor) -> Tensor:
+    return packed_words(library, pack_signs(signs), signs.shape[2])
+
+
+def packed_words(library: Library, canonical: Tensor, columns: int) -> Tensor:
+    planes, out, _ = canonical.shape
     result = torch.empty(library.packed_bytes(planes, out, columns), dtype=torch.uint8)
     library.pack(canonical.data_ptr(), result.data_ptr(), planes, out, columns, 2)
     return result
 
 
-def accumulate(library: KernelLibrary, codes: Tensor, signs: Tensor, limit: int) -> Tensor:
+def packed_scale(library: Library, scale: Tensor) -> Tensor:
+    """Return scale [planes, out, groups] as the kernels take it."""
+    if scale.shape[2] == 1:
+        return scale
+    result = torch.empty(library.packed_scales(*scale.shape))
+    library.pack_scale(scale.data_ptr(), result.data_ptr(), *scale.shape)
+    return result
+
+
+def accumulate(library: Library, codes: Tensor, signs: Tensor, limit: int) -> Tensor:
     acc = torch.full((codes.shape[0], signs.shape[1]), -1, dtype=torch.int32)
     words = packed(library, signs)
     library.accumulate(codes.data_ptr(), words.data_ptr(), *acc.shape, codes.shape[1], limit, acc.data_ptr())
@@ -50,7 +61,7 @@ def accumulate(library: KernelLibrary, codes: Tensor, signs: Tensor, limit: int)
 
 @pytest.mark.parametrize("bits", LIMIT)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accumulators_are_exact(library: KernelLibrary, shape: tuple[int, int, int], bits: int) -> None:
+def test_accumulators_are_exact(library: Library, shape: tuple[int, int, int], bits: int) -> None:
     tokens, out, columns = shape
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(-LIMIT[bits], LIMIT[bits] + 1, (tokens, columns), generator=generator, dtype=torch.int8)
@@ -61,7 +72,7 @@ def test_accumulators_are_exact(library: KernelLibrary, shape: tuple[int, int, i
 
 @pytest.mark.parametrize("bits", LIMIT)
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_saturation_extremes_are_exact(library: KernelLibrary, bits: int, sign: int) -> None:
+def test_saturation_extremes_are_exact(library: Library, bits: int, sign: int) -> None:
     """All codes at the limit and all signs alike, over a row longer than every flush and chunk."""
     columns = 9001
     codes = torch.full((3, columns), sign * LIMIT[bits], dtype=torch.int8)
@@ -73,7 +84,7 @@ def test_saturation_extremes_are_exact(library: KernelLibrary, bits: int, sign: 
 
 
 def run_linear(
-    library: KernelLibrary,
+    library: Library,
     x: Tensor,
     signs: Tensor,
     scale: Tensor,
@@ -86,11 +97,7 @@ def run_linear(
 ) -> Tensor:
     planes, out, _ = signs.shape
     groups = scale.shape[2]
-    words = packed(library, signs)
-    scales = scale
-    if groups > 1:
-        scales = torch.empty(library.packed_scales(planes, out, groups))
-        library.pack_scale(scale.data_ptr(), scales.data_ptr(), planes, out, groups)
+    words, scales = packed(library, signs), packed_scale(library, scale)
     y = torch.full((x.shape[0], out), float("nan"))
     pair = [t.data_ptr() for t in low_rank] if low_rank else [0, 0, 0]
     rank = low_rank[0].shape[0] if low_rank else 0
@@ -119,7 +126,7 @@ def expected(x: Tensor, signs: Tensor, scale: Tensor, bits: int) -> tuple[Tensor
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("grouped", [False, True], ids=["row", "group"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear(library: KernelLibrary, shape: tuple[int, int, int], grouped: bool, planes: int, bits: int) -> None:
+def test_linear(library: Library, shape: tuple[int, int, int], grouped: bool, planes: int, bits: int) -> None:
     tokens, out, columns = shape
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, columns, generator=generator)
@@ -133,7 +140,7 @@ def test_linear(library: KernelLibrary, shape: tuple[int, int, int], grouped: bo
 
 @pytest.mark.parametrize("bits", [16, 8, 6])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_low_rank_column_scale_and_bias(library: KernelLibrary, tokens: int, bits: int) -> None:
+def test_low_rank_column_scale_and_bias(library: Library, tokens: int, bits: int) -> None:
     out, columns, rank = 77, 205, 37
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(tokens, columns, generator=generator)
@@ -157,7 +164,7 @@ def test_low_rank_column_scale_and_bias(library: KernelLibrary, tokens: int, bit
 
 @pytest.mark.parametrize("columns", [1, 63, 1000])
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
-def test_codes_equal_torch(library: KernelLibrary, columns: int, bits: int) -> None:
+def test_codes_equal_torch(library: Library, columns: int, bits: int) -> None:
     x = torch.randn(9, columns, generator=torch.Generator().manual_seed(5))
     x[1] = 0
     x[2] *= 1e-38
@@ -172,7 +179,7 @@ def test_codes_equal_torch(library: KernelLibrary, columns: int, bits: int) -> N
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_sick_token_gives_nan_and_no_other_does(library: KernelLibrary, bad: float) -> None:
+def test_a_sick_token_gives_nan_and_no_other_does(library: Library, bad: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 200, generator=generator)
     x[1, 150] = bad
@@ -182,7 +189,7 @@ def test_a_sick_token_gives_nan_and_no_other_does(library: KernelLibrary, bad: f
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_change_a_bit(library: KernelLibrary, threads: int) -> None:
+def test_threads_do_not_change_a_bit(library: Library, threads: int) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, 700, generator=generator)
     signs, scale = random_signs(1, 1030, 700, generator), torch.rand(1, 1030, 6, generator=generator)
@@ -192,7 +199,7 @@ def test_threads_do_not_change_a_bit(library: KernelLibrary, threads: int) -> No
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (7, 65, 33)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_int8_linear(library: KernelLibrary, shape: tuple[int, int, int], biased: bool) -> None:
+def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool) -> None:
     tokens, out, columns = shape
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, columns, generator=generator)
@@ -227,7 +234,7 @@ INT4_SHAPES = [
 
 @pytest.mark.parametrize("shape", INT4_SHAPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_int4_linear(library: KernelLibrary, shape: tuple[int, int, int, int], biased: bool) -> None:
+def test_int4_linear(library: Library, shape: tuple[int, int, int, int], biased: bool) -> None:
     tokens, out, columns, group = shape
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, columns, generator=generator)
@@ -248,7 +255,7 @@ def test_int4_linear(library: KernelLibrary, shape: tuple[int, int, int, int], b
     assert ((y - x.double() @ weight.T / 8 - (bias if bias is not None else 0)).abs() <= 2.0**-15 * size * 4).all()
 
 
-def test_int4_linear_of_the_largest_sums_and_sick_tokens(library: KernelLibrary) -> None:
+def test_int4_linear_of_the_largest_sums_and_sick_tokens(library: Library) -> None:
     """All codes -8 and all inputs at the limit: the sums of a word's eight columns are far from 2^31."""
     x, codes = torch.full((3, 2000), -2.0), torch.zeros(3, 1000, dtype=torch.uint8)
     x[1, 7], x[2, 1999] = float("inf"), float("nan")
@@ -259,7 +266,7 @@ def test_int4_linear_of_the_largest_sums_and_sick_tokens(library: KernelLibrary)
     assert y[1:].isnan().all()
 
 
-def test_int4_linear_reads_no_more_than_its_table(library: KernelLibrary) -> None:
+def test_int4_linear_reads_no_more_than_its_table(library: Library) -> None:
     """What lies behind the table, NaN in float16, leaves the results as they are."""
     generator = torch.Generator().manual_seed(4)
     x, results = torch.randn(2, 200, generator=generator), []
@@ -274,7 +281,7 @@ def test_int4_linear_reads_no_more_than_its_table(library: KernelLibrary) -> Non
 
 
 @pytest.mark.parametrize("columns", [1, 37, 128, 200])
-def test_int4_embedding(library: KernelLibrary, columns: int) -> None:
+def test_int4_embedding(library: Library, columns: int) -> None:
     codes, scale, weight = nibbles(11, columns, 64, torch.Generator().manual_seed(7))
     ids, y = torch.tensor([10, 0, 3]), torch.empty(3, columns)
     library.int4_embedding(ids.data_ptr(), codes.data_ptr(), scale.data_ptr(), y.data_ptr(), 3, columns, 64, 2)
@@ -284,7 +291,7 @@ def test_int4_embedding(library: KernelLibrary, columns: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50)], ids=str)
 @pytest.mark.parametrize("parts", ["scale left right", "left", "right", "scale", ""])
-def test_transform(library: KernelLibrary, shape: tuple[int, int, int], parts: str) -> None:
+def test_transform(library: Library, shape: tuple[int, int, int], parts: str) -> None:
     tokens, n1, n2 = shape
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(tokens, n1, n2, generator=generator)
@@ -299,7 +306,7 @@ def test_transform(library: KernelLibrary, shape: tuple[int, int, int], parts: s
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)
 
 
-def test_int8_embedding(library: KernelLibrary) -> None:
+def test_int8_embedding(library: Library) -> None:
     generator = torch.Generator().manual_seed(7)
     codes = torch.randint(-127, 128, (11, 37), generator=generator, dtype=torch.int8)
     scale, ids = torch.rand(11, generator=generator), torch.tensor([10, 0, 3])
@@ -308,7 +315,7 @@ def test_int8_embedding(library: KernelLibrary) -> None:
     assert torch.equal(y, codes[ids].float() * scale[ids][:, None])
 
 
-def test_calls_from_several_threads(library: KernelLibrary) -> None:
+def test_calls_from_several_threads(library: Library) -> None:
     """The pool serves one caller; the others run alone, and all are right."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -217,6 +217,27 @@ def test_library_of_another_torch_warns_and_is_right(
     torch.testing.assert_close(y.double(), exact(x, weight), rtol=1e-5, atol=1e-4)  # 40 float32 additions
 
 
+def test_the_first_call_of_a_process_gives_the_bits_of_every_later_one(
+    found_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    left, right, x = (torch.randn(*shape, generator=g) for shape in ((8, 8), (8, 8), (64, 64)))
+    weight, codes = weights(9, 64), torch.randint(-127, 128, (9, 64), generator=g, dtype=torch.int8)
+    calls = {
+        "transform": lambda: BWLA.transform(x, None, left, right),
+        "linear": lambda: call(x[:3], weight),
+        "int8_linear": lambda: BWLA.int8_linear(x[:3], codes, torch.ones(9), None),
+    }
+    for name, compute in calls.items():
+        native.operators().unregister()  # type: ignore[union-attr]
+        assert torch.equal(compute(), compute()), name
+    native.operators().unregister()  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "install", lambda: False)
+        slow = calls["transform"]()
+    assert not torch.equal(slow, calls["transform"]()), "Python adds in the same order: nothing is tested here"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def without_native() -> Iterator[None]:
     assert installed is not None, "the tests need a C++ compiler and torch's headers"
     installed.unregister()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "install", lambda: None)
+        patch.setattr(native, "install", lambda: False)
         yield
     installed.register()
 

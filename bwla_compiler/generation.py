@@ -1,0 +1,53 @@
+"""Continuing a prompt, the text handed on as it is made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TextStreamer
+
+from bwla_compiler.errors import CheckpointError
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.7,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Return the model's continuation of a prompt, prompt left out; seeded sampling.
+
+    temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
+    on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise CheckpointError(
+            "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
+        )
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": 50}
+    if on_text is not None:
+        options["streamer"] = _Pieces(tokenizer, on_text)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        out = model.generate(encoded, **options)  # type: ignore[operator]
+    return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands text on as soon as no later token can change it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each piece."""
+        self.on_text(text)

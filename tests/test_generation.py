@@ -1,0 +1,44 @@
+"""Text that is continued: told as it is made, the likeliest at temperature 0, the same again by the same seed."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import bwla_compiler as bwla
+from tests import tiny
+from tests.letters import letters
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.make("llama")
+
+
+def test_the_text_is_told_as_it_is_made(model: Any) -> None:
+    made: list[int] = []
+    handle = model.register_forward_hook(lambda *_: made.append(1))
+    told: list[tuple[str, int]] = []
+    tokenizer = letters()
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    try:
+        text = bwla.generate(
+            model, tokenizer, "Once", tokens=8, seed=3, on_text=lambda piece: told.append((piece, len(made)))
+        )
+    finally:
+        handle.remove()
+    assert "".join(piece for piece, _ in told) == text
+    assert len(text) == 8
+    first = next(number for piece, number in told if piece)
+    assert first < 8, "nothing was told before the last token was there"
+
+
+def test_temperature_0_takes_the_likeliest_and_a_seed_repeats_itself(model: Any) -> None:
+    tokenizer = letters()
+    ids = tokenizer("Once", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        best = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    greedy = {bwla.generate(model, tokenizer, "Once", tokens=8, temperature=0, seed=seed) for seed in (0, 1)}
+    assert greedy == {tokenizer.decode(best, skip_special_tokens=True)}
+    drawn = [bwla.generate(model, tokenizer, "Once", tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
