@@ -111,6 +111,7 @@ def models(
     epilog=examples(
         "bwla-compile bench quality --row ours --row GPTQ",
         "bwla-compile bench quality --model TRAINED",
+        "bwla-compile bench quality --ends",
         "bwla-compile bench quality --anchors",
         "bwla-compile bench quality --anchor bwla/BWLA/A6/Qwen3-32B --model OUT --data wiki.test.raw --activations 6",
     )
@@ -120,6 +121,7 @@ def quality(
     outliers: Annotated[bool, typer.Option("--outliers", help="The model with heavy-tailed activations.")] = False,
     row: Annotated[list[str] | None, typer.Option(metavar="WAY", help="This row alone; repeatable.")] = None,
     fair: Annotated[bool, typer.Option("--fair", help="The same help for all, at equal true bits.")] = False,
+    ends: Annotated[bool, typer.Option("--ends", help="Embedding and head in 8 and 4 bits.")] = False,
     calibration_seed: Annotated[int, typer.Option(help="Of the calibration's draw; the model's by default.")] = -1,
     model: Annotated[
         str, typer.Option(metavar="DIR", help="A folder of bench train, or any other with --tokens or --anchor.")
@@ -144,15 +146,17 @@ def quality(
         from benchmarks.record import record
 
         def keep(found: Row) -> None:  # a row takes minutes: each is written as soon as it is there
-            record("quality-fair" if fair else f"quality-{found['model']}", [found], command=_asked)
+            name = "quality-fair" if fair else f"{'ends' if ends else 'quality'}-{found['model']}"
+            record(name, [found], command=_asked)
 
         with progress_bars() as progress:
             rows = kind.measure(
                 progress, seed=None if seed < 0 else seed, quick=quick, outliers=outliers, ways=row or (), fair=fair,
+                ends=ends,
                 calibration_seed=None if calibration_seed < 0 else calibration_seed,
                 model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
             )  # fmt: skip
-        _shown("quality", rows)
+        _shown("ends" if ends else "quality", rows)
 
 
 @app.command(epilog=examples("bwla-compile bench raw --outliers"))

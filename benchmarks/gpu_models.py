@@ -15,7 +15,7 @@ from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.group_specs import planned_specs
 from bwla_compiler.passes.quantize_ends import head_names
 from bwla_compiler.recipe import load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-8B": {
@@ -62,11 +62,11 @@ def packed_model(config: Any, device: torch.device, *, recipe: str = "bwla-w1a6"
             _set(model, name, PackedLinear(own, device="meta"))
     for name in head_names(model, plan):
         head: Any = model.get_submodule(name)
-        _set(model, name, Int8Linear(head.in_features, head.out_features, device="meta"))
+        _set(model, name, EndLinear(head.in_features, head.out_features, device="meta"))
     table: Any = cast(Any, model).get_input_embeddings()
     for name, module in list(model.named_modules()):
         if module is table:
-            _set(model, name, Int8Embedding(*table.weight.shape, device="meta", dtype=torch.bfloat16))
+            _set(model, name, EndEmbedding(*table.weight.shape, device="meta", dtype=torch.bfloat16))
     model.to_empty(device=device).requires_grad_(False)
     _fill(model, device)
     # buffers that are computed, and not stored, were lost with meta

@@ -18,7 +18,7 @@ from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
 from benchmarks.quality_folder import from_folder
 from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
-from benchmarks.quality_rows import QUICK, ROWS, Row, fair_rows, recipe_for
+from benchmarks.quality_rows import ENDS, QUICK, ROWS, Row, fair_rows, recipe_for
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
@@ -42,6 +42,7 @@ def measure(
     outliers: bool = False,
     ways: Sequence[str] = (),
     fair: bool = False,
+    ends: bool = False,
     calibration_seed: int | None = None,
     model: Path | None = None,
     tokens: Path | None = None,
@@ -51,12 +52,13 @@ def measure(
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
     outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
-    fair: the rows of the fair table. calibration_seed: of the calibration's draw and of the fit, by default the
-    model's. model, tokens: a folder, of `bench train` or any other, and its text in place of these models (see
-    `quality_folder`). keep: gets each row as soon as it is there. budget: of wall time; rows that do not fit are not
-    begun. Raises ResultsError for a name that no row has, and what `quality_folder` raises.
+    fair: the rows of the fair table; ends: those that differ in embedding and head. calibration_seed: of the
+    calibration's draw and of the fit, by default the model's. model, tokens: a folder, of `bench train` or any other,
+    and its text in place of these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of
+    wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has, and what
+    `quality_folder` raises.
     """
-    rows = fair_rows() if fair else ROWS
+    rows = fair_rows() if fair else ENDS if ends else ROWS
     if unknown := set(ways) - {row.way for row in rows}:
         raise ResultsError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in rows)}")
     files = 8 if quick else FILES
@@ -67,7 +69,7 @@ def measure(
     else:
         subject = fresh(seed, files=files, progress=progress)
         subject = with_outliers(subject) if outliers else subject
-    chosen = ways or (QUICK if quick and not fair else [row.way for row in rows])
+    chosen = ways or (QUICK if quick and not fair and not ends else [row.way for row in rows])
     drawn = (seed or 0) if calibration_seed is None else calibration_seed
     table = Table(subject, sequences=SEQUENCES, seed=drawn, progress=progress)
     return table.run([row for row in rows if row.way in chosen], budget=budget, keep=keep)
@@ -116,6 +118,8 @@ class Table:
             "seed": self.seed,
             "files": int(self.subject.files.unique().numel()),
             "true_bits": round(report.bits.linears, 4),
+            "model_bits": round(report.bits.model, 4),
+            "n_bytes": report.bits.n_bytes,
             "fp_perplexity": round(float(self.fp.mean().exp()), 3),
         }
         for bits in BITS:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bwla_compiler.graph.plan import Linear, Plan
 from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.spec import END_GROUPS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,20 @@ ROWS = (
     Row("ours, 2 planes, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0, "weights.planes": 2}),
     Row("ours, 2 planes", "bwla-w1a6", "ours", {"weights.planes": 2}),
 )
+ALONE = {"overrides": [{"pattern": "*.layers.*", "keep": True}]}
+"""Linears of the blocks stay floats."""
+ENDS = tuple(
+    Row(f"{name}, {what}", recipe, "ends", settings | more)
+    for what, recipe, more in (
+        ("float linears", "hadamard-rtn", ALONE),
+        ("ours, not tuned", "bwla-w1a6", {"tuning.steps": 0}),
+    )
+    for name, settings in (
+        ("int8", {"head.bits": 8}),
+        *((f"int4 by {size}", {"head.bits": 4, "head.group_size": size}) for size in END_GROUPS),
+    )
+)
+"""Embedding and head by bits and columns of a scale, beside linears that are otherwise the same."""
 QUICK = ("rounding", "GPTQ", "BiLLM-like", "ours, no pair", "ours")
 """Rows of a short run."""
 

@@ -171,6 +171,15 @@ def quality_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def ends_table(rows: Sequence[Row]) -> str:
+    """Return perplexity over the float model's by how embedding and head are stored, and bits of the whole model."""
+    rows = latest(rows, by=("model", "files", "fp_perplexity", "way"))
+    columns = [Column("model", left=True), Column("ends", left=True), Column("bits, whole model"), Column("bytes")]
+    columns += [Column(f"A{bits}", LESS, 4) for bits in (16, 6)] + [Column("A16, 95%")]
+    cells = [[r["model"], r["way"], r["model_bits"], size(r["n_bytes"]), r["a16"], r["a6"], r["a16_95"]] for r in rows]
+    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+
+
 def same_text(row: Row) -> tuple[Any, ...]:
     """Return what must be equal for perplexities to be set side by side: the model and the text."""
     return row["model"], row.get("files"), row["fp_perplexity"]
@@ -246,6 +255,7 @@ BLOCKS: dict[str, tuple[str, Maker]] = {
     "transforms": ("kernels", transforms_table),
     "profile": ("profile", profile_table),
     "quality": ("quality-*", quality_table),
+    "ends": ("ends-*", ends_table),
     "quantize": ("quantize", quantize_table),
     "gguf": ("gguf", gguf_table),
     "compile_time": ("compile_time", compile_time_table),
@@ -257,5 +267,5 @@ def block_text(name: str, folder: Path) -> str:
     """Return the Markdown of a block from the results in a folder: those of the device that was measured last."""
     pattern, make = BLOCKS[name]
     rows = newest_device([row for path in sorted(folder.glob(f"{pattern}.jsonl")) for row in read(path)])
-    kind = pattern.rstrip("-*").replace("_", "-")
+    kind = "quality --ends" if name == "ends" else pattern.rstrip("-*").replace("_", "-")
     return make(rows) if rows else f"Not measured yet: `python -m benchmarks {kind}`."

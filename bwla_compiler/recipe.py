@@ -19,6 +19,7 @@ from typing import Any, Literal
 from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.numerics.bits import FACTOR_BITS
+from bwla_compiler.spec import END_GROUPS, FLOAT_BITS, INT8_ROWS, Coding
 
 DATA_FREE = frozenset(("round", "paper"))
 SIMULATED = frozenset(("billm", "arb"))
@@ -164,9 +165,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Head:
-    """Bits of lm_head and embeddings: 8 (int8, one scale per row) or 16 (left alone)."""
+    """Bits of lm_head and embeddings: 8 (a scale a row), 4 (one for `group_size` columns of it) or 16 (left alone)."""
 
     bits: int = 8
+    group_size: int = 64
+
+    @property
+    def coding(self) -> Coding | None:
+        """How an end is stored, None where it is left alone."""
+        if self.bits >= FLOAT_BITS:
+            return None
+        return Coding(4, self.group_size) if self.bits == 4 else INT8_ROWS
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,10 @@ def _check_ranges(recipe: Recipe) -> None:
     checks = {
         f"activations.bits = {bits}: must be 16, or 2 to 8": bits == 16 or 2 <= bits <= 8,
         f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
-        f"head.bits = {recipe.head.bits}: must be 8 or 16": recipe.head.bits in (8, 16),
+        f"head.bits = {recipe.head.bits}: must be 4, 8 or 16": recipe.head.bits in (4, 8, 16),
+        f"head.group_size = {recipe.head.group_size}: must be one of {', '.join(map(str, END_GROUPS))}": (
+            recipe.head.group_size in END_GROUPS
+        ),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
         "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,
         "tuning's rates must be 0 or more": all(

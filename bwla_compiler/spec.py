@@ -39,6 +39,31 @@ class TransformSpec:
 
 
 @dataclass(frozen=True)
+class Coding:
+    """How an embedding or a head is stored: codes of 8 bits and a scale a row, or of 4 and one a group of its columns.
+
+    group_size: columns of a group; 0 for the whole row, which 8 bits take.
+    """
+
+    bits: Literal[8, 4] = 8
+    group_size: int = 0
+
+    def code_bytes(self, width: int) -> int:
+        """Return the bytes that the codes of a row of so many columns take."""
+        return -(-width * self.bits // 8)
+
+    def scales(self, width: int) -> int:
+        """Return the scales of a row of so many columns."""
+        return -(-width // self.group_size) if self.group_size else 1
+
+
+INT8_ROWS = Coding()
+
+END_GROUPS = (32, 64, 128)
+"""Columns that may share a scale of 4-bit codes."""
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """The shape and format of one group of linears that share an input.
 

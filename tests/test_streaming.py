@@ -106,8 +106,9 @@ def test_streamed_and_in_memory_are_the_same_bits(name: str, tmp_path: Path) -> 
     same_as_in_memory(name, tmp_path, FAST)
 
 
-def test_a_tied_model_that_is_only_rounded(tmp_path: Path) -> None:
-    same_as_in_memory("llama-tied", tmp_path, {"head.bits": 16}, "rtn")
+@pytest.mark.parametrize("bits", [16, *wider(4)])
+def test_a_tied_model_that_is_only_rounded(bits: int, tmp_path: Path) -> None:
+    same_as_in_memory("llama-tied", tmp_path, {"head.bits": bits}, "rtn")
 
 
 @pytest.mark.exhaustive

@@ -72,7 +72,15 @@ def _of_transform(a: Sequence[Any]) -> None:
 
 
 def _of_int8(a: Sequence[Any]) -> None:
-    scale = maybe_values(a[2], a[4])
+    _of_end(a, exponent=4)
+
+
+def _of_int4(a: Sequence[Any]) -> None:
+    _of_end(a, exponent=5)
+
+
+def _of_end(a: Sequence[Any], *, exponent: int) -> None:
+    scale = maybe_values(a[2], a[exponent])
     assert scale is not None
     float32(scale)
     if a[3] is not None:
@@ -86,4 +94,5 @@ _DERIVED: dict[Any, Callable[[Sequence[Any]], None]] = {
     _OPS.linear.default: _of_linear,
     _OPS.transform.default: _of_transform,
     _OPS.int8_linear.default: _of_int8,
+    _OPS.int4_linear.default: _of_int4,
 }

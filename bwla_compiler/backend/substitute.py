@@ -13,11 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from bwla_compiler.backend.owner import Owner
 from bwla_compiler.backend.substitute_experts import call_experts
 from bwla_compiler.graph.planner import is_linear
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 
 _LINEAR = {torch._C._nn.linear, torch.nn.functional.linear}
 _EMBEDDING = {torch.nn.functional.embedding, torch.embedding}
-_PACKED_LINEAR = (PackedLinear, Int8Linear, TiedHead)
+_PACKED_LINEAR = (PackedLinear, EndLinear, TiedHead)
 
 Parameters = Mapping[Node, tuple[str, ...]]
 """The names that the model has for each placeholder of a parameter."""
@@ -154,7 +154,7 @@ def _module_call(weight: Node, user: Node, known: Parameters, quantized: nn.Modu
         return _transposed(user, fitting[0], known) if fitting else None
     if user.target in _EMBEDDING and weight in user.args[:2]:
         ids = user.args[0] if user.args[1] is weight else user.args[1]
-        fitting = [n for n, m in modules if isinstance(m, Int8Embedding)]
+        fitting = [n for n, m in modules if isinstance(m, EndEmbedding)]
         return _looked_up(user, ids, fitting[0], quantized) if fitting and isinstance(ids, Node) else None
     return None
 

@@ -20,7 +20,7 @@ from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.runtime.halves import read_half, register_half
-from bwla_compiler.runtime.modules import Int8Linear, OnlineTransform, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndLinear, OnlineTransform, PackedLinear, TiedHead
 from bwla_compiler.runtime.portable import GROUP
 from bwla_compiler.spec import FLOAT_BITS
 
@@ -31,7 +31,7 @@ def students(model: nn.Module) -> Iterator[list["Student"]]:
 
     After an error the packed modules are back as they were.
     """
-    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, (PackedLinear, TiedHead, Int8Linear))]
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, (PackedLinear, TiedHead, EndLinear))]
     diagonals: dict[int, Diagonal] = {}
     found: dict[str, Student] = {}
     try:
@@ -224,12 +224,9 @@ class Student(nn.Module):
 class _Head(nn.Module):
     """A head in floats, not tuned, through which gradients flow."""
 
-    def __init__(self, head: TiedHead | Int8Linear) -> None:
+    def __init__(self, head: TiedHead | EndLinear) -> None:
         super().__init__()
-        table = head.embedding if isinstance(head, TiedHead) else head
-        scale = read_half(table, "row_scale")
-        assert scale is not None
-        self.weight = table.codes.float() * scale[:, None]
+        self.weight = head.dense_weight()
         self.column_scale, self.bias = read_half(head, "column_scale"), head.bias
         self.transform = None if head.transform is None else head.transform.factors()
 

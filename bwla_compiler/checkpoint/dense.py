@@ -17,7 +17,7 @@ from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.errors import CheckpointError
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.runtime.halves import read_half
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedExperts, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedExperts, PackedLinear, TiedHead
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.skeleton import packed_modules
 
@@ -93,22 +93,14 @@ def _float_state(model: nn.Module, packed: Mapping[str, nn.Module]) -> dict[str,
 def _weight(module: nn.Module) -> Tensor:
     """Return the float weight [out, in], or table [rows, width], that computes what a packed module does."""
     transform = getattr(module, "transform", None)
-    if isinstance(module, Int8Embedding):
-        rows = _rows(module, module.codes)
+    if isinstance(module, EndEmbedding):
+        rows = module.dense_weight()
         return rows if transform is None else transform(rows)
     if isinstance(module, PackedLinear):
         return _before(module.dense_weight(), transform)
-    assert isinstance(module, (Int8Linear, TiedHead))
-    owner = module.embedding if isinstance(module, TiedHead) else module
-    columns = read_half(module, "column_scale")
-    weight = _rows(owner, owner.get_buffer("codes"))
+    assert isinstance(module, (EndLinear, TiedHead))
+    columns, weight = read_half(module, "column_scale"), module.dense_weight()
     return _before(weight if columns is None else weight * columns, transform)
-
-
-def _rows(module: nn.Module, codes: Tensor) -> Tensor:
-    scale = read_half(module, "row_scale")
-    assert scale is not None
-    return codes.float() * scale[:, None]
 
 
 def _before(weight: Tensor, transform: OnlineTransform | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""Weights as the blocks of two ggml types: signs as Q1_0, int8 rows as Q8_0; the values are those of our modules.
+"""Weights as the blocks of ggml types: signs as Q1_0, ends as Q8_0 or Q4_0; the values are those of our modules.
 
 A block is a float16 scale d and the codes of consecutive columns. Q1_0, 128 columns, 18 bytes: bit j of byte k, the
 least significant being j = 0, is column 8k + j; 1 is +d, 0 is -d. Q8_0, 32 columns, 34 bytes: int8 codes c, d * c.
+Q4_0, 32 columns, 18 bytes: byte j holds c + 8 of column j in its low four bits, of column j + 16 in its high ones.
 """
 
 from typing import Any
@@ -40,13 +41,30 @@ def sign_blocks(signs: Tensor, scale: Tensor, *, name: str) -> Blocks:
 
 def code_blocks(codes: Tensor, scale: Tensor, *, name: str) -> Blocks:
     """Return Q8_0 of codes int8 [m, n] and scale [m] float32; raises CheckpointError as sign_blocks does."""
+    blocks = _code_columns(codes, "Q8_0", name=name)
+    return _blocks(_halves(scale[:, None], name=name).expand(blocks.shape[:2]), blocks)
+
+
+def nibble_blocks(codes: Tensor, scale: Tensor, *, group_size: int, name: str) -> Blocks:
+    """Return Q4_0 of codes int8 [m, n] in -8 to 7 and scale [m, ceil(n / group_size)] float32, several blocks a scale.
+
+    Raises CheckpointError as sign_blocks does.
+    """
+    blocks = _code_columns(codes, "Q4_0", name=name)
+    raised = (blocks + 8).to(torch.uint8)
+    half = CODE_COLUMNS // 2
+    wide = _halves(scale, name=name).repeat_interleave(group_size // CODE_COLUMNS, dim=1)[:, : blocks.shape[1]]
+    return _blocks(wide, raised[..., :half] | (raised[..., half:] << 4))
+
+
+def _code_columns(codes: Tensor, kind: str, *, name: str) -> Tensor:
+    """Return codes [m, n] as [m, n / 32, 32]; raises CheckpointError where they are no whole blocks of that type."""
     rows, width = codes.shape
     if width % CODE_COLUMNS:
         raise CheckpointError(
-            f"{name}: has {width} columns, and GGUF's Q8_0 takes multiples of {CODE_COLUMNS}; use --to dense"
+            f"{name}: has {width} columns, and GGUF's {kind} takes multiples of {CODE_COLUMNS}; use --to dense"
         )
-    groups = width // CODE_COLUMNS
-    return _blocks(_halves(scale[:, None], name=name).expand(rows, groups), codes.reshape(rows, groups, -1))
+    return codes.reshape(rows, width // CODE_COLUMNS, -1)
 
 
 def _blocks(scale: Tensor, codes: Tensor) -> Blocks:

@@ -1,7 +1,7 @@
 """Export as GGUF, which llama.cpp reads: a fully folded model of one binary plane, its values unchanged.
 
-Signs go as Q1_0, int8 ends as Q8_0, vectors as F32, matrices that were left in floats as F16. Activations are rounded
-by llama.cpp in its own way (8 bits, 32 channels a scale), not by the recipe's.
+Signs go as Q1_0, int8 ends as Q8_0, int4 ones as Q4_0, vectors as F32, matrices that were left in floats as F16.
+Activations are rounded by llama.cpp in its own way (8 bits, 32 channels a scale), not by the recipe's.
 """
 
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bwla_compiler.checkpoint.gguf_blocks import Blocks, code_blocks, sign_blocks
+from bwla_compiler.checkpoint.gguf_blocks import Blocks, code_blocks, nibble_blocks, sign_blocks
 from bwla_compiler.checkpoint.gguf_family import Family, family_of
 from bwla_compiler.checkpoint.gguf_file import About, Tensors, gguf_package, write_gguf
 from bwla_compiler.checkpoint.gguf_floats import add_bias, add_factors, add_floats
 from bwla_compiler.errors import CheckpointError
+from bwla_compiler.numerics.nibbles import unpack_nibbles
 from bwla_compiler.runtime.halves import read_half
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 from bwla_compiler.runtime.skeleton import packed_modules
 
 
@@ -72,7 +73,7 @@ def _refuse(name: str, module: nn.Module) -> None:
     """Raise CheckpointError, with the reason, where a packed module is more than signs or codes and their scales."""
     why = ""
     if getattr(module, "transform", None) is not None:
-        tied = isinstance(module, (Int8Embedding, TiedHead))
+        tied = isinstance(module, (EndEmbedding, TiedHead))
         remedy = "quantize with --set tied=untie" if tied else "quantize with --recipe bwla-folded"
         why = f"its input is turned at run time; {remedy}"
     elif isinstance(module, PackedLinear):
@@ -80,18 +81,18 @@ def _refuse(name: str, module: nn.Module) -> None:
             why = "has a low-rank pair; quantize with --recipe bwla-folded"
         elif module.planes > 1:
             why = f"has {module.planes} binary planes; quantize with --set weights.planes=1"
-    elif not isinstance(module, (Int8Linear, Int8Embedding, TiedHead)):
+    elif not isinstance(module, (EndLinear, EndEmbedding, TiedHead)):
         why = f"a {type(module).__name__} has no GGUF form"
-    if not why and not isinstance(module, Int8Embedding) and getattr(module, "column_scale", None) is not None:
+    if not why and not isinstance(module, EndEmbedding) and getattr(module, "column_scale", None) is not None:
         why = "has column scales; quantize with --recipe bwla-folded"
-    if isinstance(module, Int8Embedding) and module.gain is not None:
+    if isinstance(module, EndEmbedding) and module.gain is not None:
         why = "multiplies its rows by a number of its own"
     if why:
         raise CheckpointError(f"{name}: {why}, or use --to dense")
 
 
 def _rows(module: nn.Module) -> int:
-    return int(module.num_embeddings if isinstance(module, Int8Embedding) else module.out_features)  # type: ignore[arg-type]
+    return int(module.num_embeddings if isinstance(module, EndEmbedding) else module.out_features)  # type: ignore[arg-type]
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -108,4 +109,9 @@ def _weight(name: str, module: nn.Module, order: Tensor | None) -> tuple[Blocks,
         if module.in_features % 8:
             raise CheckpointError(f"{name}: has {module.in_features} inputs, and GGUF's Q1_0 takes multiples of 128")
         return sign_blocks(signs, rows, name=name), "Q1_0"
-    return code_blocks(module.get_buffer("codes"), scale, name=name), "Q8_0"
+    assert isinstance(module, (EndLinear, EndEmbedding))
+    if module.coding.bits == 4:
+        columns = int(module.in_features if isinstance(module, EndLinear) else module.embedding_dim)
+        codes, size = unpack_nibbles(module.codes, columns), module.coding.group_size
+        return nibble_blocks(codes, scale, group_size=size, name=name), "Q4_0"
+    return code_blocks(module.codes, scale, name=name), "Q8_0"

@@ -15,7 +15,14 @@ from bwla_compiler.checkpoint.source import shard_of
 from bwla_compiler.errors import CheckpointError
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.runtime.bits import measure_bits
-from bwla_compiler.runtime.modules import Int8Linear, OnlineTransform, PackedExperts, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import (
+    EndEmbedding,
+    EndLinear,
+    OnlineTransform,
+    PackedExperts,
+    PackedLinear,
+    TiedHead,
+)
 from bwla_compiler.runtime.skeleton import packed_modules
 
 HEADERS = "file headers"
@@ -27,7 +34,7 @@ _KINDS = {
     "low_rank_in": "low-rank pairs",
     "low_rank_out": "low-rank pairs",
     "low_rank_scale": "low-rank pairs",
-    "codes": "int8 codes",
+    "codes": "codes",
     "gain": "embeddings' own scales",
     "bias": "biases",
 }
@@ -111,11 +118,13 @@ def _claimed(modules: Mapping[str, nn.Module]) -> Counter[str]:
         elif isinstance(module, TiedHead):
             found["column scales"] += 2 * module.in_features * (getattr(module, "column_scale") is not None)  # noqa: B009
         else:
-            head = isinstance(module, Int8Linear)
-            rows = int(module.out_features if head else module.num_embeddings)  # type: ignore[arg-type]
-            columns = int(module.in_features if head else module.embedding_dim)  # type: ignore[arg-type]
-            found["int8 codes"] += rows * columns
-            found["row scales"] += 2 * rows
+            assert isinstance(module, (EndLinear, EndEmbedding))
+            if isinstance(module, EndLinear):
+                rows, columns = module.out_features, module.in_features
+            else:
+                rows, columns = module.num_embeddings, module.embedding_dim
+            found["codes"] += rows * module.coding.code_bytes(columns)
+            found["row scales"] += 2 * rows * module.coding.scales(columns)
         transform = getattr(module, "transform", None)
         if isinstance(transform, OnlineTransform):
             t = transform.spec

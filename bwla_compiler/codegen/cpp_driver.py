@@ -151,15 +151,10 @@ static void parallel(long n, long threads, F&& f) {
 """
 
 ROUNDING = r"""
-// Round one token to symmetric integers: codes = round_half_even(x / scale), scale = max |x| / limit.
-// `padded` - `in` codes are zero. A token that is not finite gets the scale NaN, so that its output is NaN.
-static float quantize(const float* x, const float* column_scale, long in, long padded, int limit, int8_t* codes) {
-  static thread_local Buffer<float> scaled;
-  if (column_scale) {
-    float* product = scaled.get(in);
-    for (long i = 0; i < in; i++) product[i] = x[i] * column_scale[i];
-    x = product;
-  }
+// Round values to symmetric integers: codes = round_half_even(x / scale), scale = max |x| / limit. Values that are not
+// all finite get the scale NaN, so that what is computed with them is NaN.
+template <class Code>
+static float round_to(const float* x, long in, int limit, Code* codes) {
   constexpr int LANES = 64;
   float peak[LANES] = {}, poison[LANES] = {};
   long i = 0;
@@ -175,18 +170,30 @@ static float quantize(const float* x, const float* column_scale, long in, long p
   }
   float top = 0, sick = 0;
   for (int j = 0; j < LANES; j++) top = std::max(top, peak[j]), sick += poison[j];
-  std::memset(codes + in, 0, padded - in);
   const float ratio = top / (float)limit, scale = ratio > 0 ? ratio : 1.0f;
   if (sick != 0) {
-    std::memset(codes, 0, in);
+    std::fill(codes, codes + in, Code(0));
     return std::numeric_limits<float>::quiet_NaN();
   }
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
   const float bound = (float)limit;
   for (long k = 0; k < in; k++) {
     const float ratio = std::min(std::max(x[k] / scale, -bound), bound);
-    codes[k] = (int8_t)(int32_t)((ratio + MAGIC) - MAGIC);
+    codes[k] = (Code)(int32_t)((ratio + MAGIC) - MAGIC);
   }
+  return scale;
+}
+
+// Round one token, times its column scales, to [-limit, limit]; `padded` - `in` codes are zero.
+static float quantize(const float* x, const float* column_scale, long in, long padded, int limit, int8_t* codes) {
+  static thread_local Buffer<float> scaled;
+  if (column_scale) {
+    float* product = scaled.get(in);
+    for (long i = 0; i < in; i++) product[i] = x[i] * column_scale[i];
+    x = product;
+  }
+  const float scale = round_to(x, in, limit, codes);
+  std::memset(codes + in, 0, padded - in);
   return scale;
 }
 

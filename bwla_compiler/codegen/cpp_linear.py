@@ -6,6 +6,7 @@ from bwla_compiler.codegen import (
     cpp_driver,
     cpp_ends,
     cpp_entries,
+    cpp_int4,
     cpp_neon,
     cpp_portable,
     cpp_prologue,
@@ -39,5 +40,6 @@ def emit(isa: Isa) -> str:
         cpp_entries.ENTRIES,
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,
+        cpp_int4.INT4,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

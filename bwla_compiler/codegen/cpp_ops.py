@@ -21,6 +21,7 @@ HEADER = r"""
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cstring>
@@ -67,6 +68,8 @@ struct Kernels {
   void (*use_team)(void (*)(long, void (*)(void*), void*));
   void (*fused_group)(const void*, const Prologue*, const void*, long, long, int, const Member*, long, long);
   void (*prologue)(const void*, const Prologue*, void*, long, long, long);
+  void (*int4_linear)(const void*, const void*, const void*, const void*, void*, long, long, long, long, long, long);
+  void (*int4_embedding)(const void*, const void*, const void*, void*, long, long, long, long);
 };
 Kernels kernels;
 """
@@ -100,6 +103,8 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("fused_call", TORCH_FN(fused_call));
   registered.back()->impl("int8_linear", TORCH_FN(int8_linear));
   registered.back()->impl("int8_embedding", TORCH_FN(int8_embedding));
+  registered.back()->impl("int4_linear", TORCH_FN(int4_linear));
+  registered.back()->impl("int4_embedding", TORCH_FN(int4_embedding));
   registered.back()->impl("transform", TORCH_FN(transform));
   registered.back()->impl("prologue", TORCH_FN(prologue));
   registered.back()->impl("sin", [](const Tensor& x) { return at::sin(x); });
@@ -114,6 +119,8 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("prologue", TORCH_FN(PrologueRoute::differentiable<prologue>));
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());
+  registered.back()->impl("int4_linear", TORCH_FN(Int4Route::differentiable<int4_linear>));
+  registered.back()->impl("int4_embedding", torch::CppFunction::makeFallthrough());
 }
 
 // Take them back, and drop what was derived from tensors.

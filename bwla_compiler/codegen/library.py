@@ -49,6 +49,8 @@ _CALLS: dict[str, tuple[type, ...]] = {
     "quantize": (c_void_p, c_void_p, c_long, c_long, c_int, c_void_p, c_void_p),
     "accumulate": (c_void_p, c_void_p, c_long, c_long, c_long, c_int, c_void_p),
     "int8_linear": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
+    "int4_linear": (*(c_void_p,) * 5, *(c_long,) * 6),
+    "int4_embedding": (*(c_void_p,) * 4, *(c_long,) * 4),
     "transform": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
     "use_team": (c_void_p,),
@@ -56,7 +58,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
-    "use_team", "fused_group", "prologue",
+    "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -85,6 +87,8 @@ class KernelLibrary:
         self.quantize = self._library.bwla_quantize
         self.accumulate = self._library.bwla_accumulate
         self.int8_linear = self._library.bwla_int8_linear
+        self.int4_linear = self._library.bwla_int4_linear
+        self.int4_embedding = self._library.bwla_int4_embedding
         self.transform = self._library.bwla_transform
         self.int8_embedding = self._library.bwla_int8_embedding
         self.use_team = self._library.bwla_use_team

@@ -221,6 +221,19 @@ class Int8Kernel:
 
 
 @dataclass(frozen=True)
+class Int4Kernel:
+    """A linear of 4-bit weights and float inputs: a head. group_size: columns of a scale. tile: `split` bytes of two
+    columns at a time where it has one token, else a group."""
+
+    columns: int
+    out_features: int
+    group_size: int
+    bias: bool
+    tile: Tile
+    precision: Precision = "tf32x2"
+
+
+@dataclass(frozen=True)
 class Work:
     """What a program of a kernel does, to count instructions by. weights: of 1 bit, planes counted; tokens: of its
     tile; slabs: trips of its loops of float products."""

@@ -22,7 +22,7 @@ from bwla_compiler.cost.roofline import (
     sizes,
     symbolic_cost,
 )
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import Coding, LinearSpec, TransformSpec
 
 B, C = sp.symbols("B C", positive=True)
 """Sequences of a step, and tokens that each of them has once the step is done (of which M / B are new)."""
@@ -53,7 +53,7 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class TableShape:
-    """An embedding or a head [rows, width]. bits: 8 (one float16 scale a row) or those of a float.
+    """An embedding or a head [rows, width]. coding: of its codes (scales are float16), None for floats.
 
     looked_up: one row a token is read, else all of them are multiplied. shared: the rows are stored elsewhere.
     """
@@ -61,7 +61,7 @@ class TableShape:
     name: str
     rows: int
     width: int
-    bits: int
+    coding: Coding | None
     looked_up: bool
     shared: bool = False
     transform: TransformSpec = NOTHING
@@ -172,9 +172,10 @@ def _crossing(difference: sp.Expr) -> float | None:
 
 def table_stage(table: TableShape, *, float_bytes: int) -> Stage:
     """Return the cost of an embedding or a head, an expression of M; a head's products run in floats."""
-    whole = table.rows * table.width * (1 if table.bits == 8 else float_bytes)
-    if table.bits == 8:
-        whole += 2 * table.rows + 1
+    row = table.width * float_bytes
+    if table.coding is not None:
+        row = table.coding.code_bytes(table.width) + 2 * table.coding.scales(table.width)
+    whole = table.rows * row + (table.coding is not None)
     t = table.transform
     turned = sum(2 * side**2 + 1 for side, there in ((t.n1, t.left), (t.n2, t.right)) if there)
     turned += (int(t.scaled) + int(table.column_scaled)) * (2 * table.width + 1)
@@ -182,7 +183,6 @@ def table_stage(table: TableShape, *, float_bytes: int) -> Stage:
     turning = M * table.width * (2 * t.n1 * t.left + 2 * t.n2 * t.right + int(t.scaled) + int(table.column_scaled))
     stored = sp.Integer(own + (0 if table.shared else whole))
     if table.looked_up:
-        row = table.width * (1 if table.bits == 8 else float_bytes) + (2 if table.bits == 8 else 0)
         return Stage(stored, turned + M * (row + FLOAT_BYTES * table.width), sp.Integer(0), turning)
     moved = own + whole + M * FLOAT_BYTES * (table.width + table.rows)
     return Stage(stored, moved, sp.Integer(0), turning + 2 * M * table.width * table.rows)
@@ -220,7 +220,7 @@ def float_shape(shape: ModelShape) -> ModelShape:
         for g in shape.groups
     )
     tables: Sequence[TableShape] = [
-        TableShape(t.name, t.rows, t.width, MODEL_FLOAT, t.looked_up, t.shared, bias=t.bias) for t in shape.tables
+        TableShape(t.name, t.rows, t.width, None, t.looked_up, t.shared, bias=t.bias) for t in shape.tables
     ]
     return ModelShape((), tuple(tables), kept + shape.kept, shape.attention, shape.rest, shape.unknown)
 

@@ -14,7 +14,7 @@ from bwla_compiler.passes.fold_rotations import RESIDUAL
 from bwla_compiler.passes.group_specs import NamedSpec, packed_specs, planned_specs, shifted_linears
 from bwla_compiler.passes.quantize_ends import embedding_names, head_names
 from bwla_compiler.recipe import Recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedExperts, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedExperts, TiedHead
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
@@ -100,15 +100,15 @@ def _planned_tables(
     model: nn.Module, plan: Plan, recipe: Recipe, heads: tuple[str, ...], embeddings: tuple[str, ...]
 ) -> Iterator[TableShape]:
     """Yield embeddings and heads as QuantizeEnds would leave them."""
-    int8 = recipe.head.bits < 16
+    coding = recipe.head.coding
     partner = {head: table.rpartition(".")[0] for table, head in plan.tied}
-    # with int8 codes, one copy serves both; in floats an untied head has a copy of its own
-    one_copy = (int8 and recipe.tied == "online") or recipe.transform.kind == "none"
-    turned = _turned(plan, recipe) if int8 else NOTHING
+    # in codes, one copy serves both; in floats an untied head has a copy of its own
+    one_copy = (coding is not None and recipe.tied == "online") or recipe.transform.kind == "none"
+    turned = NOTHING if coding is None else _turned(plan, recipe)
     for name in embeddings:
         rows, width = model.get_submodule(name).get_parameter("weight").shape
         transform = turned if one_copy and name in partner.values() else NOTHING
-        yield TableShape(name, rows, width, 8 if int8 else 16, looked_up=True, transform=transform)
+        yield TableShape(name, rows, width, coding, looked_up=True, transform=transform)
     for name in heads:
         linear = plan.linear(name)
         tied = one_copy and partner.get(name) in embeddings
@@ -117,11 +117,11 @@ def _planned_tables(
             name,
             linear.out_features,
             linear.in_features,
-            8 if int8 else 16,
+            coding,
             looked_up=False,
             shared=tied,
             transform=unscaled if tied else NOTHING,
-            column_scaled=tied and int8 and (turned.scaled or _takes_gain(plan, recipe, name)),
+            column_scaled=tied and coding is not None and (turned.scaled or _takes_gain(plan, recipe, name)),
             bias=linear.bias is not None or name in shifted_linears(plan, recipe),
         )
 
@@ -145,14 +145,15 @@ def _packed_tables(model: nn.Module) -> Iterator[TableShape]:
     for name, module in model.named_modules():
         transform: OnlineTransform | None = getattr(module, "transform", None)
         spec = transform.spec if isinstance(transform, OnlineTransform) else NOTHING
-        if isinstance(module, Int8Embedding):
-            yield TableShape(name, module.num_embeddings, module.embedding_dim, 8, looked_up=True, transform=spec)
-        elif isinstance(module, (Int8Linear, TiedHead)):
+        if isinstance(module, EndEmbedding):
+            size, coding = (module.num_embeddings, module.embedding_dim), module.coding
+            yield TableShape(name, *size, coding, looked_up=True, transform=spec)
+        elif isinstance(module, (EndLinear, TiedHead)):
             yield TableShape(
                 name,
                 module.out_features,
                 module.in_features,
-                8,
+                (module.embedding if isinstance(module, TiedHead) else module).coding,
                 looked_up=False,
                 shared=isinstance(module, TiedHead),
                 transform=spec,
@@ -160,7 +161,7 @@ def _packed_tables(model: nn.Module) -> Iterator[TableShape]:
                 bias=module.bias is not None,
             )
         elif isinstance(module, nn.Embedding):
-            yield TableShape(name, module.num_embeddings, module.embedding_dim, 16, looked_up=True)
+            yield TableShape(name, module.num_embeddings, module.embedding_dim, None, looked_up=True)
 
 
 # ---------------------------------------------------------------- attention

@@ -1,4 +1,4 @@
-"""QuantizeEnds: embedding and head become int8, and share one set of codes again where they were tied."""
+"""QuantizeEnds: embedding and head become int8 or int4, and share one set of codes again where they were tied."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeGuard
@@ -11,7 +11,8 @@ from bwla_compiler.graph.planner import is_linear
 from bwla_compiler.passes.base import PassContext, PassReport, ReplaceModule
 from bwla_compiler.passes.fold_rotations import RESIDUAL, FoldRotations, KroneckerRotation, residual_rotation
 from bwla_compiler.runtime.ends import ROWS
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, OnlineTransform, TiedHead
+from bwla_compiler.spec import Coding
 
 TIE_TOLERANCE = 1e-3
 """Relative distance up to which a head counts as the embedding times a gain; folding in float32 leaves 1e-6."""
@@ -19,7 +20,7 @@ TIE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class QuantizeEnds:
-    """int8 codes with one scale per row for embeddings and heads (recipe.head.bits).
+    """Codes of 8 bits with one scale per row, or of 4 with one per group, for embeddings and heads (recipe.head).
 
     rotated: whether FoldRotations has rotated the residual stream. Where an embedding and a head were one
     tensor E and recipe.tied is "online", E is stored once in its own basis: R follows the embedding and
@@ -34,7 +35,7 @@ class QuantizeEnds:
         report = PassReport(self.name)
         heads = head_names(ctx.model, ctx.plan)
         embeddings = embedding_names(ctx.model)
-        if ctx.recipe.head.bits >= 16:
+        if ctx.recipe.head.coding is None:
             for name in (*embeddings, *heads):
                 report.skip(name, "the recipe keeps embeddings and head in their dtype")
             return report
@@ -60,7 +61,8 @@ class QuantizeEnds:
             report.skip(name, f"a {type(module).__name__}, not a plain embedding")
             return
         weight, padding = module.weight.detach(), module.padding_idx
-        packed = Int8Embedding.from_weight(weight, padding_idx=padding, gain=_gain_of(module))
+        coding = _coding(ctx, name)
+        packed = EndEmbedding.from_weight(weight, padding_idx=padding, gain=_gain_of(module), coding=coding)
         report.change(name, ReplaceModule(name, packed))
 
     def _head(self, ctx: PassContext, report: PassReport, name: str) -> None:
@@ -68,7 +70,8 @@ class QuantizeEnds:
         if not _is_head(module):
             report.skip(name, f"a {type(module).__name__}, not a plain linear")
             return
-        report.change(name, ReplaceModule(name, Int8Linear.from_weight(module.weight.detach(), bias=module.bias)))
+        packed = EndLinear.from_weight(module.weight.detach(), bias=module.bias, coding=_coding(ctx, name))
+        report.change(name, ReplaceModule(name, packed))
 
     def _tie(self, ctx: PassContext, report: PassReport, embedding: str, head: str) -> None:
         table, linear = ctx.model.get_submodule(embedding), ctx.model.get_submodule(head)
@@ -81,11 +84,12 @@ class QuantizeEnds:
         if columns is None:
             report.skip(head, "no longer the embedding times a gain: stored twice")
             return
-        packed = Int8Embedding.from_weight(
+        packed = EndEmbedding.from_weight(
             original,
             padding_idx=table.padding_idx,
             transform=_online(rotation.signs, rotation.left, rotation.right),
             gain=_gain_of(table),
+            coding=_coding(ctx, embedding),
         )
         column_scale = columns if rotation.signs is None else columns * rotation.signs.to(columns)
         tied_head = TiedHead(
@@ -108,7 +112,15 @@ class QuantizeEnds:
 def _kept(ctx: PassContext, name: str) -> bool:
     """Whether an override leaves an end in its dtype."""
     own = ctx.recipe.override_for(name)
-    return own is None or own.head.bits >= 16
+    return own is None or own.head.coding is None
+
+
+def _coding(ctx: PassContext, name: str) -> Coding:
+    """Return how an end that is not kept is stored."""
+    own = ctx.recipe.override_for(name)
+    coding = None if own is None else own.head.coding
+    assert coding is not None
+    return coding
 
 
 def head_names(model: nn.Module, plan: Plan) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.runtime.experts import PackedExperts
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, SimulatedLinear, TiedHead
 
 BIAS = "bias"
 
@@ -25,7 +25,7 @@ def measure_bits(model: nn.Module) -> Bits:
     head = output()
     for module in _linears(model):
         logical = _n_weights(module)
-        if module is head or isinstance(module, (Int8Linear, TiedHead)):
+        if module is head or isinstance(module, (EndLinear, TiedHead)):
             continue
         n_weights += logical
         n_bytes += _bytes(module, seen, skip=BIAS)
@@ -40,7 +40,7 @@ def measure_bits(model: nn.Module) -> Bits:
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Module]:
-    kinds = (nn.Linear, PackedLinear, SimulatedLinear, PackedExperts, Int8Linear, TiedHead)
+    kinds = (nn.Linear, PackedLinear, SimulatedLinear, PackedExperts, EndLinear, TiedHead)
     for module in model.modules():
         if isinstance(module, kinds) or type(module).__name__ == "Conv1D":
             yield module
@@ -48,7 +48,7 @@ def _linears(model: nn.Module) -> Iterator[nn.Module]:
 
 def _own_weights(model: nn.Module) -> Iterator[Tensor]:
     """Yield the float weights that modules of a family's own multiply by: routers' matrices, experts' of three axes."""
-    foreign = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, PackedLinear, PackedExperts, Int8Linear, Int8Embedding)
+    foreign = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, PackedLinear, PackedExperts, EndLinear, EndEmbedding)
     for module in model.modules():
         if isinstance(module, foreign) or type(module).__name__ == "Conv1D":
             continue
@@ -66,12 +66,12 @@ def _n_weights(module: nn.Module) -> int:
 
 def _logical_weights(module: nn.Module) -> int:
     """Weights that a module stands for by itself, its children left out; a tied head has none of its own."""
-    if isinstance(module, (PackedLinear, SimulatedLinear, Int8Linear)):
+    if isinstance(module, (PackedLinear, SimulatedLinear, EndLinear)):
         bias = module.bias
         return int(module.in_features) * int(module.out_features) + (0 if bias is None else bias.numel())
     if isinstance(module, PackedExperts):
         return _n_weights(module)
-    if isinstance(module, Int8Embedding):
+    if isinstance(module, EndEmbedding):
         return int(module.num_embeddings) * int(module.embedding_dim)
     return sum(p.numel() for p in module.parameters(recurse=False))
 

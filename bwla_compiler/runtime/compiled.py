@@ -126,3 +126,24 @@ def int8_linear(library: KernelLibrary, x: Tensor, codes: Tensor, scale: Tensor,
         x.shape[0], codes.shape[0], codes.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def int4_linear(
+    library: KernelLibrary, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *, group_size: int, power: int
+) -> Tensor:
+    """Return x W^T + bias [tokens, out] float32 for x [tokens, in], W = 2^power * scale * codes.
+
+    codes uint8 [out, ceil(in / 2)]; scale [out, groups] int16 bits of float16.
+    """
+    x, codes, scale, plain_bias = (
+        x.float().contiguous(),
+        codes.contiguous(),
+        scale.contiguous(),
+        _plain(bias, torch.float32),
+    )
+    y = torch.empty(x.shape[0], codes.shape[0], dtype=torch.float32)
+    library.int4_linear(
+        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), _address(plain_bias), y.data_ptr(),
+        x.shape[0], codes.shape[0], x.shape[1], group_size, power, torch.get_num_threads(),
+    )  # fmt: skip
+    return y

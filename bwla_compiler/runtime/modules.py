@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
-from bwla_compiler.runtime.ends import Int8Embedding, Int8Linear, TiedHead, int8_step
+from bwla_compiler.runtime.ends import EndEmbedding, EndLinear, TiedHead, int8_step
 from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
@@ -21,8 +21,8 @@ from bwla_compiler.runtime.weight_spec import scale_kind, spec_of_weight
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec, TransformSpec
 
 __all__ = [
-    "Int8Embedding",
-    "Int8Linear",
+    "EndEmbedding",
+    "EndLinear",
     "OnlineTransform",
     "PackedExperts",
     "PackedLinear",

@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.codegen import triton_module
+from bwla_compiler.codegen.triton_int4 import int4_tile
 from bwla_compiler.codegen.triton_int8 import int8_tile
-from bwla_compiler.codegen.triton_spec import NO_TILE, Int8Kernel, Kind, LinearKernel, PrologueKernel, Tile, padded
+from bwla_compiler.codegen.triton_spec import (
+    NO_TILE,
+    Int4Kernel,
+    Int8Kernel,
+    Kind,
+    LinearKernel,
+    PrologueKernel,
+    Tile,
+    padded,
+)
 from bwla_compiler.codegen.triton_tiles import is_decode
 from bwla_compiler.errors import BuildError, ShapeError
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.runtime.triton_launch import (
     has_dp4a,
+    int4_linear_of,
     int8_linear_of,
     launch,
     linear_dot_of,
@@ -336,4 +347,16 @@ def int8_linear(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None)
     tensors = {"x": rows, "codes": codes.contiguous(), "scale": float32(scale), "y": y, "tokens": tokens}
     tensors |= {"bias": None if bias is None else float32(bias)}
     launch(int8_linear_of(spec), (-(-out // tile.rows), -(-tokens // tile.tokens)), tensors)
+    return y
+
+
+def int4_linear(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """Return rows W^T + bias [tokens, out], dtype of rows; codes uint8 [out, ceil(in / 2)], scale [out, groups]."""
+    rows, tokens, out = rows.contiguous(), rows.shape[0], codes.shape[0]
+    tile = int4_tile(tokens)
+    spec = Int4Kernel(rows.shape[1], out, group_size, bias is not None, tile, precision_of(rows))
+    y = rows.new_empty(tokens, out)
+    tensors = {"x": rows, "codes": codes.contiguous(), "scale": float32(scale), "y": y, "tokens": tokens}
+    tensors |= {"bias": None if bias is None else float32(bias)}
+    launch(int4_linear_of(spec), (-(-out // tile.rows), -(-tokens // tile.tokens)), tensors)
     return y

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, flat, native, on_triton, portable
+from bwla_compiler.runtime import compiled, end_ops, flat, native, on_triton, portable
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -27,6 +27,7 @@ from bwla_compiler.runtime.checks import (
 )
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.expert_products import Experts, check_experts, expert_products
+from bwla_compiler.runtime.rows import empty_result, rows_of, shaped_like
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
@@ -53,6 +54,10 @@ SCHEMAS = (
     "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? scale_exponent=None) -> Tensor",
     "int8_embedding(Tensor ids, Tensor codes, Tensor scale, ScalarType dtype, Tensor? scale_exponent=None) -> Tensor",
+    "int4_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int group_size, Tensor? scale_exponent=None) "
+    "-> Tensor",
+    "int4_embedding(Tensor ids, Tensor codes, Tensor scale, int width, int group_size, ScalarType dtype, "
+    "Tensor? scale_exponent=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
@@ -62,27 +67,13 @@ for _schema in SCHEMAS:
 # ---------------------------------------------------------------- implementations
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x [..., n] as [tokens, n], also where a dimension is 0."""
-    if x.dim() == 2:
-        return x
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _shaped_like(y: Tensor, x: Tensor) -> Tensor:
-    """Return y [tokens, out] with the dtype and leading dimensions of x."""
-    if y.dtype != x.dtype:
-        y = y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
 def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits: int, *, fast: bool) -> list[Tensor]:
     """Return one result per linear; by compiled kernels where `fast` and there are any."""
     for linear in linears:
         check_linear(x, linear, bits)
     if column_scale is not None and column_scale.shape != x.shape[-1:]:
         raise ShapeError(f"column_scale {list(column_scale.shape)}: expected [{x.shape[-1]}]")
-    rows = _rows(x)
+    rows = rows_of(x)
     library = compiled.kernels() if fast and native.wanted() else None
     if on_triton.serves(rows):
         results = on_triton.linears(rows, linears, column_scale, bits)
@@ -91,7 +82,7 @@ def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits
     else:
         q, token_scale = portable.rounded(rows, column_scale, bits)
         results = [portable.linear(q, token_scale, m.signs, m.scale, m.low_rank, m.bias) for m in linears]
-    return [_shaped_like(y, x) for y in results]
+    return [shaped_like(y, x) for y in results]
 
 
 def _linear_with(fast: bool) -> Any:
@@ -148,12 +139,12 @@ def _fused_group(
     check_prologue(x, before)
     check_residuals(x, group, residual)
     if gate is not None:
-        before = dataclasses.replace(before, gate=_rows(gate))
+        before = dataclasses.replace(before, gate=rows_of(gate))
     columns = maybe_values(column_scale, column_scale_exponent)
     if on_triton.serves(x):
-        ys = on_triton.fused(_rows(x), before, group, residual, columns, activation_bits)
-        return [_shaped_like(y, x) for y in ys]
-    rows = portable.prologue(_rows(x), before).view(x.shape)
+        ys = on_triton.fused(rows_of(x), before, group, residual, columns, activation_bits)
+        return [shaped_like(y, x) for y in ys]
+    rows = portable.prologue(rows_of(x), before).view(x.shape)
     results = _linears(rows, group, columns, activation_bits, fast=False)
     sums = (y if add is None else y + add.float() for y, add in zip(results, residual, strict=True))
     return [y.to(x.dtype) for y in sums]
@@ -165,7 +156,7 @@ def _prologue(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tens
     check_prologue(x, before)
     if kind == "none":
         raise ShapeError("prologue 'none' computes nothing: its result would alias its input")
-    return _shaped_like(portable.prologue(_rows(x), before), x)
+    return shaped_like(portable.prologue(rows_of(x), before), x)
 
 
 def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
@@ -196,31 +187,6 @@ def _experts_with(fast: bool) -> Any:
     return experts
 
 
-def _int8_linear_with(fast: bool) -> Any:
-    """Return the implementation of bwla::int8_linear."""
-
-    def int8_linear(
-        x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scale_exponent: Tensor | None = None
-    ) -> Tensor:
-        if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != x.shape[-1]:
-            raise ShapeError(f"codes {codes.dtype} {list(codes.shape)}: expected int8 [out, {x.shape[-1]}]")
-        if scale.shape != codes.shape[:1]:
-            raise ShapeError(f"scale {list(scale.shape)}: expected [{codes.shape[0]}]")
-        scale, rows = values(scale, scale_exponent), _rows(x)
-        if on_triton.serves(rows):
-            return _shaped_like(on_triton.int8_linear(rows, codes, scale, bias), x)
-        library = (
-            compiled.kernels() if fast and native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS else None
-        )
-        if library is not None:
-            y = compiled.int8_linear(library, rows, codes, scale, bias)
-        else:
-            y = portable.int8_linear(rows, codes, scale, bias)
-        return _shaped_like(y, x)
-
-    return int8_linear
-
-
 def _transform(
     x: Tensor, scale: Tensor | None, left: Tensor | None, right: Tensor | None, scale_exponent: Tensor | None = None,
     left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
@@ -228,14 +194,8 @@ def _transform(
     factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
     factored = [maybe_values(stored, exponent) for stored, exponent in factors]
     if on_triton.serves(x):
-        return _shaped_like(on_triton.transform(_rows(x), *factored), x)
+        return shaped_like(on_triton.transform(rows_of(x), *factored), x)
     return portable.transform(x, *factored)
-
-
-def _int8_embedding(
-    ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, scale_exponent: Tensor | None = None
-) -> Tensor:
-    return portable.int8_embedding(ids, codes, values(scale, scale_exponent), dtype)
 
 
 def _installing(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,8 +228,10 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "fused_group": _installing("fused_group", _fused_group),
     "prologue": _installing("prologue", _prologue),
     "experts": _experts_installing,
-    "int8_linear": _installing("int8_linear", _int8_linear_with(True)),
-    "int8_embedding": _installing("int8_embedding", _int8_embedding),
+    "int8_linear": _installing("int8_linear", end_ops.int8_linear_with(True)),
+    "int8_embedding": _installing("int8_embedding", end_ops.int8_embedding),
+    "int4_linear": _installing("int4_linear", end_ops.int4_linear_with(True)),
+    "int4_embedding": _installing("int4_embedding", end_ops.int4_embedding),
 }
 for _name, _implementation in ON_CPU.items():
     LIBRARY.impl(_name, _implementation, "CPU")
@@ -282,17 +244,15 @@ LIBRARY.impl("fused_call", _fused_call, "Autograd")
 for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
     LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("int8_linear", _int8_linear_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("int8_linear", end_ops.int8_linear_with(False), "CompositeExplicitAutograd")
+LIBRARY.impl("int4_linear", end_ops.int4_linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
-LIBRARY.impl("int8_embedding", _int8_embedding, "CompositeExplicitAutograd")
+LIBRARY.impl("int8_embedding", end_ops.int8_embedding, "CompositeExplicitAutograd")
+LIBRARY.impl("int4_embedding", end_ops.int4_embedding, "CompositeExplicitAutograd")
 LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------- shapes
-
-
-def _result(x: Tensor, features: int) -> Tensor:
-    return x.new_empty([*x.shape[:-1], features])
 
 
 def _fake_same(x: Tensor, *rest: Any) -> Tensor:
@@ -300,30 +260,20 @@ def _fake_same(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_linear(x: Tensor, signs: Tensor, *rest: Any) -> Tensor:
-    return _result(x, signs.shape[1])
+    return empty_result(x, signs.shape[1])
 
 
 def _fake_linear_group(x: Tensor, signs: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [_result(x, member.shape[1]) for member in signs]
+    return [empty_result(x, member.shape[1]) for member in signs]
 
 
 def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
     signs = rest[11]
-    return [_result(x, member.shape[1]) for member in signs]
+    return [empty_result(x, member.shape[1]) for member in signs]
 
 
 def _fake_experts(x: Tensor, experts: Tensor, signs: Tensor, *rest: Any) -> Tensor:
     return x.new_empty([*experts.shape, signs.shape[2]])
-
-
-def _fake_int8_linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-    return _result(x, codes.shape[0])
-
-
-def _fake_int8_embedding(
-    ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, scale_exponent: Tensor | None = None
-) -> Tensor:
-    return codes.new_empty([*ids.shape, codes.shape[1]], dtype=dtype)
 
 
 def _fake_refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
@@ -340,8 +290,10 @@ for _name, _fake in (
     ("fused_group", _fake_fused_group),
     ("fused_call", _fused_call),
     ("experts", _fake_experts),
-    ("int8_linear", _fake_int8_linear),
-    ("int8_embedding", _fake_int8_embedding),
+    ("int8_linear", end_ops.fake_linear),
+    ("int4_linear", end_ops.fake_linear),
+    ("int8_embedding", end_ops.fake_int8_embedding),
+    ("int4_embedding", end_ops.fake_int4_embedding),
     ("refuse_gradient", _fake_refuse_gradient),
 ):
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=LIBRARY)
@@ -402,5 +354,14 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
     return kernel
 
 
-for _name in ("transform", "linear", "linear_group", "fused_group", "prologue", "experts", "int8_linear"):
+for _name in (
+    "transform",
+    "linear",
+    "linear_group",
+    "fused_group",
+    "prologue",
+    "experts",
+    "int8_linear",
+    "int4_linear",
+):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

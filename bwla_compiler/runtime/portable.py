@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.kronecker import apply_kronecker
+from bwla_compiler.numerics.nibbles import dequantized
 from bwla_compiler.numerics.planes import unpack_signs
 from bwla_compiler.spec import FLOAT_BITS
 
@@ -86,7 +87,11 @@ def rounded(x: Tensor, column_scale: Tensor | None, bits: int) -> tuple[Tensor, 
     x = x.float() if column_scale is None else x.float() * column_scale.float()
     if bits >= FLOAT_BITS:
         return x, None
-    codes, scale = quantize_activation(x, bits=bits)
+    return _healthy(x, *quantize_activation(x, bits=bits))
+
+
+def _healthy(x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes as float32 and scale, of tokens of x that are not finite 0 and NaN."""
     healthy = x.isfinite().all(-1, keepdim=True)
     return torch.where(healthy, codes, 0).float(), torch.where(healthy, scale, torch.nan)
 
@@ -142,3 +147,26 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) ->
 def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return codes[ids] * scale[ids] [..., width] of `dtype`; codes int8 [rows, width], scale [rows]."""
     return (codes[ids].float() * scale.float()[ids].unsqueeze(-1)).to(dtype)
+
+
+def int4_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """Return x W^T + bias [tokens, out] float32, W = scale * codes by group, for x [tokens, in] rounded to 16 bits.
+
+    codes uint8 [out, ceil(in / 2)], two a byte; scale [out, ceil(in / group_size)].
+    """
+    out, columns = codes.shape[0], x.shape[1]
+    q, token_scale = _healthy(x, *fixed_point(x))
+    y = torch.empty(x.shape[0], out, dtype=torch.float32, device=x.device)
+    step = max(1, CHUNK_ENTRIES // max(1, columns))
+    for first in range(0, out, step):
+        rows = slice(first, first + step)
+        y[:, rows] = q @ dequantized(codes[rows], scale[rows], columns=columns, group_size=group_size).T
+    y *= token_scale
+    return y if bias is None else y + bias.float()
+
+
+def int4_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, width: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Return rows [..., width] of `dtype`; codes uint8 [rows, ceil(width / 2)], scale [rows, groups]."""
+    return dequantized(codes[ids], scale[ids], columns=width, group_size=group_size).to(dtype)

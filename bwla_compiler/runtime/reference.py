@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import unpack_signs
 from bwla_compiler.runtime.portable import ACTIVATIONS, GROUP, Prologue
@@ -102,3 +102,19 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) ->
 def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return codes[ids] * scale[ids] [..., width], rounded to `dtype` once."""
     return (codes[ids].double() * scale[ids].double().unsqueeze(-1)).to(dtype)
+
+
+def int4_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """Return x' W^T + bias [..., out] float64 with x' = x rounded to 16 bits a token, W of `int4_weight`."""
+    q, token_scale = fixed_point(x)
+    y = q.double() * token_scale.double() @ int4_weight(codes, scale, x.shape[-1], group_size).T
+    return y if bias is None else y + bias.double()
+
+
+def int4_weight(codes: Tensor, scale: Tensor, width: int, group_size: int) -> Tensor:
+    """Return scale * codes [..., width] float64, group by group of packed codes uint8 [..., ceil(width / 2)]."""
+    weight = torch.empty(*codes.shape[:-1], width, dtype=torch.float64)
+    for column in range(width):
+        code = (codes[..., column // 2].long() >> (4 * (column % 2))) % 16 - 8
+        weight[..., column] = code * scale[..., column // group_size].double()
+    return weight

@@ -9,13 +9,13 @@ from torch import nn
 from bwla_compiler.errors import CheckpointError
 from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import register_empty_half
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, OnlineTransform, PackedLinear, TiedHead
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, OnlineTransform, PackedLinear, TiedHead
+from bwla_compiler.spec import INT8_ROWS, Coding, LinearSpec, TransformSpec
 
 FORMAT_VERSION = 1
 """Of the packed format that docs/format.md specifies; raised by whatever an older reader would misread."""
 
-PACKED = (PackedLinear, PackedExperts, Int8Linear, Int8Embedding, TiedHead)
+PACKED = (PackedLinear, PackedExperts, EndLinear, EndEmbedding, TiedHead)
 
 
 def packed_modules(model: nn.Module, *, within: str = "") -> dict[str, nn.Module]:
@@ -27,17 +27,17 @@ def packed_modules(model: nn.Module, *, within: str = "") -> dict[str, nn.Module
 def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Return a packed module's shape and format as JSON data; modules: all packed ones, to name a tied embedding."""
     transform = getattr(module, "transform", None)
-    entry: dict[str, Any] = {"kind": type(module).__name__, "transform": _transform(transform)}
+    entry: dict[str, Any] = {"kind": _kind(module), "transform": _transform(transform)}
     match module:
         case PackedLinear():
             entry["spec"] = dataclasses.asdict(module.spec)
         case PackedExperts():
             entry |= {"spec": dataclasses.asdict(module.spec), "experts": module.n_experts}
-        case Int8Linear():
-            entry |= {"in": module.in_features, "out": module.out_features, **_ends(module)}
-        case Int8Embedding():
+        case EndLinear():
+            entry |= {"in": module.in_features, "out": module.out_features, **_ends(module), **_group(module)}
+        case EndEmbedding():
             entry |= {"rows": module.num_embeddings, "width": module.embedding_dim, "padding": module.padding_idx}
-            entry["gain"] = module.gain is not None
+            entry |= {"gain": module.gain is not None, **_group(module)}
         case TiedHead():
             entry |= {"embedding": next(n for n, m in modules.items() if m is module.embedding), **_ends(module)}
         case _:
@@ -45,7 +45,21 @@ def describe(module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, A
     return entry
 
 
-def _ends(module: Int8Linear | TiedHead) -> dict[str, bool]:
+def _kind(module: nn.Module) -> str:
+    """Return the name that the format has for a module's kind: its class's, and of ends the bits of a code too."""
+    match module:
+        case EndLinear():
+            return f"Int{module.coding.bits}Linear"
+        case EndEmbedding():
+            return f"Int{module.coding.bits}Embedding"
+    return type(module).__name__
+
+
+def _group(module: EndLinear | EndEmbedding) -> dict[str, int]:
+    return {"group_size": module.coding.group_size} if module.coding.bits == 4 else {}
+
+
+def _ends(module: EndLinear | TiedHead) -> dict[str, bool]:
     return {"bias": module.bias is not None, "column_scale": getattr(module, "column_scale", None) is not None}
 
 
@@ -76,21 +90,26 @@ def _build(entry: Mapping[str, Any], built: Mapping[str, nn.Module]) -> nn.Modul
             return PackedLinear(_spec(entry["spec"]))
         case "PackedExperts":
             return PackedExperts(_spec(entry["spec"]), entry["experts"])
-        case "Int8Linear":
-            return Int8Linear(
+        case "Int8Linear" | "Int4Linear":
+            return EndLinear(
                 entry["in"],
                 entry["out"],
                 bias=entry["bias"],
                 column_scale=entry["column_scale"],
                 transform=transform,
+                coding=_coding(entry),
             )
-        case "Int8Embedding":
-            size, gain = (entry["rows"], entry["width"]), entry.get("gain", False)
-            return Int8Embedding(*size, padding_idx=entry["padding"], transform=transform, gain=gain)
+        case "Int8Embedding" | "Int4Embedding":
+            size, gain, coding = (entry["rows"], entry["width"]), entry.get("gain", False), _coding(entry)
+            return EndEmbedding(*size, padding_idx=entry["padding"], transform=transform, gain=gain, coding=coding)
         case "TiedHead":
             return _tied_head(entry, built, transform)
         case kind:
             raise ValueError(f"kind {kind!r} is not known")
+
+
+def _coding(entry: Mapping[str, Any]) -> Coding:
+    return Coding(4, entry["group_size"]) if entry["kind"].startswith("Int4") else INT8_ROWS
 
 
 def _spec(entry: Mapping[str, Any]) -> LinearSpec:
@@ -100,7 +119,7 @@ def _spec(entry: Mapping[str, Any]) -> LinearSpec:
 
 def _tied_head(entry: Mapping[str, Any], built: Mapping[str, nn.Module], transform: OnlineTransform | None) -> TiedHead:
     embedding = built[entry["embedding"]]
-    assert isinstance(embedding, Int8Embedding)
+    assert isinstance(embedding, EndEmbedding)
     head = TiedHead(embedding, transform=transform)
     width = (head.in_features,) if entry["column_scale"] else None
     register_empty_half(head, "column_scale", width, device=None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
+from bwla_compiler.codegen.triton_int4 import emit_int4_linear
 from bwla_compiler.codegen.triton_int8 import emit_int8_linear
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
@@ -21,6 +22,7 @@ linear_sum_of = functools.cache(emit_linear_sum)
 linear_gemv_of = functools.cache(emit_linear_gemv)
 low_rank_of = functools.cache(emit_low_rank)
 int8_linear_of = functools.cache(emit_int8_linear)
+int4_linear_of = functools.cache(emit_int4_linear)
 function_of = functools.cache(triton_module.load)
 
 

@@ -20,7 +20,7 @@ from bwla_compiler.backend.raw import variants_of
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime import ops
-from bwla_compiler.runtime.modules import Int8Linear, PackedLinear, TiedHead, set_activation_bits
+from bwla_compiler.runtime.modules import EndLinear, PackedLinear, TiedHead, set_activation_bits
 from bwla_compiler.spec import FLOAT_BITS
 from bwla_compiler.tokens import vocabulary
 
@@ -216,7 +216,7 @@ def _calls_packed(gm: GraphModule) -> bool:
     nodes = gm.graph.nodes
     modules = (gm.get_submodule(node.target) for node in nodes if node.op == "call_module")
     return any(str(node.target).startswith(f"{ops.LIBRARY.ns}.") for node in nodes) or any(
-        isinstance(module, (PackedLinear, Int8Linear, TiedHead)) for module in modules
+        isinstance(module, (PackedLinear, EndLinear, TiedHead)) for module in modules
     )
 
 

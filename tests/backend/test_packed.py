@@ -85,6 +85,20 @@ def test_four_lengths_are_two_graphs(name: str, graphs: list[torch.fx.GraphModul
     assert any(str(node.target).startswith("bwla.linear") for node in graphs[0].graph.nodes)
 
 
+@pytest.mark.parametrize("tied", [True, *wider(False)])
+def test_ends_of_4_bits_compiled(tied: bool, graphs: list[torch.fx.GraphModule]) -> None:
+    model = small.llama(tied=tied).requires_grad_(False)
+    quantize_model(model, load_recipe("hadamard-rtn", {"head.bits": 4}), None)
+    fast = small.compiled(model)
+    with torch.no_grad():
+        found, expected = (m(tiny.ids(length=7)).logits for m in (fast, model))
+        assert small.error(found, expected) < 1e-5  # the same kernels
+        new = model.generate(tiny.ids(length=7), max_new_tokens=2, do_sample=False)[:, 7]
+        assert torch.equal(new, expected[:, -1].argmax(-1))  # its prompt's, though the head saw one row and not seven
+    called = {str(node.target) for node in graphs[0].graph.nodes}
+    assert {"bwla.int4_linear.default", "bwla.int4_embedding.default"} <= called
+
+
 def adapted(model: nn.Module) -> nn.Module:
     """Return the model with LoRA adapters that PEFT trained elsewhere, as far as one can tell."""
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])

@@ -12,7 +12,7 @@ from bwla_compiler.errors import RecipeError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.recipe import load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, PackedLinear
+from bwla_compiler.runtime.modules import EndEmbedding, PackedLinear
 from tests import tiny
 
 TOML = """
@@ -55,7 +55,7 @@ def test_a_toml_file_keeps_and_changes_by_name(tmp_path: Path, plan: Plan, monke
     assert (packed.up_proj.planes, packed.up_proj.activation_bits) == (1, 6)
     assert (packed.down_proj.planes, packed.down_proj.activation_bits) == (2, 8)
     assert type(model.lm_head) is nn.Linear
-    assert isinstance(model.model.embed_tokens, Int8Embedding)
+    assert isinstance(model.model.embed_tokens, EndEmbedding)
     model.save_pretrained(tmp_path / "out")
     again: Any = api.load(tmp_path / "out").model
     assert type(again.model.layers[0].mlp.up_proj) is nn.Linear

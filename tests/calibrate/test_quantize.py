@@ -8,7 +8,7 @@ from bwla_compiler.calibrate.report import QuantizeReport
 from bwla_compiler.errors import PlanError, WeightError
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.recipe import Recipe, load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, SimulatedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, SimulatedLinear, TiedHead
 from tests import planned, tiny
 from tests.wider import wider
 
@@ -46,8 +46,8 @@ def test_every_block_linear_is_packed_and_the_fit_beats_rounding(name: str) -> N
     report = fit(fitted, name, recipe(), tokens())
     packed = {n for n, m in fitted.named_modules() if isinstance(m, PackedLinear)}
     assert packed == {x.name for x in report.linears} == {x.name for x in report.plan.linears if x.block}
-    assert isinstance(fitted.get_input_embeddings(), Int8Embedding)
-    assert isinstance(fitted.get_output_embeddings(), (Int8Linear, TiedHead))
+    assert isinstance(fitted.get_input_embeddings(), EndEmbedding)
+    assert isinstance(fitted.get_output_embeddings(), (EndLinear, TiedHead))
     # random weights have no structure to fit: on a trained model the error falls many times over
     assert relative(logits(fitted), reference) < 0.85 * relative(logits(rounded), reference)
 

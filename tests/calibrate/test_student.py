@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from bwla_compiler.calibrate.student import Planes, Student, students
 from bwla_compiler.numerics.planes import BinaryWeight
-from bwla_compiler.runtime.modules import Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndLinear, PackedLinear, TiedHead
 from tests.calibrate.test_quantize import logits, relative
 from tests.calibrate.test_tune import quantized
 
@@ -116,7 +116,7 @@ def test_the_stand_ins_compute_what_the_packed_modules_do() -> None:
     model, _ = quantized("qwen3", steps=0)
     expected = logits(model)
     with students(model) as stand_ins:
-        assert not any(isinstance(m, (PackedLinear, Int8Linear, TiedHead)) for m in model.modules())
+        assert not any(isinstance(m, (PackedLinear, EndLinear, TiedHead)) for m in model.modules())
         assert {student.block for student in stand_ins} == {"model.layers.0", "model.layers.1"}
         for student in stand_ins:
             student.planes.wake()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bwla_compiler import api
-from bwla_compiler.runtime.modules import Int8Embedding, PackedLinear
+from bwla_compiler.runtime.modules import EndEmbedding, PackedLinear
 from bwla_compiler.zoo.models import tiny_model
 from tests import tiny
 
@@ -99,10 +99,26 @@ def linear(x: np.ndarray, entry: dict[str, Any], t: dict[str, np.ndarray], name:
     return y + t[f"{name}.bias"] if f"{name}.bias" in t else y
 
 
+def nibbles(packed: np.ndarray, columns: int) -> np.ndarray:
+    both = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+    return both[..., :columns].astype(np.float64) - 8
+
+
+def coded(entry: dict[str, Any], t: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Return the rows of an embedding or a head [m, n]."""
+    scale = halves(t, f"{name}.row_scale")
+    assert scale is not None
+    if entry["kind"].startswith("Int8"):
+        return t[f"{name}.codes"].astype(np.float64) * scale[:, None]
+    n = entry["width"] if "width" in entry else entry["in"]
+    return nibbles(t[f"{name}.codes"], n) * np.repeat(scale, entry["group_size"], 1)[:, :n]
+
+
 CASES = [
     ("gpt2", "bwla-w1a6", {}),  # biases, low rank, online transforms with a diagonal, rounding
-    ("llama", "bwla-paper", {"tuning.steps": 0}),  # column scales
-    ("llama-tied", "rtn", {"weights.planes": 2, "weights.scales": "group"}),  # planes, groups
+    ("llama", "bwla-paper", {"tuning.steps": 0, "head.bits": 4}),  # column scales, codes of 4 bits
+    # planes, groups; a head that reads an embedding's codes of 4 bits
+    ("llama-tied", "rtn", {"weights.planes": 2, "weights.scales": "group", "head.bits": 4, "head.group_size": 32}),
 ]
 
 
@@ -126,21 +142,22 @@ def test_a_reader_from_the_text_alone_computes_the_same(
             expected, found = module(x).double().numpy(), linear(x.double().numpy(), entry, tensors, key)
             close = np.isclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
             assert close.mean() > 0.9, key
-        elif entry["kind"] == "Int8Embedding":
-            assert isinstance(module, Int8Embedding)
-            scale = halves(tensors, f"{key}.row_scale")
-            assert scale is not None
-            rows = tensors[f"{key}.codes"].astype(np.float64) * scale[:, None]
+        elif entry["kind"] in ("Int8Linear", "Int4Linear"):
+            x = torch.randn(3, entry["in"], generator=generator)
+            y = x.double().numpy() @ coded(entry, tensors, key).T
+            np.testing.assert_allclose(module(x).double().numpy(), y, rtol=1e-3, atol=1e-3)
+        elif entry["kind"] in ("Int8Embedding", "Int4Embedding"):
+            assert isinstance(module, EndEmbedding)
+            rows = coded(entry, tensors, key)
             rows = transformed(rows, entry["transform"] or {}, tensors, key)
             np.testing.assert_allclose(module(torch.arange(128)).double().numpy(), rows, rtol=1e-4, atol=1e-4)
         elif entry["kind"] == "TiedHead":
             table = entry["embedding"]
             x = torch.randn(3, model.config.hidden_size, generator=generator)
             inner = transformed(x.double().numpy(), entry["transform"] or {}, tensors, key)
-            columns, scale = halves(tensors, f"{key}.column_scale"), halves(tensors, f"{table}.row_scale")
-            assert scale is not None
+            columns = halves(tensors, f"{key}.column_scale")
             inner = inner if columns is None else inner * columns
-            y = inner @ tensors[f"{table}.codes"].astype(np.float64).T * scale + tensors.get(f"{key}.bias", 0.0)
+            y = inner @ coded(entries[table], tensors, table).T + tensors.get(f"{key}.bias", 0.0)
             np.testing.assert_allclose(module(x).double().numpy(), y, rtol=1e-3, atol=1e-3)
 
 
@@ -176,6 +193,7 @@ def test_vectors_by_the_reader() -> None:
     assert found is not None
     assert found.tolist() == v["halves"]["values"]
     assert zlib.crc32(bytes(v["crc32"]["bytes"])) == v["crc32"]["value"]
+    assert nibbles(np.array(v["nibbles"]["bytes"], "u1"), 5).tolist() == v["nibbles"]["columns"]
     x = np.array(v["rounding"]["x"])
     codes = rounded(x, v["rounding"]["bits"]) / v["rounding"]["scale"]
     np.testing.assert_allclose(codes, v["rounding"]["codes"], atol=1e-6)
@@ -191,11 +209,13 @@ def test_vectors_by_the_reader() -> None:
 def test_vectors_by_the_package() -> None:
     from bwla_compiler.numerics.activations import quantize_activation
     from bwla_compiler.numerics.half import from_half_bits
+    from bwla_compiler.numerics.nibbles import pack_nibbles
     from bwla_compiler.numerics.planes import pack_signs
     from bwla_compiler.runtime.online import OnlineTransform
 
     v = vectors()
     assert pack_signs(torch.tensor(v["signs"]["columns"], dtype=torch.int8)).tolist() == v["signs"]["bytes"]
+    assert pack_nibbles(torch.tensor(v["nibbles"]["columns"], dtype=torch.int8)).tolist() == v["nibbles"]["bytes"]
     bits = torch.tensor(v["halves"]["bits"], dtype=torch.int16)
     assert from_half_bits(bits, v["halves"]["exponent"]).tolist() == v["halves"]["values"]
     codes, scale = quantize_activation(torch.tensor([v["rounding"]["x"]]), bits=v["rounding"]["bits"])

@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bwla_compiler import api
-from bwla_compiler.checkpoint.gguf_blocks import code_blocks, sign_blocks
+from bwla_compiler.checkpoint.gguf_blocks import code_blocks, nibble_blocks, sign_blocks
 from bwla_compiler.checkpoint.gguf_family import FAMILIES, rotary_factors
 from bwla_compiler.checkpoint.gguf_tokens import CUTS, read_vocabulary
 from bwla_compiler.errors import CheckpointError
 from bwla_compiler.evaluate.fidelity import fidelity
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.reference import int4_weight
 from bwla_compiler.spec import LinearSpec, TransformSpec
 from tests import tiny
 
@@ -41,10 +42,10 @@ ROUNDED = {"signs.method": "round", "target.drift": False}
 """The folded recipe without data: what it stores has the same form."""
 
 
-def folded(config: Any) -> Any:
+def folded(config: Any, settings: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    api.quantize(model, recipe="bwla-folded", settings=ROUNDED)
+    api.quantize(model, recipe="bwla-folded", settings=ROUNDED | (settings or {}))
     return model
 
 
@@ -63,6 +64,9 @@ def dequantized(tensor: Any) -> np.ndarray:
     elif tensor.tensor_type.name == "Q8_0":
         blocks = rows.reshape(-1, 34)
         codes = blocks[:, 2:].view(np.int8).astype(np.float32)
+    elif tensor.tensor_type.name == "Q4_0":
+        blocks = rows.reshape(-1, 18)
+        codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1).astype(np.float32) - 8
     else:
         return rows.astype(np.float32).reshape(shape)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
@@ -85,7 +89,8 @@ def expected(model: Any, *, pairs: bool) -> dict[str, np.ndarray]:
     found = {"output_norm": model.model.norm.weight}
     for name, module in (("token_embd", model.model.embed_tokens), ("output", model.lm_head)):
         scale = module.row_scale.view(torch.float16).float() * 2.0 ** float(module.row_scale_exponent)
-        found[name] = module.codes.float() * scale[:, None]
+        int4 = module.codes.dtype == torch.uint8
+        found[name] = int4_weight(module.codes, scale, 128, 64) if int4 else module.codes.float() * scale[:, None]
     for i, layer in enumerate(model.model.layers):
         own, mlp = layer.self_attn, layer.mlp
         parts = {"attn_q": own.q_proj, "attn_k": own.k_proj, "attn_v": own.v_proj, "attn_output": own.o_proj}
@@ -131,11 +136,12 @@ def test_a_folded_model_is_the_same_numbers(qwen3: Any, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_rotary_pairs_of_llama_stand_side_by_side(tmp_path: Path) -> None:
+def test_rotary_pairs_of_llama_stand_side_by_side_and_ends_have_4_bits(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    model = folded(transformers.LlamaConfig(**SIZES))
+    model = folded(transformers.LlamaConfig(**SIZES), {"head.bits": 4})
     api.export(model, tmp_path / "model.gguf", to="gguf")
-    check(model, tmp_path / "model.gguf", pairs=True)
+    reader = check(model, tmp_path / "model.gguf", pairs=True)
+    assert {t.tensor_type.name for t in reader.tensors if t.name.startswith(("token_embd", "output.w"))} == {"Q4_0"}
 
 
 def test_blocks_by_hand() -> None:
@@ -146,6 +152,11 @@ def test_blocks_by_hand() -> None:
     codes = torch.arange(-32, 32, dtype=torch.int8)[None]
     rows = code_blocks(codes, torch.tensor([1.0]), name="w")
     assert rows.tolist() == [[0x00, 0x3C, *range(224, 256), 0x00, 0x3C, *range(32)]]
+    four = torch.cat([torch.arange(32) // 2 - 8, torch.full((64,), 7)]).to(torch.int8)[None]
+    halves = nibble_blocks(four, torch.tensor([[-0.5, 1.0]]), group_size=64, name="w")
+    first = [j // 2 + 16 * (j // 2 + 8) for j in range(16)]  # column j, and column j + 16 in the high bits
+    top = [0xFF] * 16
+    assert halves.tolist() == [[0x00, 0xB8, *first, 0x00, 0xB8, *top, 0x00, 0x3C, *top]]
 
 
 @pytest.mark.parametrize("value", [1e6, 1e-9])

@@ -53,7 +53,8 @@ int main() {
       {"linear", entry(bwla_linear)},               {"fused_group", entry(bwla_fused_group)},
       {"quantize", entry(bwla_quantize)},           {"accumulate", entry(bwla_accumulate)},
       {"int8_linear", entry(bwla_int8_linear)},     {"transform", entry(bwla_transform)},
-      {"int8_embedding", entry(bwla_int8_embedding)}, {"prologue", entry(bwla_prologue)}};
+      {"int8_embedding", entry(bwla_int8_embedding)}, {"prologue", entry(bwla_prologue)},
+      {"int4_linear", entry(bwla_int4_linear)},     {"int4_embedding", entry(bwla_int4_embedding)}};
   for (;;) {
     std::string name(number(), ' ');
     receive(name.data(), name.size());

@@ -125,6 +125,26 @@ class EmulatedLibrary:
         inputs = Region(ids, 8 * tokens), Region(codes, rows * width), Region(scale, 4 * rows)
         self._call("int8_embedding", *inputs, Region(y, 4 * tokens * width, returned=True), tokens, width)
 
+    def int4_linear(
+        self, x: int, codes: int, scale: int, bias: int, y: int, tokens: int, out: int, columns: int, group: int,
+        power: int, threads: int,
+    ) -> None:  # fmt: skip
+        inputs = Region(x, 4 * tokens * columns), *self._nibbles(codes, scale, out, columns, group)
+        ends = Region(bias, 4 * out), Region(y, 4 * tokens * out, returned=True)
+        self._call("int4_linear", *inputs, *ends, tokens, out, columns, group, power, threads)
+
+    def int4_embedding(
+        self, ids: int, codes: int, scale: int, y: int, tokens: int, width: int, group: int, power: int
+    ) -> None:
+        rows = 1 + max(ctypes.cast(ids, ctypes.POINTER(ctypes.c_int64))[:tokens])
+        inputs = Region(ids, 8 * tokens), *self._nibbles(codes, scale, rows, width, group)
+        result = Region(y, 4 * tokens * width, returned=True)
+        self._call("int4_embedding", *inputs, result, tokens, width, group, power)
+
+    @staticmethod
+    def _nibbles(codes: int, scale: int, rows: int, columns: int, group: int) -> tuple[Region, Region]:
+        return Region(codes, rows * -(-columns // 2)), Region(scale, 2 * rows * -(-columns // group))
+
     def _before(self, given: Any, tokens: int, columns: int) -> Region:
         """Return the memory of a Prologue, with all that it points to."""
         p = given._obj

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bwla_compiler.codegen.isa import ISAS
 from bwla_compiler.codegen.library import GROUP, KernelLibrary, Member
-from bwla_compiler.numerics.activations import quantize_activation
+from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.planes import pack_signs
+from bwla_compiler.runtime.reference import int4_weight
 from tests.codegen.emulated import EmulatedLibrary, kernels
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 130, 129), (65, 257, 1000), (5, 128, 2048), (7, 640, 520)]
@@ -214,6 +215,78 @@ def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool
     size = x.abs().double() @ codes.abs().double().T * scale + 1
     # float32 sums of 1000 terms in 16 or 32 lanes
     assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
+
+
+def nibbles(out: int, columns: int, group: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, bits of float16 scales of either sign, one of them subnormal, the weight in float64)."""
+    codes = torch.randint(0, 256, (out, -(-columns // 2)), generator=generator, dtype=torch.uint8)
+    scale = torch.randn(out, -(-columns // group), generator=generator).half()
+    scale[0, 0] = -3e-7
+    return codes, scale.view(torch.int16), int4_weight(codes, scale, columns, group)
+
+
+INT4_SHAPES = [
+    (1, 1, 1, 32), (1, 300, 1000, 64), (7, 65, 33, 128), (2, 3, 129, 32), (5, 17, 1024, 128), (1, 9, 2080, 32),
+    (33, 130, 576, 64),
+]  # fmt: skip
+"""(tokens, out, in, group): ends within a byte, a group, a vector of codes and one of scales."""
+
+
+@pytest.mark.parametrize("shape", INT4_SHAPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_int4_linear(library: Library, shape: tuple[int, int, int, int], biased: bool) -> None:
+    tokens, out, columns, group = shape
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, columns, generator=generator)
+    codes, scale, weight = nibbles(out, columns, group, generator)
+    bias = torch.randn(out, generator=generator) if biased else None
+    y = torch.empty(tokens, out)
+    library.int4_linear(
+        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), bias.data_ptr() if bias is not None else 0, y.data_ptr(),
+        tokens, out, columns, group, -3, 2,
+    )  # fmt: skip
+    integers, step = fixed_point(x)
+    rounded = integers.double() * step.double()
+    reference = rounded @ weight.T / 8 + (bias if bias is not None else 0)
+    size = rounded.abs() @ weight.abs().T / 8 + 1
+    # sums of words are exact; then float32 sums of at most 65 vectors, and a few products
+    assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
+    # half a step of the largest value, for each weight
+    assert ((y - x.double() @ weight.T / 8 - (bias if bias is not None else 0)).abs() <= 2.0**-15 * size * 4).all()
+
+
+def test_int4_linear_of_the_largest_sums_and_sick_tokens(library: Library) -> None:
+    """All codes -8 and all inputs at the limit: the sums of a word's eight columns are far from 2^31."""
+    x, codes = torch.full((3, 2000), -2.0), torch.zeros(3, 1000, dtype=torch.uint8)
+    x[1, 7], x[2, 1999] = float("inf"), float("nan")
+    scale, y = torch.ones(3, 63, dtype=torch.half).view(torch.int16), torch.empty(3, 3)
+    library.int4_linear(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), 0, y.data_ptr(), 3, 3, 2000, 32, 0, 1)
+    # 2 / 32767 * 32767 is 2 but for one rounding
+    torch.testing.assert_close(y[0], torch.full((3,), 32000.0), rtol=2.0**-22, atol=0)
+    assert y[1:].isnan().all()
+
+
+def test_int4_linear_reads_no_more_than_its_table(library: Library) -> None:
+    """What lies behind the table, NaN in float16, leaves the results as they are."""
+    generator = torch.Generator().manual_seed(4)
+    x, results = torch.randn(2, 200, generator=generator), []
+    codes, scale, _ = nibbles(5, 200, 64, generator)
+    for fill in (0, -1):
+        behind, above = torch.full((1000,), fill % 256, dtype=torch.uint8), torch.full((50,), fill, dtype=torch.int16)
+        table, scales = torch.cat([codes.flatten(), behind]), torch.cat([scale.flatten(), above])
+        y = torch.empty(2, 5)
+        library.int4_linear(x.data_ptr(), table.data_ptr(), scales.data_ptr(), 0, y.data_ptr(), 2, 5, 200, 64, 0, 1)
+        results.append(y)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("columns", [1, 37, 128, 200])
+def test_int4_embedding(library: Library, columns: int) -> None:
+    codes, scale, weight = nibbles(11, columns, 64, torch.Generator().manual_seed(7))
+    ids, y = torch.tensor([10, 0, 3]), torch.empty(3, columns)
+    library.int4_embedding(ids.data_ptr(), codes.data_ptr(), scale.data_ptr(), y.data_ptr(), 3, columns, 64, 2)
+    # a code has 4 bits and a scale 11: the product is exact in float32
+    assert torch.equal(y.double(), weight[ids] * 4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50)], ids=str)

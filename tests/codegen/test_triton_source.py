@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
+from bwla_compiler.codegen.triton_int4 import emit_int4_linear, int4_tile
 from bwla_compiler.codegen.triton_int8 import emit_int8_linear, int8_tile
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import Emitted, Int8Kernel, Kind, LinearKernel, PrologueKernel, Tile, padded
+from bwla_compiler.codegen.triton_spec import (
+    Emitted,
+    Int4Kernel,
+    Int8Kernel,
+    Kind,
+    LinearKernel,
+    PrologueKernel,
+    Tile,
+    padded,
+)
 from bwla_compiler.codegen.triton_tiles import candidates, is_decode
 from bwla_compiler.cost.factors import LARGEST_TILE, power_of_two
 from bwla_compiler.errors import BuildError
@@ -88,6 +98,7 @@ def test_linear_kernels_declare_what_they_read(
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_declare_what_they_read(tokens: int, bias: bool) -> None:
     check(emit_int8_linear(Int8Kernel(200, 33, bias, int8_tile(tokens))))
+    check(emit_int4_linear(Int4Kernel(200, 33, 64, bias, int4_tile(tokens))))
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -15,9 +15,10 @@ from bwla_compiler.cost.model import (
     attention_stage,
     float_shape,
     kept_stage,
+    table_stage,
 )
 from bwla_compiler.cost.roofline import M
-from bwla_compiler.spec import LinearSpec
+from bwla_compiler.spec import INT8_ROWS, Coding, LinearSpec
 
 H100 = DEVICES["h100-sxm"]
 LAYERS = 64
@@ -30,7 +31,7 @@ def qwen3_32b() -> ModelShape:
         GroupShape("gate_up", LinearSpec(5120, (25600, 25600)), LAYERS),
         GroupShape("down", LinearSpec(25600, (5120,)), LAYERS),
     )
-    tables = (TableShape("embed", 151936, 5120, 8, True), TableShape("head", 151936, 5120, 8, False))
+    tables = (TableShape("embed", 151936, 5120, INT8_ROWS, True), TableShape("head", 151936, 5120, INT8_ROWS, False))
     return ModelShape(groups, tables, attention=(AttentionShape(LAYERS, 64, 8, 128),))
 
 
@@ -55,6 +56,13 @@ def test_a_packed_model_by_hand() -> None:
     moved = shape.moved.subs({M: 1, B: 1, C: 1000})
     assert moved == LAYERS * packed + table + activations + ends + cache
     assert float_shape(shape).stored / shape.stored == pytest.approx(11.8, rel=0.05)
+
+
+def test_a_head_of_4_bits_by_hand() -> None:
+    stage = table_stage(TableShape("head", 1000, 130, Coding(4, 64), False), float_bytes=2)
+    # 65 bytes of codes a row, three float16 scales; an exponent of all
+    assert stage.stored == 1000 * (65 + 6) + 1
+    assert stage.moved.subs(M, 1) == stage.stored + 2 * (130 + 1000)
 
 
 def test_attention_by_hand() -> None:

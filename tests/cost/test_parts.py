@@ -6,12 +6,12 @@ from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.cost.model import AttentionShape, GroupShape, KeptShape, ModelShape, TableShape, float_shape
 from bwla_compiler.cost.parts import PARTS, step_parts
 from bwla_compiler.cost.roofline import M
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import INT8_ROWS, LinearSpec, TransformSpec
 
 DOWN = LinearSpec(4096, (1024,), transform=TransformSpec("hadamard", 128, 32, False, True), rank=16)
 SHAPE = ModelShape(
     (GroupShape("q, k", LinearSpec(1024, (1024, 512)), 2), GroupShape("down", DOWN, 3)),
-    (TableShape("head", 5000, 1024, 8, False), TableShape("embed", 5000, 1024, 8, True)),
+    (TableShape("head", 5000, 1024, INT8_ROWS, False), TableShape("embed", 5000, 1024, INT8_ROWS, True)),
     (KeptShape("router", 4096),),
     (AttentionShape(2, 8, 8, 128),),
     rest=3000,

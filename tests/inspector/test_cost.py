@@ -14,12 +14,12 @@ from bwla_compiler.inspector.cost import CostReport, cost_report, crossover_tabl
 from bwla_compiler.inspector.report import build_report
 from bwla_compiler.inspector.sections import report_page
 from bwla_compiler.inspector.terminal import print_report
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import INT8_ROWS, LinearSpec, TransformSpec
 
 DOWN = LinearSpec(4096, (1024,), transform=TransformSpec("hadamard", 128, 32, False, True))
 SHAPE = ModelShape(
     (GroupShape("q_proj, k_proj", LinearSpec(1024, (1024, 512)), 2), GroupShape("down_proj", DOWN, 2)),
-    (TableShape("head", 5000, 1024, 8, looked_up=False),),
+    (TableShape("head", 5000, 1024, INT8_ROWS, looked_up=False),),
     attention=(AttentionShape(2, 8, 8, 128),),
     unknown="1 layers of mamba",
 )

@@ -15,7 +15,7 @@ from bwla_compiler.inspector.report import InspectorReport, build_report
 from bwla_compiler.inspector.results import result_page
 from bwla_compiler.inspector.sections import report_page
 from bwla_compiler.numerics.spread import Spread, Tails, WeightSpread
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import INT8_ROWS, LinearSpec, TransformSpec
 from tests.inspector.conftest import Counted, Measured, Outcome
 from tests.inspector.test_page import BROWSER, RESULT
 
@@ -35,7 +35,7 @@ def measured(plan: Plan) -> InspectorReport:
     down = LinearSpec(12, (8,), transform=TransformSpec("kronecker", 3, 4, True, True))
     shape = ModelShape(
         (GroupShape("k_proj, v_proj", LinearSpec(8, (4, 4)), 3), GroupShape("down_proj", down, 3)),
-        (TableShape("head", 500, 8, 8, looked_up=False),),
+        (TableShape("head", 500, 8, INT8_ROWS, looked_up=False),),
         attention=(AttentionShape(3, 2, 2, 4),),
     )
     formats = {x.name: Format(1, "row", 4, 6, 1.25, "scaling, kronecker 3 x 4") for x in plan.linears}

@@ -12,8 +12,9 @@ from bwla_compiler.passes.pipeline import folding_passes, run_pass
 from bwla_compiler.passes.quantize_ends import QuantizeEnds, is_embedding
 from bwla_compiler.passes.quantize_linears import QuantizeLinears
 from bwla_compiler.recipe import Recipe, load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 from bwla_compiler.runtime.transformed import TransformedLinear
+from bwla_compiler.spec import Coding
 from tests import planned, tiny
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -117,7 +118,7 @@ def test_quantized_linears_hold_what_was_fitted_and_twice_is_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", Int8Linear), ("gemma2", TiedHead)]
+    ("name", "head"), [("llama-tied", TiedHead), ("gpt2", TiedHead), ("llama", EndLinear), ("gemma2", TiedHead)]
 )
 def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type) -> None:
     model = tiny.make(name)
@@ -127,7 +128,7 @@ def test_ends_become_int8_and_tied_ones_share_their_codes(name: str, head: type)
         run_pass(model, step, ctx)
     report = run_pass(model, QuantizeEnds(rotated=True), ctx)
     assert len(report.changed) == 2
-    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert isinstance(model.get_input_embeddings(), EndEmbedding)
     assert type(model.get_output_embeddings()) is head
     # int8 by row leaves about 1 % of a Gaussian row, and the tiny models amplify it
     assert relative(logits(model), before) < 0.08
@@ -165,8 +166,8 @@ def test_a_tied_embedding_keeps_what_it_does_beside_looking_up(table: type[nn.Em
     model.requires_grad_(False)
     before = model.model.embed_tokens(tiny.ids())
     report = run_pass(model, QuantizeEnds(rotated=False), context(model, "llama-tied"))
-    assert isinstance(model.model.embed_tokens, table if kept else Int8Embedding)
-    assert type(model.lm_head) is (Int8Linear if kept else TiedHead)
+    assert isinstance(model.model.embed_tokens, table if kept else EndEmbedding)
+    assert type(model.lm_head) is (EndLinear if kept else TiedHead)
     assert relative(model.model.embed_tokens(tiny.ids()), before) < 0.01  # int8 by row
     assert kept == ("model.embed_tokens" in {what for what, _ in report.skipped})
 
@@ -177,11 +178,28 @@ def test_ends_can_be_stored_apart_or_left_alone() -> None:
     for step in folding_passes(ctx.recipe):
         run_pass(model, step, ctx)
     run_pass(model, QuantizeEnds(rotated=True), ctx)
-    assert type(model.get_output_embeddings()) is Int8Linear
+    assert type(model.get_output_embeddings()) is EndLinear
     whole = load_recipe("bwla-w1a6", {"head.bits": 16})
     kept = QuantizeEnds(rotated=False).run(context(tiny.make("llama"), "llama", whole))
     assert kept.edits == []
     assert {what for what, _ in kept.skipped} == {"model.embed_tokens", "lm_head"}
+
+
+def test_ends_of_4_bits_by_the_recipe_and_by_name() -> None:
+    model = tiny.make("llama-tied")
+    ctx = context(model, "llama-tied", load_recipe("bwla-w1a6", {"head.bits": 4, "head.group_size": 32}))
+    before = logits(model)
+    for step in folding_passes(ctx.recipe):
+        run_pass(model, step, ctx)
+    run_pass(model, QuantizeEnds(rotated=True), ctx)
+    assert model.model.embed_tokens.coding == Coding(4, 32)
+    assert type(model.lm_head) is TiedHead
+    # int4 by 32 leaves 8 % of a Gaussian row, of the embedding and of the head, and the tiny models amplify it
+    assert relative(logits(model), before) < 0.5
+    other = tiny.make("llama")
+    own = [{"pattern": "lm_head", "set": {"head.bits": 4}}]
+    run_pass(other, QuantizeEnds(rotated=False), context(other, "llama", load_recipe("bwla-w1a6", {"overrides": own})))
+    assert (other.model.embed_tokens.coding, other.lm_head.coding) == (Coding(), Coding(4, 64))
 
 
 def test_a_head_that_is_no_longer_the_embedding_is_stored_on_its_own() -> None:
@@ -192,5 +210,5 @@ def test_a_head_that_is_no_longer_the_embedding_is_stored_on_its_own() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] *= -1
     report = run_pass(model, QuantizeEnds(rotated=True), ctx)
-    assert type(model.lm_head) is Int8Linear
+    assert type(model.lm_head) is EndLinear
     assert ("lm_head", "no longer the embedding times a gain: stored twice") in report.skipped

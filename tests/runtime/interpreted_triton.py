@@ -21,6 +21,7 @@ from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.portable import Prologue
+from bwla_compiler.runtime.reference import int4_weight
 from tests.wider import wider
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/runtime/test_on_triton.py instead"
@@ -383,6 +384,20 @@ def test_int8_linear(tokens: int, columns: int, out: int, dtype: torch.dtype) ->
     scale, bias = torch.rand(out, generator=seeded(3)) + 0.5, torch.randn(out, generator=seeded(4))
     got = on_triton.int8_linear(x, codes, scale, bias)
     want = x.double() @ codes.double().T * scale.double() + bias.double()
+    assert got.dtype == dtype
+    assert relative(got, want) < (FLOAT if dtype == torch.float32 else 2**-7)  # truncated by the interpreter
+
+
+@pytest.mark.parametrize(
+    "tokens, columns, out, group", [(1, 101, 17, 32), (3, 101, 70, 64), *wider((1, 1040, 8, 128), (40, 200, 130, 128))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_linear(tokens: int, columns: int, out: int, group: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, columns, generator=seeded(1)).to(dtype)
+    codes = torch.randint(0, 256, (out, -(-columns // 2)), dtype=torch.uint8, generator=seeded(2))
+    scale, bias = torch.randn(out, -(-columns // group), generator=seeded(3)), torch.randn(out, generator=seeded(4))
+    got = on_triton.int4_linear(x, codes, scale, bias, group)
+    want = x.double() @ int4_weight(codes, scale, columns, group).T + bias.double()
     assert got.dtype == dtype
     assert relative(got, want) < (FLOAT if dtype == torch.float32 else 2**-7)  # truncated by the interpreter
 

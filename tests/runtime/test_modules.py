@@ -12,15 +12,15 @@ from bwla_compiler.errors import GradientError, ShapeError, WeightError
 from bwla_compiler.numerics.planes import BinaryWeight
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.modules import (
-    Int8Embedding,
-    Int8Linear,
+    EndEmbedding,
+    EndLinear,
     OnlineTransform,
     PackedLinear,
     TiedHead,
     set_activation_bits,
     stored_bytes,
 )
-from bwla_compiler.spec import LinearSpec, TransformSpec
+from bwla_compiler.spec import Coding, LinearSpec, TransformSpec
 
 OUT, IN = 30, 200
 
@@ -62,7 +62,7 @@ class Tied(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.embedding = Int8Embedding.from_weight(torch.randn(50, IN, generator=g), transform=kronecker(seed))
+        self.embedding = EndEmbedding.from_weight(torch.randn(50, IN, generator=g), transform=kronecker(seed))
         self.head = TiedHead(self.embedding, transform=kronecker(seed + 1), column_scale=torch.rand(IN, generator=g))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_compiles_in_one_graph() -> None:
             super().__init__()
             self.tied, self.linear = Tied(), packed()
             self.norm = nn.LayerNorm(IN)
-            self.int8 = Int8Linear.from_weight(torch.randn(7, OUT, generator=torch.Generator().manual_seed(0)))
+            self.int8 = EndLinear.from_weight(torch.randn(7, OUT, generator=torch.Generator().manual_seed(0)))
 
         def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
             hidden = self.norm(self.tied.embedding(ids))
@@ -246,19 +246,44 @@ def test_int8_linear_and_embedding_round_by_row() -> None:
     weight = torch.randn(50, IN, generator=g) * torch.logspace(-2, 3, 50)[:, None]
     weight[3] = 0
     bias, x = torch.randn(50, generator=g), inputs(2)
-    head = Int8Linear.from_weight(weight, bias=bias)
+    head = EndLinear.from_weight(weight, bias=bias)
     exact = x @ weight.T + bias
     # a weight is off by at most half a step, 1/254 of its row's peak, and a little where float16 rounds the scale
     bound = x.abs().sum(1, keepdim=True) * weight.abs().amax(1) / 250
     assert ((head(x) - exact).abs() <= bound + 1e-6).all()
     assert (head(x) - exact).norm() <= 0.02 * exact.norm()
-    embedding = Int8Embedding.from_weight(weight.bfloat16(), padding_idx=3)
+    embedding = EndEmbedding.from_weight(weight.bfloat16(), padding_idx=3)
     rows = embedding(torch.arange(50))
     assert rows.dtype == torch.bfloat16
     assert embedding.padding_idx == 3
     assert (rows[3] == 0).all()
     assert ((rows.float() - weight).abs() <= weight.abs().amax(1, keepdim=True) * (1 / 254 + 2**-7)).all()
     assert embedding.to(torch.float32)(torch.tensor([0])).dtype == torch.float32
+
+
+def test_ends_of_4_bits_round_by_group() -> None:
+    g, coding = torch.Generator().manual_seed(0), Coding(4, 64)
+    weight, bias, x = torch.randn(50, IN, generator=g) * 1e-3, torch.randn(50, generator=g), inputs(2)
+    head = EndLinear.from_weight(weight, bias=bias, coding=coding)
+    assert (head.codes.dtype, head.codes.shape, head.row_scale.shape) == (
+        torch.uint8,
+        (50, IN // 2),
+        (50, -(-IN // 64)),
+    )
+    # 0.0081 of the energy (see test_nibbles) is 0.09 of the norm
+    assert (head.dense_weight() - weight).norm() < 0.095 * weight.norm()
+    # the input is rounded to 16 bits a token
+    torch.testing.assert_close(head(x), x @ head.dense_weight().T + bias, rtol=1e-4, atol=1e-5)
+    embedding = EndEmbedding.from_weight(weight, coding=coding)
+    assert torch.equal(embedding(torch.arange(50)), embedding.dense_weight())
+    assert torch.equal(embedding.codes, head.codes)
+    tied = TiedHead(embedding, bias=bias)
+    assert torch.equal(tied(x), head(x))
+    assert torch.equal(tied.dense_weight(), head.dense_weight())
+    assert "int4" in repr(tied)
+    assert head.half().codes.dtype == torch.uint8
+    with pytest.raises(WeightError):
+        EndLinear.from_weight(torch.full((3, 70), float("nan")), coding=coding)
 
 
 def test_tied_head_owns_no_codes_and_stays_tied() -> None:

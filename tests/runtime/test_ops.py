@@ -186,18 +186,78 @@ def test_int8_embedding_equals_reference(path: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(BWLA.int8_embedding(ids, codes, scale, dtype), want, rtol=2**-8, atol=0)
 
 
+def make_nibbles(out: int, columns: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, float16 bits of scales, their exponent)."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (out, -(-columns // 2)), generator=generator, dtype=torch.uint8)
+    scale = torch.randn(out, -(-columns // group), generator=generator).half()
+    return codes, scale.view(torch.int16), torch.tensor(-2, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_linear_equals_reference(path: str, tokens: int, dtype: torch.dtype) -> None:
+    codes, bits, exponent = make_nibbles(37, 75, 32)
+    scale, bias = bits.view(torch.half).float() / 4, torch.randn(37, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, tokens, 75, generator=torch.Generator().manual_seed(2)).to(dtype)[0]
+    want = reference.int4_linear(x, codes, scale, bias, 32)
+    got = BWLA.int4_linear(x, codes, bits, bias, 32, exponent)
+    # float32 sums of 75 terms of order one; then bfloat16
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(BWLA.int4_linear(x, codes, scale, bias, 32), got, rtol=tolerance, atol=1e-5)
+    # what was left of the input: half a step of its largest, a little where a token is all one sign
+    exact = x.double() @ reference.int4_weight(codes, scale, 75, 32).T + bias.double()
+    assert float((want - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_a_sick_token_makes_nan_of_its_own_int4_results(path: str) -> None:
+    codes, bits, exponent = make_nibbles(5, 40, 64)
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(40, 40)  # more than the kernels take, too
+        x[1, 3] = bad
+        for rows in (x[:2], x):
+            y = BWLA.int4_linear(rows, codes, bits, None, 64, exponent)
+            assert y[1].isnan().all()
+            assert y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_embedding_equals_reference(path: str, dtype: torch.dtype) -> None:
+    codes, bits, exponent = make_nibbles(37, 75, 64)
+    ids = torch.randint(0, 37, (2, 3), generator=torch.Generator().manual_seed(0))
+    want = reference.int4_weight(codes[ids], (bits.view(torch.half).float() / 4)[ids], 75, 64).to(dtype)
+    # 4 bits times 11: exact in float32
+    assert torch.equal(BWLA.int4_embedding(ids, codes, bits, 75, 64, dtype, exponent), want)
+
+
+def test_int4_tables_that_do_not_fit_are_refused(path: str) -> None:
+    codes, bits, exponent = make_nibbles(5, 40, 32)
+    x = torch.ones(1, 40)
+    with pytest.raises(ShapeError, match="group_size is 48: expected one of 32, 64, 128"):
+        BWLA.int4_linear(x, codes, bits, None, 48, exponent)
+    with pytest.raises(ShapeError, match=r"codes .*expected uint8"):
+        BWLA.int4_linear(torch.ones(1, 42), codes, bits, None, 32, exponent)
+    with pytest.raises(ShapeError, match=r"scale .*expected \[5, 1\]"):
+        BWLA.int4_linear(x, codes, bits, None, 64, exponent)
+    with pytest.raises(ShapeError, match=r"scale .*expected \[5, 1\]"):
+        BWLA.int4_embedding(torch.tensor([1]), codes, bits, 40, 64, torch.float32, exponent)
+
+
 def test_opcheck() -> None:
     signs, scale, low_rank, bias = make_linear(9, 40, rank=2)
     x, codes = torch.randn(2, 40), torch.zeros(5, 40, dtype=torch.int8)
     nothing = [None] * 2
     group = (x, [signs] * 2, [scale] * 2, None, nothing, nothing, nothing, [bias, None], 6, nothing, None, nothing)
-    ids = torch.tensor([1, 2])
+    ids, (nibbles, bits, exponent) = torch.tensor([1, 2]), make_nibbles(5, 40, 32)
     for operator, arguments in (
         (BWLA.linear, (x, signs, scale, None, *low_rank, bias, 6)),
         (BWLA.linear_group, group),
         (BWLA.transform, (x, None, torch.eye(5), torch.eye(8))),
         (BWLA.int8_linear, (x, codes, torch.ones(5), None)),
         (BWLA.int8_embedding, (ids, codes, torch.ones(5), torch.bfloat16)),
+        (BWLA.int4_linear, (x, nibbles, bits, None, 32, exponent)),
+        (BWLA.int4_embedding, (ids, nibbles, bits, 40, 32, torch.bfloat16, exponent)),
     ):
         found = torch.library.opcheck(operator.default, arguments)
         assert set(found.values()) == {"SUCCESS"}, operator
@@ -210,7 +270,7 @@ def test_meta_shapes() -> None:
     assert y.shape == (2, 3, 9)
 
 
-@pytest.mark.parametrize("op", ["linear", "group", "transform", "int8"])
+@pytest.mark.parametrize("op", ["linear", "group", "transform", "int8", "int4"])
 def test_gradient_is_refused_only_when_asked(path: str, op: str) -> None:
     linear = make_linear(9, 40)
     x = torch.randn(2, 40, requires_grad=True)
@@ -219,6 +279,7 @@ def test_gradient_is_refused_only_when_asked(path: str, op: str) -> None:
         "group": lambda: run_group(x, [linear, linear], 6)[1],
         "transform": lambda: BWLA.transform(x, None, torch.eye(5), torch.eye(8)),
         "int8": lambda: BWLA.int8_linear(x, torch.ones(5, 40, dtype=torch.int8), torch.ones(5), None),
+        "int4": lambda: BWLA.int4_linear(x, torch.ones(5, 20, dtype=torch.uint8), torch.ones(5, 2), None, 32),
     }[op]
     y = call()
     assert y.requires_grad

@@ -6,7 +6,7 @@ from torch import nn
 
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.recipe import load_recipe
-from bwla_compiler.runtime.modules import Int8Embedding, Int8Linear, PackedLinear, TiedHead
+from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 from tests import tiny
 
 
@@ -18,13 +18,13 @@ def packed() -> nn.Module:
 
 
 def test_every_packed_module_tells_shape_and_dtype(packed: nn.Module) -> None:
-    modules = [m for m in packed.modules() if isinstance(m, (PackedLinear, Int8Embedding, TiedHead))]
-    assert {type(m) for m in modules} == {PackedLinear, Int8Embedding, TiedHead}
+    modules = [m for m in packed.modules() if isinstance(m, (PackedLinear, EndEmbedding, TiedHead))]
+    assert {type(m) for m in modules} == {PackedLinear, EndEmbedding, TiedHead}
     assert {m.weight.dtype for m in modules} == {torch.float32}
     linear = next(m for m in modules if isinstance(m, PackedLinear))
     assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
     assert tuple(packed.lm_head.weight.shape) == tuple(packed.model.embed_tokens.weight.shape)
-    assert Int8Linear.from_weight(torch.ones(3, 2, dtype=torch.bfloat16)).weight.dtype == torch.bfloat16
+    assert EndLinear.from_weight(torch.ones(3, 2, dtype=torch.bfloat16)).weight.dtype == torch.bfloat16
 
 
 def test_casting_the_model_casts_what_is_told_and_no_code(packed: nn.Module) -> None:

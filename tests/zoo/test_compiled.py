@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import PlanError
 from bwla_compiler.recipe import load_recipe
-from bwla_compiler.runtime.modules import Int8Linear
+from bwla_compiler.runtime.modules import EndLinear
 from bwla_compiler.zoo import compiled
 from bwla_compiler.zoo.compiled import compile_packed, compile_raw, pack, said
 from bwla_compiler.zoo.extent import Extent
@@ -29,7 +29,7 @@ class Toy(nn.Module):
         self.config = SimpleNamespace(vocab_size=VOCABULARY)
         self.register_buffer("table", torch.randn(VOCABULARY, 8, generator=generator))
         weight = torch.randn(VOCABULARY, 8, generator=generator)
-        self.head: Any = Int8Linear.from_weight(weight) if packed else (lambda x: x @ weight.T)
+        self.head: Any = EndLinear.from_weight(weight) if packed else (lambda x: x @ weight.T)
 
     def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
         x = self.table[input_ids]
