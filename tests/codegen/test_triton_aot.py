@@ -94,7 +94,9 @@ def test_what_does_not_compile_is_an_error_with_the_compilers_words() -> None:
     "text", ["", "gpu", "cuda", "cuda:9", "cuda:sm_90", "cuda:47", "hip:90", "hip:gfx", "rocm:gfx942"]
 )
 def test_targets_that_are_not_known(text: str) -> None:
-    with pytest.raises(BuildError, match=r"is not known: expected cpu, cpu:ISA, cuda:N with N one of 75, 80, .* or hip:gfx90a"):
+    with pytest.raises(
+        BuildError, match=r"is not known: expected cpu, cpu:ISA, cuda:N with N one of 75, 80, .* or hip:gfx90a"
+    ):
         parse_target(text)
 
 
