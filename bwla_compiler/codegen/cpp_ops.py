@@ -23,6 +23,7 @@ HEADER = r"""
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <cstring>
 #include <functional>
@@ -136,6 +137,13 @@ EXPORT void bwla_unregister() {
 EXPORT void bwla_forget(void* tensor) {
   for (Derived* cache : caches().all())
     cache->forget((at::TensorImpl*)tensor);
+}
+
+// On how many threads the kernels compute where so many are wanted.
+EXPORT long bwla_team(long wanted) {
+  std::atomic<long> found{0};
+  run_team(wanted, [](void* count) { ++*(std::atomic<long>*)count; }, &found);
+  return found;
 }
 
 // How many values were derived since the library was loaded.

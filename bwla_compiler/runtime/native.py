@@ -35,6 +35,7 @@ class NativeOperators:
         self._library.bwla_register.argtypes = [c_void_p, c_long]
         self._library.bwla_forget.argtypes = [c_void_p]
         self._library.bwla_derived.restype = c_long
+        self._library.bwla_team.restype, self._library.bwla_team.argtypes = c_long, [c_long]
 
     def register(self) -> None:
         """Put the operators before the Python implementations: they serve from the next call on."""
@@ -51,6 +52,10 @@ class NativeOperators:
     def forget(self, tensor: Tensor) -> None:
         """Drop what was derived from this tensor."""
         self._library.bwla_forget(tensor._cdata)
+
+    def team(self, wanted: int) -> int:
+        """Return on how many of torch's threads the kernels compute where so many are wanted."""
+        return int(self._library.bwla_team(wanted))
 
     def derived(self) -> int:
         """Return how many kernel layouts and decoded scales were made since the library was loaded."""

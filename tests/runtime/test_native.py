@@ -177,6 +177,16 @@ def test_double_input_goes_the_portable_way(installed: NativeOperators) -> None:
     torch.testing.assert_close(y, exact(x, weight), rtol=1e-5, atol=1e-4)  # 40 float32 additions
 
 
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_kernels_compute_on_as_many_threads_as_torch_does(installed: NativeOperators, wanted: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        assert installed.team(wanted) == wanted
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_calls_from_several_threads(installed: NativeOperators) -> None:
     x, chain = inputs(1, 64), [weights(64, 64, seed=s) for s in range(20)]
     with ThreadPoolExecutor(4) as pool:
