@@ -158,5 +158,5 @@ def _peers(weight: Tensor, x: Tensor, threads: int) -> dict[str, Contender]:
 
 def _reader(n_bytes: int) -> Contender:
     """Read the bytes of weights and nothing else: what memory allows on one thread."""
-    arrays = [torch.zeros(n_bytes, dtype=torch.uint8).fill_(i) for i in range(copies(n_bytes))]
+    arrays = [torch.full((n_bytes,), i % 256, dtype=torch.uint8) for i in range(copies(n_bytes))]
     return Contender([reader(array) for array in arrays], n_bytes)

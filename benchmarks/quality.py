@@ -18,10 +18,11 @@ from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
 from benchmarks.quality_folder import from_folder
 from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
-from benchmarks.quality_rows import ENDS, QUICK, ROWS, Row, fair_rows, recipe_for
+from benchmarks.quality_rows import ENDS, QUICK, ROWS, Row, fair_rows
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
+from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
 from bwla_compiler.tokens import evaluating
 
@@ -107,7 +108,7 @@ class Table:
 
     def _measure(self, row: Row) -> dict[str, Any]:
         model = self.subject.load()
-        recipe = recipe_for(row, self.plan)
+        recipe = load_recipe(row.recipe, row.settings)
         report = quantize_model(model, recipe, self.calibration, plan=self.plan, graph=self.graph, seed=self.seed)
         figures: dict[str, Any] = {
             "way": row.way,

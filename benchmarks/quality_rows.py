@@ -1,11 +1,9 @@
-"""The rows of the quality table: recipes with settings, and what a mean number of binary planes asks of each linear."""
+"""The rows of the quality table: recipes with settings."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bwla_compiler.graph.plan import Linear, Plan
-from bwla_compiler.recipe import Recipe, load_recipe
+from bwla_compiler.recipe import load_recipe
 from bwla_compiler.spec import END_GROUPS
 
 
@@ -14,14 +12,12 @@ class Row:
     """A recipe with settings.
 
     table: "as published", "fair" (a baseline with our help), "ours"; of the fair table, "fair" or "fair, tuned".
-    planes: binary planes a weight, a mean where it is no whole number (see `recipe_for`).
     """
 
     way: str
     recipe: str
     table: str
     settings: dict[str, Any] = field(default_factory=dict)
-    planes: float = 1.0
 
 
 HELP = {
@@ -76,7 +72,7 @@ QUICK = ("rounding", "GPTQ", "BiLLM-like", "ours, no pair", "ours")
 """Rows of a short run."""
 
 LEVELS = (1.0, 1.18, 1.5, 2.0, 2.4)
-"""Mean planes of the fair table: about 1.1, 1.3, 1.6, 2.1 and 2.5 true bits on the embedded model."""
+"""Mean `weights.planes` of the fair table: about 1.1, 1.3, 1.6, 2.1 and 2.5 true bits on the embedded model."""
 
 
 def fair_rows() -> tuple[Row, ...]:
@@ -88,7 +84,7 @@ def fair_rows() -> tuple[Row, ...]:
     same = HELP | {"transform.kind": "okt", "tuning.steps": 0}
     ours = {"psp.hidden_over": 0, "tuning.steps": 0}
     ways = (("rounding", "rtn", same), ("GPTQ", "gptq", same), ("ours", "bwla-w1a6", ours))
-    rows = [Row(_way(way, level), recipe, "fair", how, level) for level in LEVELS for way, recipe, how in ways]
+    rows = [_at(level, Row(way, recipe, "fair", how)) for level in LEVELS for way, recipe, how in ways]
     rows += [
         Row("ARB row + column", "arb-rc", "fair", same),
         Row("ours, with pair", "bwla-w1a6", "fair", {"tuning.steps": 0}),
@@ -96,34 +92,12 @@ def fair_rows() -> tuple[Row, ...]:
         Row("ARB-like", "arb-like", "fair", same),
     ]
     tuned = (("rounding", "rtn", same | TUNED), ("GPTQ", "gptq", same | TUNED), ("ours", "bwla-w1a6", ours | TUNED))
-    rows += [Row(_way(way, level), r, "fair, tuned", how, level) for level in LEVELS for way, r, how in tuned]
+    rows += [_at(level, Row(way, recipe, "fair, tuned", how)) for level in LEVELS for way, recipe, how in tuned]
     return (*rows, Row("ours, with pair", "bwla-w1a6", "fair, tuned"))
 
 
-def recipe_for(row: Row, plan: Plan) -> Recipe:
-    """Return a row's recipe.
-
-    Where its planes are no whole number, linears take one plane more until the mean is reached: those that write the
-    residual stream first, then the others, in the model's order. The rule is the same for every way.
-    """
-    whole = int(row.planes)
-    if row.planes == 1:
-        return load_recipe(row.recipe, row.settings)
-    more = _first_linears([x for x in plan.linears if x.block], share=row.planes - whole)
-    overrides = [{"pattern": x.name, "set": {"weights.planes": whole + 1}} for x in more]
-    return load_recipe(row.recipe, row.settings | {"weights.planes": whole, "overrides": overrides})
-
-
-def _first_linears(linears: Sequence[Linear], *, share: float) -> list[Linear]:
-    """Return linears that hold about this share of all weights."""
-    order = sorted(linears, key=lambda x: not x.writes_residual)  # stable: in the model's order otherwise
-    wanted, taken, found = share * sum(x.n_weights for x in linears), 0, []
-    for linear in order:
-        if taken + linear.n_weights / 2 <= wanted:
-            found.append(linear)
-            taken += linear.n_weights
-    return found
-
-
-def _way(way: str, planes: float) -> str:
-    return way if planes == 1 else f"{way}, {planes:g} planes"
+def _at(planes: float, row: Row) -> Row:
+    """Return a row with so many planes a weight, a mean where it is no whole number; as it is for one."""
+    if planes == 1:
+        return row
+    return replace(row, way=f"{row.way}, {planes:g} planes", settings=row.settings | {"weights.planes": planes})

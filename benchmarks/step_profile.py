@@ -22,8 +22,9 @@ OVERHEAD = "between kernels: Python, guards, dispatch"
 
 REGIONS = (
     ("1-bit linears, their norms and transforms", ("bwla::fused", "bwla::linear", "bwla::transform")),
+    ("norms and functions alone", ("bwla::prologue", "bwla::sin", "bwla::cos")),
     ("1-bit experts", ("bwla::experts",)),
-    ("int8 head and embedding", ("bwla::int8",)),
+    ("head and embedding", ("bwla::int8", "bwla::int4")),
     ("attention", ("attention", "flash")),
     ("float products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "mkl::")),
     ("loops of Inductor", ("cpp_fused", "triton_")),

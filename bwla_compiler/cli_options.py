@@ -1,5 +1,6 @@
 """What the commands share: their options' types, the console, progress, and files that they write."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,9 +36,16 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")]
 
 
+PIPE_WIDTH = 240
+"""Characters of a line where no terminal says how many there are."""
+
+
 def stdout_console() -> Console:
-    """Return the console of results."""
-    return Console(soft_wrap=False)
+    """Return the console of results. Into a file or a pipe, which have no width, tables are written whole."""
+    console = Console(soft_wrap=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(soft_wrap=False, width=PIPE_WIDTH)
 
 
 @contextmanager

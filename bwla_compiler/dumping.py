@@ -23,6 +23,7 @@ from bwla_compiler.numerics.planes import BinaryWeight, SimulatedWeight
 from bwla_compiler.passes.base import Pass, PassContext, PassReport
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.group_specs import planned_specs
+from bwla_compiler.passes.own_recipes import OwnRecipes, own_recipes
 from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.quantize_ends import QuantizeEnds, head_names
 from bwla_compiler.passes.quantize_linears import QuantizeLinears, module_or_none
@@ -92,21 +93,20 @@ def _notes(report: PassReport) -> list[str]:
 
 def _quantizing(model: nn.Module, plan: Plan, recipe: Recipe) -> QuantizeLinears:
     """Return the pass that packs a model's linears, each fitted to its weight as it is now."""
-    heads = set(head_names(model, plan))
+    heads, recipes = set(head_names(model, plan)), own_recipes(plan, recipe)
     fitted: dict[str, BinaryWeight | SimulatedWeight | tuple[BinaryWeight, ...]] = {}
     for group in plan.groups:
         if not heads.intersection(group.linears):
-            fitted |= _fitted(model, plan, group, recipe)
-    recipes = {name: recipe.override_for(name) for name in fitted}
+            fitted |= _fitted(model, plan, group, recipes)
     bits = {name: own.activations.bits for name, own in recipes.items() if own is not None}
     return QuantizeLinears(fitted, bits)
 
 
-def _fitted(model: nn.Module, plan: Plan, group: Group, recipe: Recipe) -> Fitted:
+def _fitted(model: nn.Module, plan: Plan, group: Group, recipes: OwnRecipes) -> Fitted:
     found: dict[str, BinaryWeight | SimulatedWeight | tuple[BinaryWeight, ...]] = {}
     hidden = int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
     for name in group.linears:
-        linear, own = plan.linear(name), recipe.override_for(name)
+        linear, own = plan.linear(name), recipes[name]
         if own is None:
             continue
         module = module_or_none(model, linear)

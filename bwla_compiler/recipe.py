@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import fnmatch
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,22 +18,39 @@ from typing import Any, Literal
 from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.numerics.bits import FACTOR_BITS
+from bwla_compiler.recipe_reading import build, unknown_key
 from bwla_compiler.spec import END_GROUPS, FLOAT_BITS, INT8_ROWS, Coding
 
 DATA_FREE = frozenset(("round", "paper"))
 SIMULATED = frozenset(("billm", "arb"))
+MOST_PLANES = 4
 
 
 @dataclass(frozen=True)
 class Weights:
-    """planes: binary planes per weight; every plane costs a bit.
+    """planes: binary planes per weight, 1 to 4; every plane costs a bit. Where it is no whole number, a mean.
 
-    scales: of each plane, one a "row", one a "row+column" (a row's times a column's), or one a row and "group" of
-    128 columns.
+    A mean of 1.18 gives some linears one plane and some two (see `passes.own_recipes`). scales: of each plane, one a
+    "row", one a "row+column" (a row's times a column's), or one a row and "group" of 128 columns.
     """
 
-    planes: int = 1
+    planes: float = 1
     scales: Literal["row", "row+column", "group"] = "row"
+
+    def __post_init__(self) -> None:
+        if self.whole:
+            object.__setattr__(self, "planes", int(self.planes))  # one number, one text: 2 and 2.0 are one recipe
+
+    @property
+    def whole(self) -> bool:
+        """Whether planes is a whole number."""
+        return float(self.planes).is_integer()
+
+    @property
+    def n_planes(self) -> int:
+        """planes of one linear, which are whole."""
+        assert self.whole, f"{self.planes} planes are a mean: ask own_recipes for each linear's"
+        return int(self.planes)
 
 
 @dataclass(frozen=True)
@@ -245,7 +261,9 @@ def _check_ranges(recipe: Recipe) -> None:
     bits = recipe.activations.bits
     checks = {
         f"activations.bits = {bits}: must be 16, or 2 to 8": bits == 16 or 2 <= bits <= 8,
-        f"weights.planes = {recipe.weights.planes}: must be 1 to 4": 1 <= recipe.weights.planes <= 4,
+        f"weights.planes = {recipe.weights.planes}: must be 1 to {MOST_PLANES}, with a fraction for a mean": (
+            1 <= recipe.weights.planes <= MOST_PLANES
+        ),
         f"head.bits = {recipe.head.bits}: must be 4, 8 or 16": recipe.head.bits in (4, 8, 16),
         f"head.group_size = {recipe.head.group_size}: must be one of {', '.join(map(str, END_GROUPS))}": (
             recipe.head.group_size in END_GROUPS
@@ -278,7 +296,7 @@ def _check_ranges(recipe: Recipe) -> None:
 
 def _combinations(recipe: Recipe) -> dict[str, bool]:
     """Return what the fits can do together."""
-    method, scales = recipe.signs.method, recipe.weights.scales
+    method, scales, planes = recipe.signs.method, recipe.weights.scales, recipe.weights.planes
     whole = method in SIMULATED | {"paper"}
     return {
         f"signs.method = {method!r} chooses planes and scales by itself: leave weights as they are": not whole
@@ -286,63 +304,14 @@ def _combinations(recipe: Recipe) -> dict[str, bool]:
         f"weights.scales = {scales!r} takes no low-rank pair beside it: set psp.hidden_over = 0 and psp.rank = 0": (
             scales == "row" or not recipe.psp.wanted
         ),
-        f"weights.scales = 'row+column' is fitted by signs.method = 'round' alone, in one plane, not by {method!r}": (
-            scales != "row+column" or (method == "round" and recipe.weights.planes == 1)
-        ),
+        f"weights.scales = 'row+column' is fitted by signs.method = 'round' alone, in one plane; here are {method!r} "
+        f"and weights.planes = {planes}": scales != "row+column" or (method == "round" and planes == 1),
     }
-
-
-def _unknown(key: str, known: list[str], where: str) -> RecipeError:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return RecipeError(f"{where}: unknown key {key!r}{hint} Known keys: {', '.join(known)}")
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Return value as the annotated type, or raise."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where}: expected a table, found {value!r}")
-        return _build(typing.cast(type, hint), value, where)
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise RecipeError(f"{where} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(hint)))}")
-        return value
-    if origin is tuple:
-        (item, _) = typing.get_args(hint)
-        if not isinstance(value, (list, tuple)):
-            raise RecipeError(f"{where}: expected a list, found {value!r}")
-        return tuple(_coerce(v, item, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin in (dict, types.UnionType):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise RecipeError(f"{where} = {value!r}: must be of type {hint.__name__}")
-    return value
-
-
-def _build(cls: type, table: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in table:
-        if key not in known:
-            raise _unknown(key, known, where)
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    for name in required:
-        if name not in table:
-            raise RecipeError(f"{where}: the key {name!r} is required")
-    return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in table.items()})
 
 
 def from_dict(table: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Return the recipe that a table describes. Raises RecipeError for unknown keys, wrong types and ranges."""
-    return typing.cast(Recipe, _build(Recipe, table, where))
+    return typing.cast(Recipe, build(Recipe, table, where))
 
 
 def with_settings(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -353,10 +322,10 @@ def with_settings(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         place = table
         for section in sections:
             if not isinstance(place.get(section), dict):
-                raise _unknown(section, list(place), f"recipe {recipe.name}, setting {key!r}")
+                raise unknown_key(section, list(place), f"recipe {recipe.name}, setting {key!r}")
             place = place[section]
         if last not in place:
-            raise _unknown(last, list(place), f"recipe {recipe.name}, setting {key!r}")
+            raise unknown_key(last, list(place), f"recipe {recipe.name}, setting {key!r}")
         place[last] = value
     return from_dict(table, where=f"recipe {recipe.name}")
 

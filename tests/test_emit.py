@@ -43,7 +43,7 @@ def quick(name: str, **changes: object) -> Recipe:
     "architecture, recipe",
     [
         ("opt", quick("hadamard-rtn")),
-        ("phi3", quick("rtn", **{"weights.planes": 2})),
+        ("phi3", quick("rtn", **{"weights.planes": 1.5})),
         (
             "llama",
             quick(

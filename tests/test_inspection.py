@@ -36,6 +36,17 @@ def test_a_module_gives_decisions_formats_and_costs(model: nn.Module, plan: Plan
     assert {p.name for p in report.cost.device().decode} >= {"weights", "transforms", "low rank", "head", "attention"}
 
 
+def test_a_mean_of_planes_is_shown_by_linear(model: nn.Module, plan: Plan) -> None:
+    recipe = bwla.load_recipe("bwla-w1a6", {"weights.planes": 1.5, "psp.hidden_over": 0})
+    report = inspection.inspect_module(model, plan=plan, recipe=recipe)
+    planes = {x.name.removeprefix("model.layers."): x.format.planes for x in report.linears if x.format}
+    writers = {f"{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    # these are a third of the weights; then, in order, what at least half fits: up and gate of block 0 do not
+    rest = {"0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"}
+    assert {name for name, n in planes.items() if n == 2} == writers | rest
+    assert set(planes.values()) == {1, 2}
+
+
 def test_the_door_takes_a_config(model: nn.Module, tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
     report = bwla.inspect(tmp_path, recipe="rtn", device="a100-sxm")

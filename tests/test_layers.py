@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "bwla_compiler"
 
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(("settings", "recipe", "spec", "tokens", "numerics", "cost", "workers", "memory"), 1),
+    **dict.fromkeys(("settings", "recipe", "recipe_reading", "spec", "tokens"), 1),
+    **dict.fromkeys(("numerics", "cost", "workers", "memory"), 1),
     **dict.fromkeys(("graph", "codegen"), 2),
     "runtime": 3,
     "passes": 4,

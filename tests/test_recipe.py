@@ -1,6 +1,7 @@
 """Recipes: they load, refuse what they do not know, and settings and overrides do what they say."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "activations": {"bits": True}}, "must be of type int"),
         ({**PLAIN, "residual": "both"}, "must be one of 'folded', 'online', 'none'"),
         ({**PLAIN, "weights": {"planes": 0}}, "must be 1 to 4"),
+        ({**PLAIN, "weights": {"planes": 4.5}}, "weights.planes = 4.5: must be 1 to 4, with a fraction for a mean"),
+        ({**PLAIN, "weights": {"planes": float("nan")}}, "weights.planes = nan: must be 1 to 4"),
+        ({**PLAIN, "weights": {"planes": "two"}}, "weights.planes = 'two': must be of type float"),
+        ({**PLAIN, "weights": {"planes": True}}, "must be of type float"),
         ({**PLAIN, "head": {"bits": 5}}, "head.bits = 5: must be 4, 8 or 16"),
         ({**PLAIN, "head": {"bits": 4, "group_size": 48}}, "head.group_size = 48: must be one of 32, 64, 128"),
         ({**PLAIN, "psp": {"rank": -1}}, "psp.rank must be 0"),
@@ -83,7 +88,17 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "transform": {"folded": False}}, 'needs residual = "online"'),
         ({**PLAIN, "weights": {"scales": "group"}}, "takes no low-rank pair"),
         ({**PLAIN, "psp": {"hidden_over": 0}, "weights": {"scales": "row+column"}}, "'round' alone"),
+        (
+            {
+                **PLAIN,
+                "psp": {"hidden_over": 0},
+                "signs": {"method": "round"},
+                "weights": {"scales": "row+column", "planes": 1.5},
+            },
+            "in one plane; here are 'round' and weights.planes = 1.5",
+        ),
         ({**PLAIN, "signs": {"method": "billm"}, "weights": {"planes": 2}}, "by itself"),
+        ({**PLAIN, "signs": {"method": "paper"}, "weights": {"planes": 1.18}}, "leave weights as they are"),
         ({**PLAIN, "overrides": {"pattern": "*"}}, "expected a list"),
         ({**PLAIN, "overrides": [{"keep": True}]}, "'pattern' is required"),
         ({"name": "x", "source": "y", "transform": {"budget": 1.5}}, "transform.budget = 1.5: must be 0 to 1"),
@@ -93,6 +108,24 @@ def test_dictionary_round_trip(name: str) -> None:
 def test_bad_tables_are_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         from_dict(table)
+
+
+def test_whole_planes_are_written_as_before_and_a_mean_as_it_is() -> None:
+    for number in (2, 2.0):
+        recipe = load_recipe("rtn", {"weights.planes": number})
+        assert type(recipe.weights.planes) is int
+        assert repr(recipe.weights) == "Weights(planes=2, scales='row')"
+        assert json.dumps(recipe.to_dict()["weights"]) == '{"planes": 2, "scales": "row"}'
+    assert repr(load_recipe("bwla-w1a6").weights) == "Weights(planes=1, scales='row')"
+    mean = load_recipe("rtn", dict([parse_setting("weights.planes=1.18")]))
+    assert json.dumps(mean.to_dict()["weights"]) == '{"planes": 1.18, "scales": "row"}'
+    assert from_dict(json.loads(json.dumps(mean.to_dict()))) == mean
+
+
+def test_the_mixed_recipe_is_the_default_without_its_pair_in_more_planes() -> None:
+    mixed, default = load_recipe("bwla-mixed-a6"), load_recipe("bwla-w1a6")
+    changed = with_settings(default, {"weights.planes": 1.18, "psp.hidden_over": 0})
+    assert mixed == dataclasses.replace(changed, name=mixed.name, source=mixed.source, purpose=mixed.purpose)
 
 
 def test_load_by_name_file_and_object(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from bwla_compiler.calibrate.report import BlockReport
 from bwla_compiler.checkpoint import files
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, OutOfMemory, RecipeError, WeightError
+from bwla_compiler.passes.own_recipes import own_recipes
+from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime.modules import PackedLinear
 from bwla_compiler.zoo.models import tiny_model
 from tests import planned, tiny
 from tests.letters import letters
@@ -109,6 +112,20 @@ def test_streamed_and_in_memory_are_the_same_bits(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("bits", [16, *wider(4)])
 def test_a_tied_model_that_is_only_rounded(bits: int, tmp_path: Path) -> None:
     same_as_in_memory("llama-tied", tmp_path, {"head.bits": bits}, "rtn")
+
+
+def test_a_mean_of_planes_is_the_same_bits_and_read_again(tmp_path: Path) -> None:
+    same_as_in_memory("llama", tmp_path, {**FAST, "weights.planes": 1.5}, "bwla-mixed-a6")
+    again = api.load(tmp_path / "out").model
+    planes = {name: m.planes for name, m in again.named_modules() if isinstance(m, PackedLinear)}
+    own = own_recipes(planned.plan("llama"), load_recipe("bwla-mixed-a6", {"weights.planes": 1.5}))
+    assert planes == {name: recipe.weights.planes for name, recipe in own.items() if recipe and name in planes}
+    assert len(planes) == 14
+    assert set(planes.values()) == {1, 2}
+    split = "model.layers.1.self_attn."
+    assert (planes[f"{split}q_proj"], planes[f"{split}k_proj"]) == (2, 1)  # members of one call may differ
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["recipe"]["weights"]["planes"] == 1.5
 
 
 @pytest.mark.exhaustive

@@ -68,7 +68,7 @@ def _weights(
     if recipe.simulated:
         return [_simulated(target, hessian, refined=recipe.signs.method == "arb") for target in targets]
     fitted = _first_planes(targets, hessian, recipe, rank)
-    for _ in range(recipe.weights.planes - 1):
+    for _ in range(recipe.weights.n_planes - 1):
         fitted = _next_planes(targets, hessian, recipe, fitted)
     return fitted
 

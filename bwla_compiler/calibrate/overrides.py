@@ -4,6 +4,7 @@ import fnmatch
 
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.graph.plan import Plan
+from bwla_compiler.passes.own_recipes import own_recipes
 from bwla_compiler.recipe import Recipe
 
 
@@ -16,5 +17,6 @@ def check_overrides(plan: Plan, recipe: Recipe) -> None:
                 f"override {entry.pattern!r} matches no linear of {plan.model}; names are such as {names[0]} and "
                 f"{names[len(names) // 2]}"
             )
-    for name in names:
-        recipe.override_for(name)
+    own_recipes(plan, recipe)
+    for table in plan.embeddings:
+        recipe.override_for(table.name)

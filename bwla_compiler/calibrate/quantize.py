@@ -113,10 +113,11 @@ class _Quantizer:
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
         self._afford()
+        self.context = PassContext(self.model, self.plan, self.recipe, self.seed)
         self.weights.prepare(self.plan)
         self.observer = self._observer()
         for step in folding_passes(self.recipe):
-            self._note(self.weights.fold(step, self._context()))
+            self._note(self.weights.fold(step, self.context))
         self.stream = self._open_stream()
         ends = QuantizeEnds(rotated=self.recipe.transform.kind != "none" and self.recipe.residual == "folded")
         self._groups()
@@ -147,11 +148,8 @@ class _Quantizer:
             observer.see_inputs(self.model, self.tokens)
         return observer
 
-    def _context(self) -> PassContext:
-        return PassContext(self.model, self.plan, self.recipe, self.seed)
-
     def _pass(self, step: Pass) -> None:
-        self._note(run_pass(self.model, step, self._context()))
+        self._note(run_pass(self.model, step, self.context))
 
     def _note(self, report: PassReport) -> None:
         self.passes.append(report)
@@ -236,7 +234,7 @@ class _Quantizer:
     def _group(self, group: Group) -> None:
         start = time.perf_counter()
         members = [self.plan.linear(name) for name in group.linears]
-        recipes = {x.name: self.recipe.override_for(x.name) for x in members}
+        recipes = {x.name: self.context.own[x.name] for x in members}
         kept = [name for name, recipe in recipes.items() if recipe is None]
         if kept:
             report = PassReport("quantize-linears")
@@ -325,7 +323,7 @@ class _Quantizer:
         rows = dict(zip((x.name for x in members), _row_slices(members), strict=True))
         alike: dict[str, tuple[Recipe, int, list[Linear]]] = {}
         for linear in members:
-            recipe = self.recipe.override_for(linear.name)
+            recipe = self.context.own[linear.name]
             if recipe is not None:
                 rank = self._rank(recipe, linear)
                 alike.setdefault(f"{recipe} {rank}", (recipe, rank, []))[2].append(linear)
@@ -352,7 +350,7 @@ class _Quantizer:
             )
         fits: dict[str, ExpertsFit] = {}
         for linear in members:
-            own = self.recipe.override_for(linear.name)
+            own = self.context.own[linear.name]
             assert own is not None
             module = module_or_none(self.model, linear)
             weight = self.model.get_parameter(linear.parameter) if module is None else module.get_parameter("weight")

@@ -6,7 +6,7 @@ struct Member {
   const Word* signs;        // packed [planes, blocks, words, ROWS]
   const float* scale;       // [planes, out], or packed [planes, blocks, groups, ROWS]
   const int8_t* rank_in;    // [rank, in]
-  const int8_t* rank_out;   // [out, rank]
+  const int8_t* rank_out;   // packed [blocks, rank, ROWS]
   const float* rank_scale;  // [rank]
   const float* bias;        // [out]
   float* y;                 // [tokens, out]
@@ -29,21 +29,34 @@ static inline float project(const float* x, const int8_t* row, long n) {
   return sum;
 }
 
-// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on.
+// sums [T, ROWS] += projected [T, rank] codes [rank, ROWS], rows of the sums `stride` floats apart.
+template <int T>
+static inline void add_low_rank(const int8_t* codes, const float* projected, long rank, float* sums, long stride) {
+  constexpr int V = std::min<long>(4 / T, ROWS / WIDTH);  // so many sums at once hide the latency of one
+  for (long r = 0; r < ROWS; r += V * WIDTH) {
+    Vec acc[T][V];
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++) acc[t][v] = load(sums + t * stride + r + v * WIDTH);
+    for (long k = 0; k < rank; k++)
+      for (int v = 0; v < V; v++) {
+        const Vec line = load_codes(codes + k * ROWS + r + v * WIDTH);
+        for (int t = 0; t < T; t++) acc[t][v] = multiply_add(line, projected[t * rank + k], acc[t][v]);
+      }
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++) std::memcpy(sums + t * stride + r + v * WIDTH, &acc[t][v], sizeof(Vec));
+  }
+}
+
+// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on; sums is spent.
 template <class K>
-static void finish(const Member& member, const Wave<K>& wave, const float* sums, const float* projected, long stride,
+static void finish(const Member& member, const Wave<K>& wave, float* sums, const float* projected, long stride,
                    long first, long rows) {
   const long rank = member.rank;
-  static thread_local Buffer<float> buffer;
-  float* side = buffer.get(wave.tokens);
-  for (long r = 0; rank && r < rows; r++) {
-    const int8_t* out = member.rank_out + (first + r) * rank;
+  for (long r = 0; rank && r < rows; r += ROWS)
     for_tiles(wave.tokens, [&](auto width, long m) {
       constexpr int T = decltype(width)::value;
-      dots<T>(out, projected + m * rank, rank, rank, side + m);
-      for (int t = 0; t < T; t++) const_cast<float*>(sums)[(m + t) * stride + r] += side[m + t];
+      add_low_rank<T>(member.rank_out + (first + r) * rank, projected + m * rank, rank, sums + m * stride + r, stride);
     });
-  }
   for (long m = 0; m < wave.tokens; m++) {
     float* y = member.y + (wave.first + m) * member.out + first;
     const float scale = wave.scale[m];
@@ -186,6 +199,15 @@ EXPORT void bwla_pack_scale(const float* scale, float* packed, long planes, long
     for (long row = 0; row < out; row++)
       for (long g = 0; g < groups; g++)
         packed[((p * blocks + row / ROWS) * groups + g) * ROWS + row % ROWS] = scale[(p * out + row) * groups + g];
+}
+
+EXPORT long bwla_packed_pair(long out, long rank) { return divide_up(out, ROWS) * ROWS * rank; }
+
+// Codes of a low-rank pair [out, rank] -> [blocks, rank, ROWS]; rows padded with zeros.
+EXPORT void bwla_pack_pair(const int8_t* codes, int8_t* packed, long out, long rank) {
+  std::memset(packed, 0, bwla_packed_pair(out, rank));
+  for (long row = 0; row < out; row++)
+    for (long k = 0; k < rank; k++) packed[(row / ROWS * rank + k) * ROWS + row % ROWS] = codes[row * rank + k];
 }
 
 // Linears that share x [tokens, in], each token after the prologue (null for none) rounded once to [-limit, limit],

@@ -70,6 +70,8 @@ struct Kernels {
   void (*prologue)(const void*, const Prologue*, void*, long, long, long);
   void (*int4_linear)(const void*, const void*, const void*, const void*, void*, long, long, long, long, long, long);
   void (*int4_embedding)(const void*, const void*, const void*, void*, long, long, long, long);
+  long (*packed_pair)(long, long);
+  void (*pack_pair)(const void*, void*, long, long);
 };
 Kernels kernels;
 """
@@ -127,17 +129,21 @@ EXPORT void bwla_register(const void* entries, long tokens) {
 EXPORT void bwla_unregister() {
   if (!registered.empty()) kernels.use_team(nullptr);
   registered.clear();
-  for (Derived* cache : {&caches().signs, &caches().values, &caches().groups}) cache->clear();
+  for (Derived* cache : caches().all()) cache->clear();
 }
 
 // Drop what was derived from the tensor with this address of its TensorImpl.
 EXPORT void bwla_forget(void* tensor) {
-  for (Derived* cache : {&caches().signs, &caches().values, &caches().groups})
+  for (Derived* cache : caches().all())
     cache->forget((at::TensorImpl*)tensor);
 }
 
 // How many values were derived since the library was loaded.
-EXPORT long bwla_derived() { return caches().signs.made + caches().values.made + caches().groups.made; }
+EXPORT long bwla_derived() {
+  long made = 0;
+  for (Derived* cache : caches().all()) made += cache->made;
+  return made;
+}
 """
 
 

@@ -62,7 +62,8 @@ class Derived {
 
 // Never destroyed: tensors may die after static destructors ran.
 struct Caches {
-  Derived signs, values, groups;
+  Derived signs, values, groups, pairs;
+  std::array<Derived*, 4> all() { return {&signs, &values, &groups, &pairs}; }
 };
 Caches& caches() {
   static auto* all = new Caches;
@@ -131,6 +132,16 @@ Tensor packed_scale(const Tensor& scale, const Maybe& exponent) {
     const long planes = source.size(0), out = source.size(1), groups = source.size(2);
     Tensor packed = new_floats({kernels.packed_scales(planes, out, groups)});
     kernels.pack_scale(source.const_data_ptr(), packed.mutable_data_ptr(), planes, out, groups);
+    return packed;
+  });
+}
+
+Tensor packed_pair(const Tensor& codes) {
+  return caches().pairs.get(codes, 0, [&] {
+    const Tensor source = codes.contiguous();
+    const long out = source.size(0), rank = source.size(1);
+    Tensor packed = at::empty({kernels.packed_pair(out, rank)}, at::TensorOptions().dtype(at::kChar));
+    kernels.pack_pair(source.const_data_ptr(), packed.mutable_data_ptr(), out, rank);
     return packed;
   });
 }

@@ -65,7 +65,7 @@ std::vector<Tensor> run_linears(const Tensor& x, const std::vector<Linear>& line
     member.y = y.mutable_data_ptr<float>();
     member.planes = linear.signs.size(0), member.out = linear.signs.size(1), member.groups = linear.scale.size(2);
     if (linear.rank_in) {
-      member.rank_in = keep(linear.rank_in->contiguous()), member.rank_out = keep(linear.rank_out->contiguous());
+      member.rank_in = keep(linear.rank_in->contiguous()), member.rank_out = keep(packed_pair(*linear.rank_out));
       member.rank_scale = keep(values_of(*linear.rank_scale, linear.rank_scale_exponent));
       member.rank = linear.rank_in->size(0);
     }

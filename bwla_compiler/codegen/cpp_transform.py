@@ -5,18 +5,33 @@ VECTORS = r"""
 typedef float Vec __attribute__((vector_size(64)));
 constexpr int TALL = 8;  // rows whose sums the registers hold
 static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+static inline Vec load_codes(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef float Vec __attribute__((vector_size(32)));
 constexpr int TALL = 4;
 static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+static inline Vec load_codes(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
 #elif defined(USES_NEON)
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int TALL = 8;
 static inline Vec multiply_add(Vec a, float b, Vec c) { return (Vec)vfmaq_n_f32((float32x4_t)c, (float32x4_t)a, b); }
+static inline Vec load_codes(const int8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, sizeof four);
+  const int16x4_t wide = vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))));
+  return (Vec)vcvtq_f32_s32(vmovl_s16(wide));
+}
 #else
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int TALL = 4;
 static inline Vec multiply_add(Vec a, float b, Vec c) { return a * b + c; }
+static inline Vec load_codes(const int8_t* from) {
+  return Vec{(float)from[0], (float)from[1], (float)from[2], (float)from[3]};
+}
 #endif
 constexpr long WIDTH = sizeof(Vec) / sizeof(float);
 

@@ -25,7 +25,7 @@ class Member(ctypes.Structure):
     """One linear of those that share an input; mirrors `struct Member` of the emitted source.
 
     signs: packed by `pack`. scale: [planes, out] float32, or packed by `pack_scale` where groups > 1.
-    rank_in [rank, in], rank_out [out, rank] int8, rank_scale [rank], bias [out], y and residual
+    rank_in [rank, in] int8, rank_out packed by `pack_pair`, rank_scale [rank], bias [out], y and residual
     [tokens, out] float32.
     """
 
@@ -39,10 +39,12 @@ class Member(ctypes.Structure):
 _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
     "packed_bytes": (c_long, (c_long,) * 3),
     "packed_scales": (c_long, (c_long,) * 3),
+    "packed_pair": (c_long, (c_long,) * 2),
 }
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
+    "pack_pair": (c_void_p, c_void_p, c_long, c_long),
     "prologue": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     "fused_group": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
@@ -58,7 +60,8 @@ _CALLS: dict[str, tuple[type, ...]] = {
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
-    "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding",
+    "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
+    "pack_pair",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -83,6 +86,8 @@ class KernelLibrary:
         self.packed_scales = self._library.bwla_packed_scales
         self.pack = self._library.bwla_pack
         self.pack_scale = self._library.bwla_pack_scale
+        self.packed_pair = self._library.bwla_packed_pair
+        self.pack_pair = self._library.bwla_pack_pair
         self.linear = self._library.bwla_linear
         self.quantize = self._library.bwla_quantize
         self.accumulate = self._library.bwla_accumulate

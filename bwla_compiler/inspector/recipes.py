@@ -1,5 +1,6 @@
 """The recipes as a table, with the bits that a weight of a common block takes by each."""
 
+import math
 from collections.abc import Iterable
 
 from bwla_compiler.inspector.table import Cell, Table, row
@@ -39,8 +40,12 @@ def _linear_bits(recipe: Recipe, inputs: int, out: int) -> float:
     pairs = paper or recipe.signs.method == "descent"
     rank = recipe.psp.rank_for(inputs, out, hidden=WIDTH) if pairs else 0
     kind = "row+column" if paper else recipe.weights.scales
-    spec = LinearSpec(inputs, (out,), planes=recipe.weights.planes, scale_kind=kind, rank=rank + paper)
-    return claimed_bits(spec) * inputs * out
+    planes = recipe.weights.planes
+    fewer, more = (
+        claimed_bits(LinearSpec(inputs, (out,), planes=n, scale_kind=kind, rank=rank + paper))
+        for n in (math.floor(planes), math.ceil(planes))
+    )
+    return (fewer + planes % 1 * (more - fewer)) * inputs * out  # a mean of the two, where planes are a mean
 
 
 def _transform(recipe: Recipe, place: int, inputs: int) -> TransformSpec:

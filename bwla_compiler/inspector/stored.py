@@ -7,6 +7,7 @@ from bwla_compiler.inspector.formats import Format, transform_text
 from bwla_compiler.numerics.bits import claimed_bits
 from bwla_compiler.passes.group_specs import NamedSpec, packed_specs, planned_specs
 from bwla_compiler.passes.insert_online import planned_transform, skip_reason
+from bwla_compiler.passes.own_recipes import own_recipes
 from bwla_compiler.recipe import Recipe
 
 
@@ -38,10 +39,10 @@ def _formats(specs: list[NamedSpec], reasons: dict[str, str]) -> dict[str, Forma
 
 
 def _transform_reasons(plan: Plan, recipe: Recipe) -> dict[str, str]:
-    found = {}
+    recipes, found = own_recipes(plan, recipe), {}
     for group in plan.groups:
         linears = [plan.linear(name) for name in group.linears]
-        own = recipe.override_for(linears[0].name)
+        own = recipes[linears[0].name]
         if own is None:
             reason = "an override keeps it as it is"
         else:

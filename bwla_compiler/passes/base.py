@@ -7,12 +7,14 @@ the inspector shows.
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bwla_compiler.graph.plan import Expression, Plan
+from bwla_compiler.passes.own_recipes import OwnRecipes, own_recipes
 from bwla_compiler.recipe import Recipe
 
 
@@ -137,6 +139,11 @@ class PassContext:
     plan: Plan
     recipe: Recipe
     seed: int = 0
+
+    @cached_property
+    def own(self) -> OwnRecipes:
+        """The recipe that holds for each linear of the plan, None where it is kept."""
+        return own_recipes(self.plan, self.recipe)
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter's values."""

@@ -9,6 +9,7 @@ from torch import nn
 from bwla_compiler.graph.plan import Group, Linear, Plan
 from bwla_compiler.passes.fold_norms import FoldNorms
 from bwla_compiler.passes.insert_online import planned_transform, skip_reason
+from bwla_compiler.passes.own_recipes import OwnRecipes, own_recipes
 from bwla_compiler.passes.pipeline import folding_passes
 from bwla_compiler.passes.quantize_ends import head_names
 from bwla_compiler.recipe import Recipe
@@ -58,14 +59,15 @@ def _joined(groups: Sequence[tuple[str, ...]], specs: dict[str, LinearSpec]) -> 
 
 def planned_specs(model: nn.Module, plan: Plan, recipe: Recipe) -> list[NamedSpec]:
     """Return the specs that quantizing a float model by a recipe would give."""
+    recipes = own_recipes(plan, recipe)
     heads = set(head_names(model, plan))
     shifted = shifted_linears(plan, recipe)
     specs: dict[str, LinearSpec] = {}
     groups = [g for g in plan.groups if not heads.intersection(g.linears)]
     for group in groups:
-        transform = _transform(group, plan, recipe)
+        transform = _transform(group, plan, recipes, calibrated=recipe.needs_calibration)
         for name in group.linears:
-            own = recipe.override_for(name)
+            own = recipes[name]
             if own is not None:
                 specs[name] = _float_spec(plan.linear(name), own, transform, _hidden(model), name in shifted)
     return _joined([names for g in groups if (names := tuple(n for n in g.linears if n in specs))], specs)
@@ -82,13 +84,13 @@ def _hidden(model: nn.Module) -> int:
     return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
 
 
-def _transform(group: Group, plan: Plan, recipe: Recipe) -> TransformSpec:
-    """Return the online change of basis that a recipe gives a group, as InsertOnline would fit it."""
+def _transform(group: Group, plan: Plan, recipes: OwnRecipes, *, calibrated: bool) -> TransformSpec:
+    """Return the online change of basis that recipes give a group, as InsertOnline would fit it."""
     linears = [plan.linear(name) for name in group.linears]
-    own = recipe.override_for(linears[0].name)
-    if own is None or any(recipe.override_for(name) is None for name in group.linears) or skip_reason(linears[0], own):
+    own = recipes[linears[0].name]
+    if own is None or any(recipes[name] is None for name in group.linears) or skip_reason(linears[0], own):
         return TransformSpec()
-    scaled = own.smoothing.exponent != 0 and recipe.needs_calibration
+    scaled = own.smoothing.exponent != 0 and calibrated
     return planned_transform(linears, own, scaled=scaled).transform
 
 
@@ -101,7 +103,7 @@ def _float_spec(linear: Linear, recipe: Recipe, transform: TransformSpec, hidden
     return LinearSpec(
         in_features=linear.in_features,
         out_features=(linear.out_features,),
-        planes=recipe.weights.planes,
+        planes=recipe.weights.n_planes,
         scale_kind="row+column" if paper else recipe.weights.scales,
         rank=rank + paper,
         transform=transform,

@@ -48,7 +48,7 @@ class InsertOnline:
             if group.name not in self.groups:
                 continue
             first = ctx.plan.linear(group.name)
-            recipe = ctx.recipe.override_for(first.name)
+            recipe = ctx.own[first.name]
             if recipe is None:
                 report.skip(group.name, "an override keeps it as it is")
             elif reason := skip_reason(first, recipe):
@@ -141,7 +141,7 @@ def planned_transform(linears: Sequence[Linear], recipe: Recipe, *, scaled: bool
     spec = LinearSpec(
         linears[0].in_features,
         tuple(x.out_features for x in linears),
-        planes=recipe.weights.planes,
+        planes=recipe.weights.n_planes,
         transform=TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled),
         activation_bits=recipe.activations.bits,
     )

@@ -14,6 +14,8 @@ from bwla_compiler.spec import FLOAT_BITS
 
 PACKED_SIGNS: Derived[Tensor] = Derived("kernel layout")
 PACKED_SCALES: Derived[Tensor] = Derived("kernel scales")
+PACKED_PAIRS: Derived[Tensor] = Derived("kernel pairs")
+CACHES = (PACKED_SIGNS, PACKED_SCALES, PACKED_PAIRS)
 
 
 @functools.cache
@@ -80,6 +82,18 @@ def _packed_scale(library: KernelLibrary, scale: Tensor) -> Tensor:
     return PACKED_SCALES.get(scale, pack)
 
 
+def _packed_pair(library: KernelLibrary, codes: Tensor) -> Tensor:
+    """Return the kernel's layout of the outer half of a low-rank pair, codes int8 [out, rank]."""
+
+    def pack() -> Tensor:
+        packed = torch.empty(library.packed_pair(*codes.shape), dtype=torch.int8)
+        source = codes.contiguous()
+        library.pack_pair(source.data_ptr(), packed.data_ptr(), *codes.shape)
+        return packed
+
+    return PACKED_PAIRS.get(codes, pack)
+
+
 def linears(
     library: KernelLibrary, x: Tensor, linears: Sequence[Linear], column_scale: Tensor | None, bits: int
 ) -> list[Tensor]:
@@ -102,7 +116,7 @@ def linears(
         member.out_features, member.planes, member.groups = out, planes, groups
         kept += [signs, scale, bias]
         if linear.low_rank is not None:
-            into, onto = (t.contiguous() for t in linear.low_rank[:2])
+            into, onto = linear.low_rank[0].contiguous(), _packed_pair(library, linear.low_rank[1])
             rank_scale = _plain(linear.low_rank[2], torch.float32)
             member.rank_in, member.rank_out = into.data_ptr(), onto.data_ptr()
             member.rank_scale, member.rank = _address(rank_scale), into.shape[0]

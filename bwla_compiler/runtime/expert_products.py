@@ -16,6 +16,8 @@ from bwla_compiler.spec import FLOAT_BITS
 
 PACKED_EXPERTS: Derived[Tensor] = Derived("kernel layout of experts")
 PACKED_EXPERT_SCALES: Derived[Tensor] = Derived("kernel scales of experts")
+PACKED_EXPERT_PAIRS: Derived[Tensor] = Derived("kernel pairs of experts")
+CACHES = (PACKED_EXPERTS, PACKED_EXPERT_SCALES, PACKED_EXPERT_PAIRS)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class _Compiled:
         self.scale = _packed_scale(library, packed.scale) if groups > 1 else packed.scale.float().contiguous()
         self.column_scale = None if packed.column_scale is None else packed.column_scale.float().contiguous()
         into, onto, rank_scale = packed.low_rank or (None, None, None)
-        self.into, self.onto = (None if t is None else t.contiguous() for t in (into, onto))
+        self.into = None if into is None else into.contiguous()
+        self.onto = None if onto is None else _packed_pairs(library, onto)
         self.rank_scale = None if rank_scale is None else rank_scale.float().contiguous()
         bits = packed.activation_bits
         self.limit = 0 if bits >= FLOAT_BITS else 2 ** (bits - 1) - 1
@@ -174,3 +177,17 @@ def _packed_scale(library: KernelLibrary, scale: Tensor) -> Tensor:
         return packed
 
     return PACKED_EXPERT_SCALES.get(scale, pack)
+
+
+def _packed_pairs(library: KernelLibrary, codes: Tensor) -> Tensor:
+    """Return the kernel's layout [E, n] of the outer halves of low-rank pairs, codes int8 [E, out, rank]."""
+
+    def pack() -> Tensor:
+        n_experts, out, rank = codes.shape
+        packed = torch.empty(n_experts, library.packed_pair(out, rank), dtype=torch.int8)
+        source = codes.contiguous()
+        for e in range(n_experts):
+            library.pack_pair(_address(source, e), _address(packed, e), out, rank)
+        return packed
+
+    return PACKED_EXPERT_PAIRS.get(codes, pack)

@@ -77,8 +77,7 @@ def operators() -> NativeOperators | None:
 
 def forget(tensor: Tensor) -> None:
     """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
-    experts = (expert_products.PACKED_EXPERTS, expert_products.PACKED_EXPERT_SCALES)
-    for cache in (compiled.PACKED_SIGNS, compiled.PACKED_SCALES, *experts, DECODED):
+    for cache in (*compiled.CACHES, *expert_products.CACHES, DECODED):
         cache.forget(tensor)
     triton_layout.forget(tensor)
     found = operators() if wanted() else None

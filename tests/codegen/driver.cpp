@@ -54,6 +54,7 @@ int main() {
       {"quantize", entry(bwla_quantize)},           {"accumulate", entry(bwla_accumulate)},
       {"int8_linear", entry(bwla_int8_linear)},     {"transform", entry(bwla_transform)},
       {"int8_embedding", entry(bwla_int8_embedding)}, {"prologue", entry(bwla_prologue)},
+      {"packed_pair", entry(bwla_packed_pair)},     {"pack_pair", entry(bwla_pack_pair)},
       {"int4_linear", entry(bwla_int4_linear)},     {"int4_embedding", entry(bwla_int4_embedding)}};
   for (;;) {
     std::string name(number(), ' ');

@@ -73,6 +73,13 @@ class EmulatedLibrary:
         own = Region(packed, 4 * self.packed_scales(planes, out, groups), returned=True)
         self._call("pack_scale", Region(scale, 4 * planes * out * groups), own, planes, out, groups)
 
+    def packed_pair(self, out: int, rank: int) -> int:
+        return self._call("packed_pair", out, rank)
+
+    def pack_pair(self, codes: int, packed: int, out: int, rank: int) -> None:
+        own = Region(packed, self.packed_pair(out, rank), returned=True)
+        self._call("pack_pair", Region(codes, out * rank), own, out, rank)
+
     def quantize(
         self, x: int, column_scale: int, tokens: int, columns: int, limit: int, codes: int, scale: int
     ) -> None:
@@ -166,7 +173,7 @@ class EmulatedLibrary:
                 "signs": self.packed_bytes(m.planes, m.out_features, columns),
                 "scale": grouped if m.groups > 1 else 4 * m.planes * m.out_features,
                 "rank_in": m.rank * columns,
-                "rank_out": m.rank * m.out_features,
+                "rank_out": self.packed_pair(m.out_features, m.rank),
                 "rank_scale": 4 * m.rank,
                 "bias": 4 * m.out_features,
                 "y": 4 * tokens * m.out_features,

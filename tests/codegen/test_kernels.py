@@ -52,6 +52,18 @@ def packed_scale(library: Library, scale: Tensor) -> Tensor:
     return result
 
 
+def packed_pair(
+    library: Library, low_rank: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return a low-rank pair as the kernels take it."""
+    if low_rank is None:
+        return None
+    into, onto, scale = low_rank
+    result = torch.empty(library.packed_pair(*onto.shape), dtype=torch.int8)
+    library.pack_pair(onto.data_ptr(), result.data_ptr(), *onto.shape)
+    return into, result, scale
+
+
 def accumulate(library: Library, codes: Tensor, signs: Tensor, limit: int) -> Tensor:
     acc = torch.full((codes.shape[0], signs.shape[1]), -1, dtype=torch.int32)
     words = packed(library, signs)
@@ -99,7 +111,8 @@ def run_linear(
     groups = scale.shape[2]
     words, scales = packed(library, signs), packed_scale(library, scale)
     y = torch.full((x.shape[0], out), float("nan"))
-    pair = [t.data_ptr() for t in low_rank] if low_rank else [0, 0, 0]
+    taken = packed_pair(library, low_rank)
+    pair = [t.data_ptr() for t in taken] if taken else [0, 0, 0]
     rank = low_rank[0].shape[0] if low_rank else 0
     member = Member(
         words.data_ptr(), scales.data_ptr(), *pair, bias.data_ptr() if bias is not None else 0, y.data_ptr(),

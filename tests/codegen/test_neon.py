@@ -29,7 +29,7 @@ from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.spec import PROLOGUES
 from tests.codegen import emulated
 from tests.codegen.emulated import COMPILER, EmulatedLibrary, kernels
-from tests.codegen.test_kernels import Library, accumulate, packed_scale, packed_words, random_signs
+from tests.codegen.test_kernels import Library, accumulate, packed_pair, packed_scale, packed_words, random_signs
 from tests.runtime.test_fused import Case, make
 from tests.runtime.test_ops import make_linear
 
@@ -254,7 +254,7 @@ class DirectCase(Case):
             results.append(torch.full((tokens, out), float("nan")))
             stored = packed_words(self.library, signs, columns), packed_scale(self.library, scale)
             rank = low_rank[0].shape[0] if low_rank else 0
-            pair = map(at, low_rank or (None,) * 3)
+            pair = map(at, packed_pair(self.library, low_rank) or (None,) * 3)
             ends = at(bias), results[-1].data_ptr(), out, planes, groups, rank, at(residual)
             members.append(Member(*map(at, stored), *pair, *ends))
         limit = 2 ** (self.bits - 1) - 1 if self.bits < 16 else 0

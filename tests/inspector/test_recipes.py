@@ -6,6 +6,8 @@ from bwla_compiler.inspector import recipes
 from bwla_compiler.inspector.recipes import nominal_bits, recipe_table
 from bwla_compiler.recipe import builtin_recipes, load_recipe
 
+ONLINE = nominal_bits(load_recipe("bwla-w1a6", {"psp.hidden_over": 0})) - (1 + 16 / 4096)
+
 
 def test_every_recipe_has_a_row_with_bits_and_source() -> None:
     table = recipe_table(builtin_recipes().values())
@@ -20,6 +22,8 @@ def test_every_recipe_has_a_row_with_bits_and_source() -> None:
         ("billm-like", 2.5),
         ("arb-like", 3.0),
         ("bwla-folded", 1 + 16 / 128),
+        # 1.18 planes and their scales; beside them the factors of what is online
+        ("bwla-mixed-a6", 1.18 * (1 + 16 / 4096) + ONLINE),
     ],
 )
 def test_bits_are_those_of_the_formula(name: str, expected: float) -> None:

@@ -152,6 +152,13 @@ def test_prologues_equal_reference(path: str, kind: str, bits: int, transform: b
     Case(x, prologue, members, residuals=[residual, None], bits=bits).check()
 
 
+@pytest.mark.parametrize("bits", [6, 16])
+def test_members_of_one_call_differ_in_planes(path: str, bits: int) -> None:
+    x, prologue = make("rms_norm", 203, 3)
+    members = [make_linear(70, 203, planes=2), make_linear(33, 203, seed=1), make_linear(33, 203, planes=3, seed=2)]
+    Case(x, prologue, members, bits=bits).check()
+
+
 @pytest.mark.parametrize("kind", ["rms_norm", "layer_norm", "gelu_mul", "silu"])
 def test_every_instruction_set(isa: str, kind: str) -> None:
     x, prologue = make(kind, 203, 5, vectors=kind != "rms_norm")
