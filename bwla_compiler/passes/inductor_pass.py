@@ -11,6 +11,7 @@ from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.flatten_calls import FlattenCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.keep_sines import KeepSines
+from bwla_compiler.passes.unrepeat_heads import UnrepeatHeads
 from bwla_compiler.runtime import flat
 from bwla_compiler.settings import settings
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = (
     "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations", "match_graph",
-    "match_norms", "match_prologue", "packed_calls",
+    "match_norms", "match_prologue", "packed_calls", "unrepeat_heads",
 )  # fmt: skip
 
 
@@ -32,24 +33,28 @@ def _dump() -> GraphDump | None:
 
 
 class InductorFusion(CustomGraphPass):
-    """Runs FuseKernels on each graph; `reports` holds what it said, none for graphs that came from Inductor's cache."""
+    """Runs our passes on each graph.
+
+    `reports` holds what UnrepeatHeads and FuseKernels said, nothing of graphs that came from Inductor's cache.
+    """
 
     def __init__(self) -> None:
         self.reports: list[PassReport] = []
 
     def __call__(self, graph: Graph) -> None:
-        """Fuse in place."""
+        """Rewrite in place."""
         dump = _dump()
         if dump is not None:
             dump.add("decomposed", graph_text(graph))
-        report = FuseKernels().run(graph)
-        log.info("fused %d groups of linears, left %d", len(report.changed), len(report.skipped))
-        for what, outcome in (*report.changed, *report.skipped):
-            log.debug("%s: %s", what, outcome)
-        self.reports.append(report)
-        if dump is not None:
+        for step in (UnrepeatHeads(), FuseKernels()):
+            report = step.run(graph)
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
-            dump.add(report.name, graph_text(graph), notes=notes)
+            log.info("%s: %d changed, %d left alone", report.name, len(report.changed), len(report.skipped))
+            for note in notes:
+                log.debug("%s", note)
+            self.reports.append(report)
+            if dump is not None:
+                dump.add(report.name, graph_text(graph), notes=notes)
         FlattenCalls().run(graph)
         KeepSines().run(graph)
 

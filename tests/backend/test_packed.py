@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+from transformers import StaticCache
 
 from bwla_compiler.backend import compile_backend, lower
 from bwla_compiler.backend.compiled import TOLERANCE
@@ -19,6 +22,7 @@ from bwla_compiler.backend.lower import inductor_passes
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.evaluate.verification import verify_rotations
 from bwla_compiler.passes import inductor_pass
+from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedLinear
@@ -47,9 +51,52 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
     # norms, activation functions and sines have the same code on both sides; with another order of sums some
     # activation at the edge of two codes would round the other way, and move logits by a hundredth
     assert torch.equal(found, expected)
-    (report,) = passes["post_grad_custom_pre_pass"].reports
+    report = passes["post_grad_custom_pre_pass"].reports[-1]
+    assert report.name == FuseKernels.name
     assert len(report.changed) == 8  # two blocks of four calls
     assert report.skipped == []
+
+
+class Attended(CustomGraphPass):
+    """Keeps the shapes of keys, of values, and of all tensors of five dimensions, of graphs as Inductor lowers them."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[torch.Size, torch.Size]] = []
+        self.wide: list[torch.Size] = []
+
+    def __call__(self, graph: Graph) -> None:
+        """Look; change nothing."""
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        for node in graph.find_nodes(op="call_function", target=attention):
+            key, value = (operand.meta["val"].shape for operand in node.args[1:3])
+            self.shapes.append((key, value))
+        shapes = (getattr(node.meta.get("val"), "shape", ()) for node in graph.nodes)
+        self.wide += [shape for shape in shapes if len(shape) == 5]
+
+    def uuid(self) -> None:
+        """Keep out of Inductor's cache."""
+
+
+def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = {**inductor_passes(), "post_grad_custom_post_pass": (seen := Attended())}
+    monkeypatch.setattr(lower, "inductor_passes", lambda: passes)
+    model, ids = tiny.make("llama", layers=1), tiny.ids()
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    share_functions(model)
+    torch._dynamo.reset()
+    logits = []
+    uncached = (inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False))
+    with torch.no_grad(), uncached[0], uncached[1]:
+        for run in (model, torch.compile(model, backend=compile_backend, fullgraph=True)):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(ids[:, :9], past_key_values=cache)
+            logits.append(run(ids[:, 9:], past_key_values=cache).logits)
+    (changed,) = passes["post_grad_custom_pre_pass"].reports[0].changed
+    assert changed[1] == "each head of keys and values is read by 2 of queries"
+    assert seen.shapes == [((3, 2, 16, 16), (3, 2, 16, 16))]  # of four heads when transformers is done
+    assert seen.wide == []
+    # two tokens: of one alone, transformers' eager attention multiplies a group's queries at once, in another order
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_the_pass_is_known_to_inductors_cache_by_its_source() -> None:
