@@ -81,3 +81,8 @@ class LinearSpec:
     transform: TransformSpec = TransformSpec()
     activation_bits: int = 6
     bias: bool = False
+
+
+FUSED_CALLS = (1, 2, 3, 4)
+"""Members for which there is an operator bwla::fused_call1, 2, ..: results of a fixed number are what Inductor's C++
+wrapper knows. Query, key, value and a gate are the most that models have beside each other."""

@@ -10,6 +10,7 @@ from bwla_compiler.codegen.cpp_ops_ends import ENDS
 from bwla_compiler.codegen.cpp_ops_fused import FUSED
 from bwla_compiler.codegen.cpp_ops_linear import LINEAR
 from bwla_compiler.codegen.cpp_ops_routes import ROUTES
+from bwla_compiler.spec import FUSED_CALLS
 
 HEADER = r"""
 #include <ATen/Parallel.h>
@@ -103,7 +104,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(linear));
   registered.back()->impl("linear_group", TORCH_FN(linear_group));
   registered.back()->impl("fused_group", TORCH_FN(fused_group));
-  registered.back()->impl("fused_call", TORCH_FN(fused_call));
+  FUSED_CALLS
   registered.back()->impl("int8_linear", TORCH_FN(int8_linear));
   registered.back()->impl("int8_embedding", TORCH_FN(int8_embedding));
   registered.back()->impl("int4_linear", TORCH_FN(int4_linear));
@@ -117,7 +118,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
   registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable<linear_group>));
   registered.back()->impl("fused_group", TORCH_FN(FusedRoute::differentiable<fused_group>));
-  registered.back()->impl("fused_call", TORCH_FN(fused_call));
+  FUSED_CALLS
   registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("prologue", TORCH_FN(PrologueRoute::differentiable<prologue>));
@@ -157,5 +158,7 @@ EXPORT long bwla_derived() {
 
 def emit_operators() -> str:
     """Return the C++20 source of the operators; compiled against torch's headers, free of any instruction set."""
-    parts = ("// bwla operators; generated", HEADER, ROUTES, DERIVED, LINEAR, ENDS, FUSED, REGISTRATION)
+    calls = [f'registered.back()->impl("fused_call{n}", TORCH_FN(fused_call_of<{n}>));' for n in FUSED_CALLS]
+    registration = REGISTRATION.replace("FUSED_CALLS", "\n  ".join(calls))
+    parts = ("// bwla operators; generated", HEADER, ROUTES, DERIVED, LINEAR, ENDS, FUSED, registration)
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -104,5 +104,21 @@ std::vector<Tensor> fused_call(at::TensorList tensors, std::string_view plan, do
                                    one[7], one[8], one[9], signs, scale, one[10], lists[0], lists[1], lists[2],
                                    lists[3], lists[4], places[0], lists[5], one[11], lists[6]);
 }
+
+template <size_t... I>
+std::tuple<decltype((void)I, Tensor())...> as_tuple(std::vector<Tensor>&& ys, std::index_sequence<I...>) {
+  return {std::move(ys[I])...};
+}
+
+// The same for N members: a result, or a tuple of N.
+template <size_t N>
+auto fused_call_of(at::TensorList tensors, std::string_view plan, double eps) {
+  std::vector<Tensor> ys = fused_call(tensors, plan, eps);
+  TORCH_CHECK(ys.size() == N, BAD_PLAN);
+  if constexpr (N == 1)
+    return Tensor(std::move(ys[0]));
+  else
+    return as_tuple(std::move(ys), std::make_index_sequence<N>());
+}
 """
 )

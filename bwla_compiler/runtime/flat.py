@@ -15,6 +15,8 @@ SINGLES = (0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 14, 22)
 LISTS = (12, 13, 15, 16, 17, 18, 19, 21, 23)
 """Where it takes one per member: signs, scale, low rank (3), bias, residual, exponents of scale and low rank."""
 
+MEMBERS = LISTS[0]
+
 KIND, EPS, BITS, N_OPERANDS = 2, 3, 20, 24
 
 

@@ -28,6 +28,7 @@ from bwla_compiler.runtime.checks import (
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.expert_products import Experts, check_experts, expert_products
 from bwla_compiler.runtime.rows import empty_result, rows_of, shaped_like
+from bwla_compiler.spec import FUSED_CALLS
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
@@ -48,7 +49,7 @@ SCHEMAS = (
     "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
     "sin(Tensor x) -> Tensor",
     "cos(Tensor x) -> Tensor",
-    "fused_call(Tensor[] tensors, str plan, float eps) -> Tensor[]",
+    *(f"fused_call{n}(Tensor[] tensors, str plan, float eps) -> ({', '.join(['Tensor'] * n)})" for n in FUSED_CALLS),
     "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
     "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
     "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
@@ -159,10 +160,10 @@ def _prologue(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tens
     return shaped_like(portable.prologue(rows_of(x), before), x)
 
 
-def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> list[Tensor]:
-    """Implementation of bwla::fused_call everywhere: the fused group with these operands."""
+def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> Tensor | tuple[Tensor, ...]:
+    """Implementation of bwla::fused_call1, 2, .. everywhere: the fused group with these operands."""
     results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
-    return results
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _experts_with(fast: bool) -> Any:
@@ -239,8 +240,9 @@ LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
 LIBRARY.impl("prologue", _prologue, "CompositeExplicitAutograd")
-LIBRARY.impl("fused_call", _fused_call, "CompositeExplicitAutograd")
-LIBRARY.impl("fused_call", _fused_call, "Autograd")
+for _n in FUSED_CALLS:
+    LIBRARY.impl(f"fused_call{_n}", _fused_call, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"fused_call{_n}", _fused_call, "Autograd")
 for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
     LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
@@ -280,7 +282,7 @@ def _fake_refuse_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     return gradient.new_empty(shape)
 
 
-for _name, _fake in (
+_FAKES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("transform", _fake_same),
     ("prologue", _fake_same),
     ("sin", torch.empty_like),
@@ -288,14 +290,15 @@ for _name, _fake in (
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
-    ("fused_call", _fused_call),
+    *((f"fused_call{n}", _fused_call) for n in FUSED_CALLS),
     ("experts", _fake_experts),
     ("int8_linear", end_ops.fake_linear),
     ("int4_linear", end_ops.fake_linear),
     ("int8_embedding", end_ops.fake_int8_embedding),
     ("int4_embedding", end_ops.fake_int4_embedding),
     ("refuse_gradient", _fake_refuse_gradient),
-):
+)
+for _name, _fake in _FAKES:
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=LIBRARY)
 
 

@@ -52,18 +52,20 @@ def test_peaks_belong_to_their_stage() -> None:
         stages = Stages(memory)
         time.sleep(0.05)
         stages.enter("blocks")
-        kept = torch.ones(1 << 24)
+        kept = torch.ones(1 << 26)
         time.sleep(0.1)
         first = stages.recent()
         del kept
+        stages.recent()  # a sample may fall into the freeing
+        time.sleep(0.05)
         second = stages.recent()  # of a block that held less
         stages.enter("ends")
         time.sleep(0.05)
         stages.recent()
     assert stages.most["blocks"] == first
     assert (
-        min(first - other for other in (second, stages.most["planning"], stages.most["ends"])) > 48
-    )  # of 64 MiB; the process itself moves
+        min(first - other for other in (second, stages.most["planning"], stages.most["ends"])) > 192
+    )  # of 256 MiB; the process itself moves
     assert memory.fields()["peak_mib"] == first
     assert held_mib() < first
     assert held_mib(mapped=True) > held_mib()

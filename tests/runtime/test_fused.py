@@ -256,18 +256,21 @@ def test_one_list_of_operands_is_the_same_call(path: str) -> None:
     case = Case(x, prologue, members, residuals=[None, torch.ones(3, 5)])
     flattened = flat.flatten(case.operands())
     assert all(a is b or a == b for a, b in zip(flat.unflatten(*flattened), case.operands(), strict=True) if a is None)
-    for y, want in zip(BWLA.fused_call(*flattened), case.run(), strict=True):
+    for y, want in zip(BWLA.fused_call2(*flattened), case.run(), strict=True):
         assert torch.equal(y, want)
     x.requires_grad_()
     with pytest.raises(GradientError, match="no_grad"):
-        BWLA.fused_call(*flat.flatten(case.operands()))[1].sum().backward()
+        BWLA.fused_call2(*flat.flatten(case.operands()))[1].sum().backward()
 
 
 def test_a_plan_that_does_not_fit_is_refused() -> None:
     native.install()
     for plan in ("none 6 1 0", "none", "", "none 6 x", "none 6 0" + " -1" * 12, "none 6 -1 0"):
         with pytest.raises(RuntimeError, match="plan does not fit"):
-            BWLA.fused_call([torch.ones(2)], plan, 0.0)
+            BWLA.fused_call1([torch.ones(2)], plan, 0.0)
+    case = Case(torch.ones(1, 40), portable.Prologue(), [make_linear(9, 40)])
+    with pytest.raises(RuntimeError, match="plan does not fit"):
+        BWLA.fused_call2(*flat.flatten(case.operands()))  # of one member
 
 
 def test_opcheck_and_meta() -> None:
@@ -279,7 +282,7 @@ def test_opcheck_and_meta() -> None:
         nothing, nothing, nothing, [bias], [torch.randn(2, 9)], 6, nothing, None, nothing,
     )  # fmt: skip
     torch.library.opcheck(BWLA.fused_group.default, arguments)
-    torch.library.opcheck(BWLA.fused_call.default, flat.flatten(arguments))
+    torch.library.opcheck(BWLA.fused_call1.default, flat.flatten(arguments))
     (y,) = BWLA.fused_group(x.to("meta"), *arguments[1:12], [signs.to("meta")], *arguments[13:])
     assert y.is_meta
     assert y.shape == (2, 9)
