@@ -24,6 +24,16 @@ _POINTERS = (
 )  # fmt: skip
 
 
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def _say_nothing(level: int, text: bytes, data: object) -> None:
+    """Take ggml's notes, of which each repacked weight is one."""
+
+
+_SILENCE = _LogCallback(_say_nothing)  # ggml keeps its address
+
+
 class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
@@ -34,6 +44,7 @@ class Ggml:
     def __init__(self, folder: Path) -> None:
         mode = ctypes.RTLD_GLOBAL
         self._parts = [ctypes.CDLL(str(folder / f"libggml{part}.so"), mode=mode) for part in ("-base", "-cpu", "")]
+        self._function("ggml_log_set")(_SILENCE, None)
         for name in _POINTERS:
             self._function(name).restype = ctypes.c_void_p
         self._function("ggml_quantize_chunk").restype = ctypes.c_size_t
