@@ -84,7 +84,7 @@ def kill_after(number: int) -> Callable[[BlockReport], None]:
     return told
 
 
-def same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe: str = "bwla-w1a6") -> None:
+def assert_same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe: str = "bwla-w1a6") -> None:
     made(name, folder / "float")
     report = api.quantize_to(folder / "float", folder / "out", recipe=recipe, settings=settings, calibration=TOKENS)
     model = api.load(folder / "float").model
@@ -106,16 +106,16 @@ def same_as_in_memory(name: str, folder: Path, settings: dict[str, Any], recipe:
     "name", ["opt", *wider("llama-tied", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss", "falcon")]
 )
 def test_streamed_and_in_memory_are_the_same_bits(name: str, tmp_path: Path) -> None:
-    same_as_in_memory(name, tmp_path, FAST)
+    assert_same_as_in_memory(name, tmp_path, FAST)
 
 
 @pytest.mark.parametrize("bits", [16, *wider(4)])
 def test_a_tied_model_that_is_only_rounded(bits: int, tmp_path: Path) -> None:
-    same_as_in_memory("llama-tied", tmp_path, {"head.bits": bits}, "rtn")
+    assert_same_as_in_memory("llama-tied", tmp_path, {"head.bits": bits}, "rtn")
 
 
 def test_a_mean_of_planes_is_the_same_bits_and_read_again(tmp_path: Path) -> None:
-    same_as_in_memory("llama", tmp_path, {**FAST, "weights.planes": 1.5}, "bwla-mixed-a6")
+    assert_same_as_in_memory("llama", tmp_path, {**FAST, "weights.planes": 1.5}, "bwla-mixed-a6")
     again = api.load(tmp_path / "out").model
     planes = {name: m.planes for name, m in again.named_modules() if isinstance(m, PackedLinear)}
     own = own_recipes(planned.plan("llama"), load_recipe("bwla-mixed-a6", {"weights.planes": 1.5}))
@@ -130,7 +130,7 @@ def test_a_mean_of_planes_is_the_same_bits_and_read_again(tmp_path: Path) -> Non
 
 @pytest.mark.exhaustive
 def test_tuning_works_on_what_was_streamed(tmp_path: Path) -> None:
-    same_as_in_memory("llama", tmp_path, {**FAST, "tuning.steps": 2})
+    assert_same_as_in_memory("llama", tmp_path, {**FAST, "tuning.steps": 2})
 
 
 @pytest.mark.exhaustive

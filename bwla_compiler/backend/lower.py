@@ -8,6 +8,10 @@ from torch.fx import GraphModule
 
 from bwla_compiler.backend.prepare import prepare
 
+UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+"""Inductor's checks of every tensor at every call, left out: Dynamo's guards have seen to the inputs, and our operators
+are tested to give what they promise. Hundreds of packed tensors a step made them about a tenth of a small model's."""
+
 
 class HandOver(Protocol):
     """Something that compiles a graph once our operators are in it, as `lower` does."""
@@ -24,16 +28,12 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
     prepare(gm, example_inputs)
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
+    patches = {**UNCHECKED, **(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
     return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def inductor_passes() -> dict[str, Any]:
-    """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports.
-
-    With them go its checks of sizes at every call, a tenth of a small model's step: guards have seen to the inputs, and
-    operators are tested to give what they promise.
-    """
+    """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports."""
     from bwla_compiler.passes.inductor_pass import InductorFusion  # imports Inductor
 
-    return {"post_grad_custom_pre_pass": InductorFusion(), "size_asserts": False, "alignment_asserts": False}
+    return {"post_grad_custom_pre_pass": InductorFusion()}

@@ -1,7 +1,7 @@
 """The Triton kernels of heads in 4-bit codes with a scale a group of columns, and float inputs."""
 
+from bwla_compiler.codegen.triton_ends import emit_end
 from bwla_compiler.codegen.triton_spec import Emitted, Int4Kernel, Tile
-from bwla_compiler.codegen.triton_text import head, indented, product_function
 
 _ONE = '''
 
@@ -66,17 +66,9 @@ def emit_int4_linear(spec: Int4Kernel, *, activations: str = "*x") -> Emitted:
     """
     outputs, columns, tile = spec.out_features, spec.columns, spec.tile
     one = tile.tokens == 1
-    parameters = [("x", activations), ("codes", "*u8"), ("scale", "*fp32")]
-    parameters += [("bias", "*fp32")] if spec.bias else []
-    parameters += [("y", "*x")] + ([] if one else [("tokens", "i32")])
     title = f"int4 linear {columns} -> {outputs} by {spec.group_size}: tiles of {tile.rows} x {tile.tokens} tokens"
     numbers = {"COLUMNS": columns, "BYTES": -(-columns // 2), "GROUP": spec.group_size}
     numbers |= {"GROUPS": -(-columns // spec.group_size), "OUTPUTS": outputs, "ROWS": tile.rows, "STAGES": tile.stages}
     numbers |= {"SPLIT": tile.split} if one else {"TOKENS": tile.tokens}
-    bias = "total += tl.load(bias + row, mask=live_row, other=0.0)" + ("" if one else "[:, None]")
-    body = (_ONE if one else _MANY).format(
-        names=", ".join(name for name, _ in parameters), title=title, bias=indented([bias] if spec.bias else [])
-    )
-    functions = "" if one else product_function(spec.precision, name="product", x="b")
-    name = "int4_gemv" if one else "int4_dot"
-    return Emitted(name, title, head(title, numbers) + functions + body, tuple(parameters), tile.warps, tile.stages)
+    text = ("int4_gemv", _ONE) if one else ("int4_dot", _MANY)
+    return emit_end(spec, text, title, numbers, codes="*u8", activations=activations)

@@ -1,7 +1,7 @@
 """The Triton kernels of linears of int8 weights and float inputs, which heads are: y = (x codes^T) * scale + bias."""
 
+from bwla_compiler.codegen.triton_ends import emit_end
 from bwla_compiler.codegen.triton_spec import Emitted, Int8Kernel, Tile
-from bwla_compiler.codegen.triton_text import head, indented, product_function
 
 _ONE = '''
 
@@ -61,16 +61,8 @@ def emit_int8_linear(spec: Int8Kernel, *, activations: str = "*x") -> Emitted:
     """
     outputs, tile = spec.out_features, spec.tile
     one = tile.tokens == 1
-    parameters = [("x", activations), ("codes", "*i8"), ("scale", "*fp32")]
-    parameters += [("bias", "*fp32")] if spec.bias else []
-    parameters += [("y", "*x")] + ([] if one else [("tokens", "i32")])
     title = f"int8 linear {spec.columns} -> {outputs}: tiles of {tile.rows} x {tile.tokens} tokens"
     numbers = {"COLUMNS": spec.columns, "OUTPUTS": outputs, "ROWS": tile.rows, "SPLIT": tile.split}
     numbers |= {"STAGES": tile.stages} | ({} if one else {"TOKENS": tile.tokens})
-    bias = "total += tl.load(bias + row, mask=live_row, other=0.0)" + ("" if one else "[:, None]")
-    body = (_ONE if one else _MANY).format(
-        names=", ".join(name for name, _ in parameters), title=title, bias=indented([bias] if spec.bias else [])
-    )
-    functions = "" if one else product_function(spec.precision, name="product", x="b")
-    name = "int8_gemv" if one else "int8_dot"
-    return Emitted(name, title, head(title, numbers) + functions + body, tuple(parameters), tile.warps, tile.stages)
+    text = ("int8_gemv", _ONE) if one else ("int8_dot", _MANY)
+    return emit_end(spec, text, title, numbers, codes="*i8", activations=activations)
