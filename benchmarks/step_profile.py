@@ -21,7 +21,7 @@ STEP = "decode step"
 OVERHEAD = "between kernels: Python, guards, dispatch"
 
 REGIONS = (
-    ("1-bit linears, their norms and transforms", ("bwla::fused", "bwla::linear", "bwla::transform")),
+    ("1-bit linears, their norms and transforms", ("bwla::routine", "bwla::fused", "bwla::linear", "bwla::transform")),
     ("norms and functions alone", ("bwla::prologue", "bwla::sin", "bwla::cos")),
     ("1-bit experts", ("bwla::experts",)),
     ("head and embedding", ("bwla::int8", "bwla::int4")),

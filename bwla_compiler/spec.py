@@ -83,6 +83,6 @@ class LinearSpec:
     bias: bool = False
 
 
-FUSED_CALLS = (1, 2, 3, 4)
-"""Members for which there is an operator bwla::fused_call1, 2, ..: results of a fixed number are what Inductor's C++
-wrapper knows. Query, key, value and a gate are the most that models have beside each other."""
+ROUTINE_RESULTS = (1, 2, 3, 4, 5, 6)
+"""Results for which there is an operator bwla::routine1, 2, ..: a fixed number is what Inductor's C++ wrapper knows.
+The calls between two attentions give query, key, value and the stream, and seldom more."""

@@ -7,6 +7,7 @@ import torch
 from torch.fx import GraphModule
 
 from bwla_compiler.backend.prepare import prepare
+from bwla_compiler.runtime.programs import Program
 
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
 """Inductor's checks of every tensor at every call, left out: Dynamo's guards have seen to the inputs, and our operators
@@ -29,7 +30,8 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
 
     prepare(gm, example_inputs)
     patches = {**UNCHECKED, **(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
-    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
+    tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    return Program(cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches)), tensors)
 
 
 def inductor_passes() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from bwla_compiler.codegen.cpp_ops_ends import ENDS
 from bwla_compiler.codegen.cpp_ops_fused import FUSED
 from bwla_compiler.codegen.cpp_ops_linear import LINEAR
 from bwla_compiler.codegen.cpp_ops_routes import ROUTES
-from bwla_compiler.spec import FUSED_CALLS
+from bwla_compiler.codegen.cpp_ops_routines import EXPORTS, REGISTERED, ROUTINES
 
 HEADER = r"""
 #include <ATen/Parallel.h>
@@ -25,13 +25,13 @@ HEADER = r"""
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <charconv>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -104,7 +104,7 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(linear));
   registered.back()->impl("linear_group", TORCH_FN(linear_group));
   registered.back()->impl("fused_group", TORCH_FN(fused_group));
-  FUSED_CALLS
+  ROUTINES
   registered.back()->impl("int8_linear", TORCH_FN(int8_linear));
   registered.back()->impl("int8_embedding", TORCH_FN(int8_embedding));
   registered.back()->impl("int4_linear", TORCH_FN(int4_linear));
@@ -118,7 +118,6 @@ EXPORT void bwla_register(const void* entries, long tokens) {
   registered.back()->impl("linear", TORCH_FN(LinearRoute::differentiable<linear>));
   registered.back()->impl("linear_group", TORCH_FN(GroupRoute::differentiable<linear_group>));
   registered.back()->impl("fused_group", TORCH_FN(FusedRoute::differentiable<fused_group>));
-  FUSED_CALLS
   registered.back()->impl("int8_linear", TORCH_FN(Int8Route::differentiable<int8_linear>));
   registered.back()->impl("transform", TORCH_FN(TransformRoute::differentiable<transform>));
   registered.back()->impl("prologue", TORCH_FN(PrologueRoute::differentiable<prologue>));
@@ -131,11 +130,13 @@ EXPORT void bwla_register(const void* entries, long tokens) {
 EXPORT void bwla_unregister() {
   if (!registered.empty()) kernels.use_team(nullptr);
   registered.clear();
+  forgotten++;
   for (Derived* cache : caches().all()) cache->clear();
 }
 
 // Drop what was derived from the tensor with this address of its TensorImpl.
 EXPORT void bwla_forget(void* tensor) {
+  forgotten++;
   for (Derived* cache : caches().all())
     cache->forget((at::TensorImpl*)tensor);
 }
@@ -158,7 +159,17 @@ EXPORT long bwla_derived() {
 
 def emit_operators() -> str:
     """Return the C++20 source of the operators; compiled against torch's headers, free of any instruction set."""
-    calls = [f'registered.back()->impl("fused_call{n}", TORCH_FN(fused_call_of<{n}>));' for n in FUSED_CALLS]
-    registration = REGISTRATION.replace("FUSED_CALLS", "\n  ".join(calls))
-    parts = ("// bwla operators; generated", HEADER, ROUTES, DERIVED, LINEAR, ENDS, FUSED, registration)
+    registration = REGISTRATION.replace("ROUTINES", "\n  ".join(REGISTERED))
+    parts = (
+        "// bwla operators; generated",
+        HEADER,
+        ROUTES,
+        DERIVED,
+        LINEAR,
+        ENDS,
+        FUSED,
+        ROUTINES,
+        registration,
+        EXPORTS,
+    )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -20,14 +20,30 @@ using FusedRoute =
 
 bool is_channels(const Maybe& t, int64_t n) { return !t || (is_float(t) && t->dim() == 1 && t->size(0) == n); }
 
-// Whether the prologue has what it needs, and nothing else.
-bool takes_prologue(const Tensor& x, std::string_view kind, const Maybe& gate, const Maybe& gain, const Maybe& shift) {
+// Whether a prologue for n channels has what it needs, and nothing else.
+bool takes_prologue(int64_t n, std::string_view kind, bool gate, const Maybe& gain, const Maybe& shift) {
   const bool norm = kind.ends_with("_norm"), gated = kind.ends_with("_mul");
-  if (std::find(KINDS.begin(), KINDS.end(), kind) == KINDS.end() || gated != gate.has_value()) return false;
+  if (std::find(KINDS.begin(), KINDS.end(), kind) == KINDS.end() || gated != gate) return false;
   if (!norm && (gain || shift)) return false;
-  if (gate && !(is_float(gate) && gate->sizes() == x.sizes())) return false;
-  return is_channels(gain, x.size(-1)) && is_channels(shift, x.size(-1));
+  return is_channels(gain, n) && is_channels(shift, n);
 }
+bool is_gate(const Maybe& t, const Tensor& x) { return !t || (is_float(t) && t->sizes() == x.sizes()); }
+
+// A norm or activation function with a transform behind it; what is derived for it is held here.
+struct Before {
+  std::vector<Tensor> held;
+  Prologue prologue{};
+
+  Before() = default;
+  Before(std::string_view kind, double eps, const Maybe& gain, const Maybe& shift, const Factors& f) {
+    const Tensor gains = gain ? plain(*gain) : Tensor(), shifts = shift ? plain(*shift) : Tensor();
+    for (const Tensor& t : {gains, shifts, f.scale, f.left, f.right})
+      if (t.defined() && !(gain && t.is_same(*gain)) && !(shift && t.is_same(*shift))) held.push_back(t);
+    prologue = Prologue{std::find(KINDS.begin(), KINDS.end(), kind) - KINDS.begin(), (float)eps, nullptr,
+                        address(gains), address(shifts), address(f.scale), address(f.left), address(f.right),
+                        f.n1, f.n2};
+  }
+};
 
 std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_view kind, double eps,
                                 const Maybe& gain, const Maybe& shift, const Maybe& transform_scale, const Maybe& left,
@@ -39,19 +55,29 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
                                 const MaybeList& rank_exponent) {
   const Members members(x, signs, scale, rank_in, rank_out, rank_scale, bias, scale_exponent, rank_exponent, &residual);
   const bool good =
-      takes(x, column_scale, column_exponent, bits) && members.fit && takes_prologue(x, kind, gate, gain, shift);
+      takes(x, column_scale, column_exponent, bits) && members.fit && is_gate(gate, x) &&
+      takes_prologue(x.size(-1), kind, gate.has_value(), gain, shift);
   const Factors f(good ? x.size(-1) : 0, transform_scale, left, right, transform_exponent, left_exponent,
                   right_exponent);
   if (!good || !f.fit)
     return FusedRoute::portable(x, gate, kind, eps, gain, shift, transform_scale, left, right, transform_exponent,
                                 left_exponent, right_exponent, signs, scale, column_scale, rank_in, rank_out,
                                 rank_scale, bias, residual, bits, scale_exponent, column_exponent, rank_exponent);
-  const Tensor gates = gate ? plain(*gate) : Tensor(), gains = gain ? plain(*gain) : Tensor();
-  const Tensor shifts = shift ? plain(*shift) : Tensor();
-  const Prologue prologue{std::find(KINDS.begin(), KINDS.end(), kind) - KINDS.begin(), (float)eps, address(gates),
-                          address(gains), address(shifts), address(f.scale), address(f.left), address(f.right),
-                          f.n1, f.n2};
-  return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits, &prologue);
+  const Before before(kind, eps, gain, shift, f);
+  const Tensor gates = gate ? plain(*gate) : Tensor();
+  Prologue prologue = before.prologue;
+  prologue.gate = address(gates);
+  const Bound linears(members.linears, column_scale, column_exponent, x.size(-1), bits);
+  return linears.run(x, &prologue, members.residuals);
+}
+
+// A prologue of the last channels, heads of them beside each other, for x that fits.
+Tensor run_prologue(const Tensor& x, const Prologue& prologue, int64_t channels) {
+  const Tensor rows = plain(x);
+  Tensor y = result_of(x, x.size(-1));
+  kernels.prologue(rows.const_data_ptr(), &prologue, y.mutable_data_ptr(), x.numel() / channels, channels,
+                   at::get_num_threads());
+  return typed_like(std::move(y), x);
 }
 
 struct PrologueName { static constexpr const char* name = "bwla::prologue"; };
@@ -60,65 +86,11 @@ using PrologueRoute =
 
 // A norm or activation function alone.
 Tensor prologue(const Tensor& x, std::string_view kind, double eps, const Maybe& gain, const Maybe& shift) {
-  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && kind != "none" &&
-                    takes_prologue(x, kind, NOTHING, gain, shift);
+  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && kind != "none" && x.size(-1) > 0 &&
+                    takes_prologue(x.size(-1), kind, false, gain, shift);
   if (!good) return PrologueRoute::portable(x, kind, eps, gain, shift);
-  const Tensor rows = plain(x), gains = gain ? plain(*gain) : Tensor(), shifts = shift ? plain(*shift) : Tensor();
-  const Prologue prologue{std::find(KINDS.begin(), KINDS.end(), kind) - KINDS.begin(), (float)eps, nullptr,
-                          address(gains), address(shifts), nullptr, nullptr, nullptr, 1, 1};
-  Tensor y = result_of(x, x.size(-1));
-  kernels.prologue(rows.const_data_ptr(), &prologue, y.mutable_data_ptr(), tokens_of(x), x.size(-1),
-                   at::get_num_threads());
-  return typed_like(std::move(y), x);
-}
-
-constexpr const char* BAD_PLAN =
-    "bwla::fused_call: the plan does not fit; it is made by bwla_compiler.runtime.flat.flatten";
-
-// The fused group with its operands in one list; plan: see runtime/flat.py.
-std::vector<Tensor> fused_call(at::TensorList tensors, std::string_view plan, double eps) {
-  constexpr size_t HEAD = 2, SINGLES = 12, LISTS = 9;
-  const size_t word = std::min(plan.find(' '), plan.size());
-  const std::string_view kind = plan.substr(0, word);
-  c10::SmallVector<int64_t, 64> places;  // bits and members, then the places
-  for (const char *at = plan.data() + word, *end = plan.data() + plan.size(); at < end;) {
-    int64_t value = 0;
-    const auto read = std::from_chars(at + 1, end, value);
-    TORCH_CHECK(read.ec == std::errc(), BAD_PLAN);
-    places.push_back(value), at = read.ptr;
-  }
-  TORCH_CHECK(places.size() >= HEAD + SINGLES && places[1] >= 0 && places[1] <= (int64_t)places.size() &&
-              places.size() == HEAD + SINGLES + LISTS * places[1], BAD_PLAN);
-  auto at = [&](size_t i) -> Maybe { return places[i] < 0 ? Maybe() : Maybe(tensors.at(places[i])); };
-  std::array<Maybe, SINGLES> one;
-  for (size_t i = 0; i < SINGLES; i++) one[i] = at(HEAD + i);
-  TORCH_CHECK(one[0], BAD_PLAN);
-  std::vector<Tensor> signs, scale;
-  std::array<MaybeList, LISTS - 2> lists;
-  for (int64_t m = 0; m < places[1]; m++) {
-    const size_t first = HEAD + SINGLES + m * LISTS;
-    signs.push_back(at(first).value()), scale.push_back(at(first + 1).value());
-    for (size_t i = 0; i < lists.size(); i++) lists[i].push_back(at(first + 2 + i));
-  }
-  return FusedRoute::handle().call(*one[0], one[1], kind, eps, one[2], one[3], one[4], one[5], one[6],
-                                   one[7], one[8], one[9], signs, scale, one[10], lists[0], lists[1], lists[2],
-                                   lists[3], lists[4], places[0], lists[5], one[11], lists[6]);
-}
-
-template <size_t... I>
-std::tuple<decltype((void)I, Tensor())...> as_tuple(std::vector<Tensor>&& ys, std::index_sequence<I...>) {
-  return {std::move(ys[I])...};
-}
-
-// The same for N members: a result, or a tuple of N.
-template <size_t N>
-auto fused_call_of(at::TensorList tensors, std::string_view plan, double eps) {
-  std::vector<Tensor> ys = fused_call(tensors, plan, eps);
-  TORCH_CHECK(ys.size() == N, BAD_PLAN);
-  if constexpr (N == 1)
-    return Tensor(std::move(ys[0]));
-  else
-    return as_tuple(std::move(ys), std::make_index_sequence<N>());
+  const Factors none(1, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING);
+  return run_prologue(x, Before(kind, eps, gain, shift, none).prologue, x.size(-1));
 }
 """
 )

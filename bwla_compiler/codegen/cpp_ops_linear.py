@@ -6,7 +6,6 @@ const Maybe NOTHING;
 struct Linear {
   const Tensor &signs, &scale;
   const Maybe &rank_in, &rank_out, &rank_scale, &bias, &scale_exponent, &rank_scale_exponent;
-  const Maybe& residual = NOTHING;
 
   // Whether the tensors fit each other and x; the portable implementation says what does not.
   bool fits(int64_t columns) const {
@@ -33,6 +32,12 @@ bool takes(const Tensor& x, const Maybe& column_scale, const Maybe& column_expon
   return !column_scale || (column_scale->dim() == 1 && column_scale->size(0) == x.size(-1));
 }
 
+// Whether t, where there is one, has the shape of a result for x.
+bool is_result(const Maybe& t, const Tensor& x, int64_t features) {
+  return !t || (is_float(t) && t->dim() == x.dim() && t->size(-1) == features &&
+                t->sizes().slice(0, t->dim() - 1) == x.sizes().slice(0, x.dim() - 1));
+}
+
 // An empty float32 result with the leading dimensions of x.
 Tensor result_of(const Tensor& x, int64_t features) {
   c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
@@ -44,40 +49,59 @@ int64_t tokens_of(const Tensor& x) { return c10::multiply_integers(x.sizes().beg
 
 Tensor typed_like(Tensor y, const Tensor& x) { return y.scalar_type() == x.scalar_type() ? y : y.to(x.scalar_type()); }
 
-// One result per linear, for x that they share; all fit. prologue: what precedes them, null for nothing.
-std::vector<Tensor> run_linears(const Tensor& x, const std::vector<Linear>& linears, const Tensor& column_scale,
-                                int64_t bits, const Prologue* prologue = nullptr) {
-  const Tensor rows = plain(x);
-  c10::SmallVector<Member, 4> members;
-  c10::SmallVector<Tensor, 16> kept;  // the addresses below are valid while these live
-  auto keep = [&](const Tensor& t) {
-    kept.push_back(t);
-    return address(t);
-  };
-  std::vector<Tensor> results;
-  for (const Linear& linear : linears) {
-    Tensor y = result_of(x, linear.signs.size(1));
-    Member member{};
-    member.signs = keep(packed_signs(linear.signs, x.size(-1)));
-    member.scale = keep(packed_scale(linear.scale, linear.scale_exponent));
-    member.bias = linear.bias ? keep(plain(*linear.bias)) : nullptr;
-    member.residual = linear.residual ? keep(plain(*linear.residual)) : nullptr;
-    member.y = y.mutable_data_ptr<float>();
-    member.planes = linear.signs.size(0), member.out = linear.signs.size(1), member.groups = linear.scale.size(2);
-    if (linear.rank_in) {
-      member.rank_in = keep(linear.rank_in->contiguous()), member.rank_out = keep(packed_pair(*linear.rank_out));
-      member.rank_scale = keep(values_of(*linear.rank_scale, linear.rank_scale_exponent));
-      member.rank = linear.rank_in->size(0);
+// Linears that share an input of n channels, with what is derived from their weights at hand. It is held here; the
+// operands themselves are for the caller to keep alive. All fit.
+struct Bound {
+  std::vector<Tensor> held;
+  std::vector<Member> members;
+  const void* column_scale = nullptr;
+  int limit = 0;
+
+  Bound() = default;
+  Bound(const std::vector<Linear>& linears, const Maybe& columns, const Maybe& exponent, int64_t n, int64_t bits)
+      : column_scale(hold(values_of(columns, exponent), columns)), limit(bits >= 16 ? 0 : (1 << (bits - 1)) - 1) {
+    for (const Linear& linear : linears) {
+      Member member{};
+      member.signs = hold(packed_signs(linear.signs, n), NOTHING);
+      member.scale = hold(packed_scale(linear.scale, linear.scale_exponent), linear.scale);
+      member.bias = linear.bias ? hold(plain(*linear.bias), linear.bias) : nullptr;
+      member.planes = linear.signs.size(0), member.out = linear.signs.size(1), member.groups = linear.scale.size(2);
+      if (linear.rank_in) {
+        member.rank_in = hold(linear.rank_in->contiguous(), linear.rank_in);
+        member.rank_out = hold(packed_pair(*linear.rank_out), NOTHING);
+        member.rank_scale = hold(values_of(*linear.rank_scale, linear.rank_scale_exponent), linear.rank_scale);
+        member.rank = linear.rank_in->size(0);
+      }
+      members.push_back(member);
     }
-    members.push_back(member);
-    results.push_back(std::move(y));
   }
-  const int limit = bits >= 16 ? 0 : (1 << (bits - 1)) - 1;
-  kernels.fused_group(rows.const_data_ptr(), prologue, address(column_scale), tokens_of(x), x.size(-1), limit,
-                      members.data(), (long)members.size(), at::get_num_threads());
-  for (Tensor& y : results) y = typed_like(std::move(y), x);
-  return results;
-}
+
+  // The address of a tensor's values, kept alive unless it is the operand itself.
+  const void* hold(const Tensor& t, const Maybe& operand) {
+    if (t.defined() && !(operand && t.is_same(*operand))) held.push_back(t);
+    return address(t);
+  }
+
+  // One result per linear. before: what precedes them, null for nothing; residuals: one per linear, where it has one.
+  std::vector<Tensor> run(const Tensor& x, const Prologue* before, c10::ArrayRef<Maybe> residuals) const {
+    const Tensor rows = plain(x);
+    c10::SmallVector<Member, 4> all(members.begin(), members.end());
+    c10::SmallVector<Tensor, 4> added;  // the addresses below are valid while these live
+    std::vector<Tensor> results;
+    for (size_t i = 0; i < all.size(); i++) {
+      results.push_back(result_of(x, all[i].out));
+      all[i].y = results.back().mutable_data_ptr<float>();
+      if (i < residuals.size() && residuals[i]) {
+        added.push_back(plain(*residuals[i]));
+        all[i].residual = address(added.back());
+      }
+    }
+    kernels.fused_group(rows.const_data_ptr(), before, column_scale, tokens_of(x), x.size(-1), limit, all.data(),
+                        (long)all.size(), at::get_num_threads());
+    for (Tensor& y : results) y = typed_like(std::move(y), x);
+    return results;
+  }
+};
 
 struct LinearName { static constexpr const char* name = "bwla::linear"; };
 using LinearRoute =
@@ -91,13 +115,14 @@ Tensor linear(const Tensor& x, const Tensor& signs, const Tensor& scale, const M
   if (!takes(x, column_scale, column_exponent, bits) || !member.fits(x.size(-1)))
     return LinearRoute::portable(x, signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, bits,
                                  scale_exponent, column_exponent, rank_exponent);
-  return run_linears(x, {member}, values_of(column_scale, column_exponent), bits)[0];
+  return Bound({member}, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {})[0];
 }
 
 // The linears of a group, from one list per operand.
 struct Members {
-  std::vector<std::array<Maybe, 7>> parts;  // alive while the linears refer to them
+  std::vector<std::array<Maybe, 6>> parts;  // alive while the linears refer to them
   std::vector<Linear> linears;
+  std::vector<Maybe> residuals;
   bool fit = true;
 
   Members(const Tensor& x, at::TensorList signs, at::TensorList scale, const MaybeList& rank_in,
@@ -113,18 +138,14 @@ struct Members {
     parts.reserve(signs.size()), linears.reserve(signs.size());
     for (size_t i = 0; i < signs.size(); i++) {
       parts.push_back({rank_in.get(i), rank_out.get(i), rank_scale.get(i), bias.get(i), scale_exponent.get(i),
-                       rank_exponent.get(i), residual ? residual->get(i) : Maybe()});
+                       rank_exponent.get(i)});
       const auto& p = parts.back();
-      linears.push_back(Linear{signs[i], scale[i], p[0], p[1], p[2], p[3], p[4], p[5], p[6]});
-      fit = fit && linears.back().fits(x.size(-1)) && (!p[6] || is_result(*p[6], x, signs[i].size(1)));
+      linears.push_back(Linear{signs[i], scale[i], p[0], p[1], p[2], p[3], p[4], p[5]});
+      residuals.push_back(residual ? residual->get(i) : Maybe());
+      fit = fit && linears.back().fits(x.size(-1)) && is_result(residuals.back(), x, signs[i].size(1));
     }
   }
 
-  // Whether t has the shape of a result for x.
-  static bool is_result(const Tensor& t, const Tensor& x, int64_t features) {
-    return is_float(t) && dense_cpu(t) && t.dim() == x.dim() && t.size(-1) == features &&
-           t.sizes().slice(0, t.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
-  }
 };
 
 struct GroupName { static constexpr const char* name = "bwla::linear_group"; };
@@ -143,6 +164,6 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList signs, at::Tens
   if (!good)
     return GroupRoute::portable(x, signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, bits,
                                 scale_exponent, column_exponent, rank_exponent);
-  return run_linears(x, members.linears, values_of(column_scale, column_exponent), bits);
+  return Bound(members.linears, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {});
 }
 """

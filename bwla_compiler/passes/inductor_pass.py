@@ -8,17 +8,17 @@ from torch.fx import Graph
 
 from bwla_compiler.graph.dump import GraphDump, graph_text
 from bwla_compiler.passes.base import PassReport
-from bwla_compiler.passes.flatten_calls import FlattenCalls
+from bwla_compiler.passes.bind_calls import BindCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.keep_sines import KeepSines
 from bwla_compiler.passes.unrepeat_heads import UnrepeatHeads
-from bwla_compiler.runtime import flat
+from bwla_compiler.runtime import routines
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
 
 _SOURCES = (
-    "flatten_calls", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations", "match_graph",
+    "bind_calls", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations", "match_graph",
     "match_norms", "match_prologue", "packed_calls", "unrepeat_heads",
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ def _dump() -> GraphDump | None:
 class InductorFusion(CustomGraphPass):
     """Runs our passes on each graph.
 
-    `reports` holds what UnrepeatHeads and FuseKernels said, nothing of graphs that came from Inductor's cache.
+    `reports` holds what UnrepeatHeads, FuseKernels and BindCalls said; nothing of graphs from Inductor's cache.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class InductorFusion(CustomGraphPass):
         dump = _dump()
         if dump is not None:
             dump.add("decomposed", graph_text(graph))
-        for step in (UnrepeatHeads(), FuseKernels()):
+        for step in (UnrepeatHeads(), FuseKernels(), BindCalls()):
             report = step.run(graph)
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
             log.info("%s: %d changed, %d left alone", report.name, len(report.changed), len(report.skipped))
@@ -55,12 +55,11 @@ class InductorFusion(CustomGraphPass):
             self.reports.append(report)
             if dump is not None:
                 dump.add(report.name, graph_text(graph), notes=notes)
-        FlattenCalls().run(graph)
         KeepSines().run(graph)
 
     def uuid(self) -> bytes:
         """Return a hash of the source of every file that decides what the pass does."""
         home = Path(__file__).parent
-        files = (*(str(home / f"{name}.py") for name in _SOURCES), flat.__file__)
+        files = (*(str(home / f"{name}.py") for name in _SOURCES), routines.__file__)
         key: bytes = get_hash_for_files(files)
         return key

@@ -4,7 +4,8 @@ import ctypes
 import functools
 import logging
 import threading
-from ctypes import c_long, c_void_p
+from array import array
+from ctypes import c_char_p, c_long, c_void_p
 from pathlib import Path
 
 from torch import Tensor
@@ -36,6 +37,11 @@ class NativeOperators:
         self._library.bwla_forget.argtypes = [c_void_p]
         self._library.bwla_derived.restype = c_long
         self._library.bwla_team.restype, self._library.bwla_team.argtypes = c_long, [c_long]
+        self._library.bwla_program.restype = c_void_p
+        self._library.bwla_free.argtypes = [c_void_p]
+        self._library.bwla_enter.restype, self._library.bwla_enter.argtypes = c_void_p, [c_void_p]
+        self._library.bwla_bind.restype = c_long
+        self._library.bwla_bind.argtypes = [c_void_p, c_char_p, c_void_p, c_long, c_void_p, c_void_p, c_long]
 
     def register(self) -> None:
         """Put the operators before the Python implementations: they serve from the next call on."""
@@ -56,6 +62,27 @@ class NativeOperators:
     def team(self, wanted: int) -> int:
         """Return on how many of torch's threads the kernels compute where so many are wanted."""
         return int(self._library.bwla_team(wanted))
+
+    def new_program(self) -> int:
+        """Return a program without routines, for `free_program` in the end."""
+        return int(self._library.bwla_program())
+
+    def free_program(self, program: int) -> None:
+        """Drop a program."""
+        self._library.bwla_free(program)
+
+    def enter_program(self, program: int | None) -> int | None:
+        """Make a program, or none, the calling thread's, and return the one before it."""
+        before: int | None = self._library.bwla_enter(program)
+        return before
+
+    def bind(self, program: int, text: str, words: "array[int]", eps: "array[float]", weights: "array[int]") -> bool:
+        """Bind a routine of a program to weights, by the addresses of their TensorImpls; see `programs`.
+
+        Returns whether it can be: all fits, and edits of the weights can be seen.
+        """
+        numbers = (words.buffer_info()[0], len(words), eps.buffer_info()[0])
+        return bool(self._library.bwla_bind(program, text.encode(), *numbers, *weights.buffer_info()))
 
     def derived(self) -> int:
         """Return how many kernel layouts and decoded scales were made since the library was loaded."""

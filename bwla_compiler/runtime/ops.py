@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, end_ops, flat, native, on_triton, portable
+from bwla_compiler.runtime import compiled, end_ops, native, on_triton, portable, programs, routines
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -28,7 +28,7 @@ from bwla_compiler.runtime.checks import (
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.expert_products import Experts, check_experts, expert_products
 from bwla_compiler.runtime.rows import empty_result, rows_of, shaped_like
-from bwla_compiler.spec import FUSED_CALLS
+from bwla_compiler.spec import ROUTINE_RESULTS
 
 LIBRARY = torch.library.Library("bwla", "DEF")
 
@@ -49,7 +49,7 @@ SCHEMAS = (
     "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
     "sin(Tensor x) -> Tensor",
     "cos(Tensor x) -> Tensor",
-    *(f"fused_call{n}(Tensor[] tensors, str plan, float eps) -> ({', '.join(['Tensor'] * n)})" for n in FUSED_CALLS),
+    *(f"routine{n}(Tensor[] inputs, str text) -> ({', '.join(['Tensor'] * n)})" for n in ROUTINE_RESULTS),
     "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
     "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
     "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
@@ -160,12 +160,6 @@ def _prologue(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tens
     return shaped_like(portable.prologue(rows_of(x), before), x)
 
 
-def _fused_call(tensors: list[Tensor], plan: str, eps: float) -> Tensor | tuple[Tensor, ...]:
-    """Implementation of bwla::fused_call1, 2, .. everywhere: the fused group with these operands."""
-    results: list[Tensor] = torch.ops.bwla.fused_group.default(*flat.unflatten(tensors, plan, eps))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
 def _experts_with(fast: bool) -> Any:
     """Return the implementation of bwla::experts."""
 
@@ -240,9 +234,9 @@ LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
 LIBRARY.impl("prologue", _prologue, "CompositeExplicitAutograd")
-for _n in FUSED_CALLS:
-    LIBRARY.impl(f"fused_call{_n}", _fused_call, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"fused_call{_n}", _fused_call, "Autograd")
+for _n in ROUTINE_RESULTS:
+    LIBRARY.impl(f"routine{_n}", programs.run_routine, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"routine{_n}", torch.library.fallthrough_kernel, "Autograd")  # the calls inside see to gradients
 for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
     LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
@@ -274,6 +268,11 @@ def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
     return [empty_result(x, member.shape[1]) for member in signs]
 
 
+def _fake_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
+    outputs = routines.parsed(text).empty(inputs)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 def _fake_experts(x: Tensor, experts: Tensor, signs: Tensor, *rest: Any) -> Tensor:
     return x.new_empty([*experts.shape, signs.shape[2]])
 
@@ -290,7 +289,7 @@ _FAKES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("linear", _fake_linear),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
-    *((f"fused_call{n}", _fused_call) for n in FUSED_CALLS),
+    *((f"routine{n}", _fake_routine) for n in ROUTINE_RESULTS),
     ("experts", _fake_experts),
     ("int8_linear", end_ops.fake_linear),
     ("int4_linear", end_ops.fake_linear),

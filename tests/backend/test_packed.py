@@ -22,6 +22,7 @@ from bwla_compiler.backend.lower import inductor_passes
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.evaluate.verification import verify_rotations
 from bwla_compiler.passes import inductor_pass
+from bwla_compiler.passes.bind_calls import BindCalls
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
@@ -51,10 +52,11 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
     # norms, activation functions and sines have the same code on both sides; with another order of sums some
     # activation at the edge of two codes would round the other way, and move logits by a hundredth
     assert torch.equal(found, expected)
-    report = passes["post_grad_custom_pre_pass"].reports[-1]
-    assert report.name == FuseKernels.name
-    assert len(report.changed) == 8  # two blocks of four calls
-    assert report.skipped == []
+    _, fused, bound = passes["post_grad_custom_pre_pass"].reports
+    assert (fused.name, bound.name) == (FuseKernels.name, BindCalls.name)
+    assert len(fused.changed) == 8  # two blocks of four calls
+    assert len(bound.changed) == 3  # before, between and behind the two attentions
+    assert fused.skipped == bound.skipped == []
 
 
 class Attended(CustomGraphPass):

@@ -16,7 +16,7 @@ from bwla_compiler.codegen.library import load
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.numerics.half import to_half_bits
 from bwla_compiler.numerics.kronecker import factor_pair
-from bwla_compiler.runtime import compiled, flat, native, ops, portable, reference
+from bwla_compiler.runtime import compiled, native, ops, portable, reference
 from bwla_compiler.runtime.halves import decoded
 from bwla_compiler.spec import PROLOGUES
 from tests.runtime.test_ops import make_linear, without_native
@@ -250,29 +250,6 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-def test_one_list_of_operands_is_the_same_call(path: str) -> None:
-    x, prologue = make("rms_norm", 40, 3)
-    members = [make_linear(9, 40), make_linear(5, 40, rank=2, seed=1)]
-    case = Case(x, prologue, members, residuals=[None, torch.ones(3, 5)])
-    flattened = flat.flatten(case.operands())
-    assert all(a is b or a == b for a, b in zip(flat.unflatten(*flattened), case.operands(), strict=True) if a is None)
-    for y, want in zip(BWLA.fused_call2(*flattened), case.run(), strict=True):
-        assert torch.equal(y, want)
-    x.requires_grad_()
-    with pytest.raises(GradientError, match="no_grad"):
-        BWLA.fused_call2(*flat.flatten(case.operands()))[1].sum().backward()
-
-
-def test_a_plan_that_does_not_fit_is_refused() -> None:
-    native.install()
-    for plan in ("none 6 1 0", "none", "", "none 6 x", "none 6 0" + " -1" * 12, "none 6 -1 0"):
-        with pytest.raises(RuntimeError, match="plan does not fit"):
-            BWLA.fused_call1([torch.ones(2)], plan, 0.0)
-    case = Case(torch.ones(1, 40), portable.Prologue(), [make_linear(9, 40)])
-    with pytest.raises(RuntimeError, match="plan does not fit"):
-        BWLA.fused_call2(*flat.flatten(case.operands()))  # of one member
-
-
 def test_opcheck_and_meta() -> None:
     x, prologue = make("rms_norm", 40, 2)
     signs, scale, _, bias = make_linear(9, 40)
@@ -282,7 +259,6 @@ def test_opcheck_and_meta() -> None:
         nothing, nothing, nothing, [bias], [torch.randn(2, 9)], 6, nothing, None, nothing,
     )  # fmt: skip
     torch.library.opcheck(BWLA.fused_group.default, arguments)
-    torch.library.opcheck(BWLA.fused_call1.default, flat.flatten(arguments))
     (y,) = BWLA.fused_group(x.to("meta"), *arguments[1:12], [signs.to("meta")], *arguments[13:])
     assert y.is_meta
     assert y.shape == (2, 9)

@@ -1,0 +1,224 @@
+"""C++ text of routines: calls of one compiled graph with their weights bound, so that a step passes activations alone.
+
+See runtime/routines.py for what a routine is, and runtime/programs.py for who binds it.
+"""
+
+from bwla_compiler.spec import ROUTINE_RESULTS
+
+_NAMES = "\n".join(
+    f'template <> struct RoutineName<{n}> {{ static constexpr const char* name = "bwla::routine{n}"; }};'
+    for n in ROUTINE_RESULTS
+)
+REGISTERED = tuple(f'registered.back()->impl("routine{n}", TORCH_FN(RoutineOf<{n}>::run));' for n in ROUTINE_RESULTS)
+"""Statements that register the routines on the CPU."""
+
+ROUTINES = (
+    r"""
+std::atomic<long> forgotten{0};  // grows whenever something derived may be wrong though no tensor shows it
+
+// A weight as it was when a routine was bound to it.
+struct Seen {
+  c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
+  const at::TensorImpl* impl;
+  const void* data;
+  int64_t version;
+
+  explicit Seen(const Tensor& t)
+      : owner(t.getIntrusivePtr()), impl(t.unsafeGetTensorImpl()), data(t.const_data_ptr()), version(t._version()) {}
+  bool holds() const {  // the weak reference keeps the TensorImpl readable, not its values
+    return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data;
+  }
+};
+
+// Numbers of a routine, read in turn.
+struct Words {
+  const int64_t *at, *end;
+  int64_t next() {
+    TORCH_CHECK(at < end, "bwla: a routine ends too early");
+    return *at++;
+  }
+};
+
+// A norm or activation function, a transform, and linears, or the first alone; with places of what they read.
+struct Step {
+  Before before;
+  Bound linears;
+  int64_t columns = 0, heads = 1, x = 0, gate = -1, gain = -1, shift = -1;  // gain and shift where they are values
+  c10::SmallVector<int64_t, 4> residuals;
+  bool fit = false;
+
+  Step(Words& words, double eps, const std::vector<Tensor>& weights) {
+    auto weight = [&] {
+      const int64_t place = words.next();
+      return place < 0 ? Maybe() : Maybe(weights.at(place));
+    };
+    const std::string_view kind = KINDS.at(words.next());
+    const int64_t bits = words.next();
+    columns = words.next(), heads = words.next();
+    std::vector<std::array<Maybe, 8>> parts(words.next());  // signs, scale, pair (3), bias, exponents (2)
+    x = words.next(), gate = words.next(), gain = words.next(), shift = words.next();
+    std::array<Maybe, 10> one;  // gain, shift, transform (6), column scale, its exponent
+    for (Maybe& operand : one) operand = weight();
+    for (auto& part : parts) {
+      for (Maybe& operand : part) operand = weight();
+      residuals.push_back(words.next());
+    }
+    const Factors f(columns, one[2], one[3], one[4], one[5], one[6], one[7]);
+    fit = f.fit && takes_prologue(columns, kind, gate >= 0, one[0], one[1]) &&
+          (kind.ends_with("_norm") || (gain < 0 && shift < 0)) && are_values(one[8], one[9]) &&
+          (!one[8] || (one[8]->dim() == 1 && one[8]->size(0) == columns));
+    std::vector<Linear> all;
+    for (const auto& p : parts) {
+      fit = fit && p[0] && p[1];
+      if (!fit) return;
+      all.push_back(Linear{*p[0], *p[1], p[2], p[3], p[4], p[5], p[6], p[7]});
+      fit = all.back().fits(columns);
+    }
+    if (!fit) return;
+    before = Before(kind, eps, one[0], one[1], f);
+    linears = Bound(all, one[8], one[9], columns, bits);
+  }
+
+  // Add this step's results to the values; false where they do not fit it.
+  bool run(std::vector<Tensor>& values) const {
+    const Tensor& x = values[this->x];
+    if (x.dim() < 1 || !dense_cpu(x) || !is_float(x) || x.size(-1) != columns * heads) return false;
+    if (gate >= 0 && !is_gate(values[gate], x)) return false;
+    Prologue prologue = before.prologue;
+    c10::SmallVector<Tensor, 3> kept;  // the addresses below are valid while these live
+    auto take = [&](int64_t place, const void*& address_of) {
+      if (place < 0) return;
+      kept.push_back(plain(values[place]));
+      address_of = address(kept.back());
+    };
+    for (int64_t place : {gain, shift})
+      if (place >= 0 && !is_channels(values[place], columns)) return false;
+    take(gate, prologue.gate), take(gain, prologue.gain), take(shift, prologue.shift);
+    if (linears.members.empty()) {
+      Tensor y = run_prologue(x, prologue, columns);
+      values.push_back(heads == 1 ? std::move(y) : y.unflatten(-1, {heads, columns}));
+      return true;
+    }
+    c10::SmallVector<Maybe, 4> added(residuals.size());
+    for (size_t i = 0; i < residuals.size(); i++) {
+      if (residuals[i] < 0) continue;
+      added[i] = values[residuals[i]];
+      if (!is_result(added[i], x, linears.members[i].out)) return false;
+    }
+    for (Tensor& y : linears.run(x, &prologue, added)) values.push_back(std::move(y));
+    return true;
+  }
+};
+
+struct Routine {
+  int64_t n_inputs;
+  std::vector<int64_t> outputs;
+  std::vector<Step> steps;
+  std::vector<Seen> weights;
+  long epoch = forgotten;
+  bool fit = true;
+
+  Routine(Words words, const double* eps, const std::vector<Tensor>& bound) {
+    n_inputs = words.next(), outputs.resize(words.next());
+    for (int64_t& place : outputs) place = words.next();
+    for (int64_t left = words.next(); left > 0 && fit; left--) {
+      steps.emplace_back(words, *eps++, bound);
+      fit = steps.back().fit;
+    }
+    for (const Tensor& t : bound) weights.emplace_back(t);
+  }
+
+  bool is_fresh() const {
+    return epoch == forgotten && std::all_of(weights.begin(), weights.end(), [](const Seen& w) { return w.holds(); });
+  }
+
+  // The results, none where the inputs do not fit.
+  std::vector<Tensor> run(at::TensorList inputs) const {
+    std::vector<Tensor> values(inputs.begin(), inputs.end()), results;
+    for (const Step& step : steps)
+      if (!step.run(values)) return {};
+    for (int64_t place : outputs) results.push_back(values[place]);
+    return results;
+  }
+};
+
+// The routines of one compiled graph that are bound to one set of weights.
+struct Program {
+  std::mutex mutex;
+  std::unordered_map<std::string, std::shared_ptr<const Routine>> routines;
+
+  std::shared_ptr<const Routine> find(const std::string& text) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto found = routines.find(text);
+    return found == routines.end() ? nullptr : found->second;
+  }
+};
+thread_local Program* running = nullptr;
+
+template <size_t N>
+struct RoutineName;
+"""
+    + _NAMES
+    + r"""
+
+template <size_t... I>
+std::tuple<decltype((void)I, Tensor())...> as_tuple(std::vector<Tensor>&& ys, std::index_sequence<I...>) {
+  return {std::move(ys[I])...};
+}
+
+// A routine of N results: one alone, or a tuple. Where it is not bound, or asks for a gradient, Python's serves.
+template <size_t N>
+struct RoutineOf {
+  using Result = std::conditional_t<N == 1, Tensor,
+                                    decltype(as_tuple(std::vector<Tensor>(), std::make_index_sequence<N>()))>;
+  using Portable = Route<RoutineName<N>, Result(at::TensorList, std::string_view)>;
+
+  static Result run(at::TensorList inputs, std::string_view text) {
+    const auto routine = running ? running->find(std::string(text)) : nullptr;
+    const bool tracked = at::GradMode::is_enabled() &&
+                         std::any_of(inputs.begin(), inputs.end(), [](const Tensor& t) { return t.requires_grad(); });
+    if (!routine || tracked || !routine->is_fresh() || routine->outputs.size() != N ||
+        (int64_t)inputs.size() != routine->n_inputs)
+      return Portable::portable(inputs, text);
+    at::AutoDispatchBelowAutograd guard;
+    std::vector<Tensor> ys = routine->run(inputs);
+    if (ys.size() != N) return Portable::portable(inputs, text);
+    if constexpr (N == 1)
+      return std::move(ys[0]);
+    else
+      return as_tuple(std::move(ys), std::make_index_sequence<N>());
+  }
+};
+"""
+)
+
+EXPORTS = r"""
+// A new program, for bwla_enter and bwla_bind; to be given back to bwla_free.
+EXPORT void* bwla_program() { return new Program; }
+EXPORT void bwla_free(void* program) { delete (Program*)program; }
+
+// Make this the program of the calling thread, and return the one before it.
+EXPORT void* bwla_enter(void* program) { return std::exchange(running, (Program*)program); }
+
+// Bind a routine to weights, given by their TensorImpls. Returns whether it can be: all fits, and edits can be seen.
+EXPORT long bwla_bind(void* program, const char* text, const int64_t* words, long n_words, const double* eps,
+                      void* const* weights, long n_weights) {
+  at::AutoDispatchBelowAutograd guard;
+  std::vector<Tensor> bound;
+  for (long i = 0; i < n_weights; i++) {
+    bound.emplace_back(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(
+        (at::TensorImpl*)weights[i]));
+    if (!dense_cpu(bound.back()) || bound.back().is_inference()) return 0;
+  }
+  try {
+    auto routine = std::make_shared<const Routine>(Words{words, words + n_words}, eps, bound);
+    if (!routine->fit) return 0;
+    auto* owner = (Program*)program;
+    std::lock_guard<std::mutex> lock(owner->mutex);
+    owner->routines[text] = std::move(routine);
+    return 1;
+  } catch (const std::exception&) {  // the portable implementation meets the same, and says what it is
+    return 0;
+  }
+}
+"""

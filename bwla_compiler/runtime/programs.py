@@ -1,0 +1,164 @@
+"""Programs: what a compiled graph's routines read their weights from, and what C++ has bound of them.
+
+Calling a program makes it the thread's own while the graph runs. A routine that C++ has not bound yet is run by Python,
+which then has it bound to the weights of this call; from the next call on, C++ looks whether each of them is still that
+tensor, unedited, before it runs. Weights that are other tensors than before are bound anew.
+"""
+
+import threading
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from bwla_compiler.errors import BwlaError
+from bwla_compiler.runtime import native
+from bwla_compiler.runtime.routines import Place, Routine, parsed
+from bwla_compiler.spec import PROLOGUES
+
+
+class Bound:
+    """Routines that C++ has bound to one set of weights; it drops them when nothing refers to this any more.
+
+    It belongs to the call that made it until `share`, which knows every weight that its routines read.
+    """
+
+    def __init__(self, library: native.NativeOperators) -> None:
+        self._library = library
+        self._handle = library.new_program()
+        self._lock = threading.Lock()
+        self._shared = False
+        self._texts: set[str] = set()
+        self._watched: dict[int, int] = {}  # id of the weight at each position of the arguments
+        self._pick: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+        self._seen: tuple[int, ...] = ()
+
+    def __del__(self) -> None:
+        self._library.free_program(self._handle)
+
+    def serves(self, arguments: Sequence[Any]) -> bool:
+        """Whether the weights among the arguments are the tensors that routines were bound to.
+
+        An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
+        """
+        return self._pick is None or tuple(map(id, self._pick(arguments))) == self._seen
+
+    def share(self) -> "Bound":
+        """Let other calls use what is bound; from now on, only that is ever bound anew."""
+        self._shared = True
+        return self
+
+    def enter(self) -> int | None:
+        """Make these the routines that C++ runs on this thread, and return whose it ran before."""
+        return self._library.enter_program(self._handle)
+
+    def leave(self, before: int | None) -> None:
+        """Undo `enter`."""
+        self._library.enter_program(before)
+
+    def bind(self, text: str, routine: Routine, frame: "Frame") -> None:
+        """Have C++ bind a routine to the weights of a call, if it can."""
+        with self._lock:
+            if self._shared and text not in self._texts:
+                return
+            words, eps = _numbers(routine)
+            weights = array("Q", (frame.weight(place)._cdata for place in routine.weights))
+            if not self._library.bind(self._handle, text, words, eps, weights):
+                return
+            self._texts.add(text)
+            for position in (int(place[1:]) for place in routine.weights if place[0] == "@"):
+                self._watched[position] = id(frame.arguments[position])
+            positions = [*self._watched, *self._watched]  # itemgetter gives a tuple for two and more alone
+            if positions:
+                self._pick, self._seen = itemgetter(*positions), tuple(self._watched.values()) * 2
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call of a program. tensors: those of the graph's module by name."""
+
+    arguments: Sequence[Any]
+    tensors: Mapping[str, Tensor]
+    bound: Bound | None
+
+    def weight(self, place: str) -> Tensor:
+        """Return a weight by its place in a routine."""
+        found = self.arguments[int(place[1:])] if place[0] == "@" else self.tensors[place[1:]]
+        assert isinstance(found, Tensor)
+        return found
+
+
+class _Running(threading.local):
+    """The call that this thread is in."""
+
+    frame: Frame | None = None
+
+
+_RUNNING = _Running()
+
+
+class Program:
+    """A compiled graph that may hold routines, as a function of the graph's arguments.
+
+    run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name.
+    """
+
+    def __init__(self, run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> None:
+        self._run, self._tensors = run, tensors
+        self._bound: Bound | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the graph."""
+        bound = self._bound
+        if bound is None or not bound.serves(arguments):
+            library = native.operators() if native.wanted() else None
+            bound = None if library is None else Bound(library)
+        outer, _RUNNING.frame = _RUNNING.frame, Frame(arguments, self._tensors, bound)
+        before = None if bound is None else bound.enter()
+        try:
+            results = self._run(*arguments)
+        finally:
+            _RUNNING.frame = outer
+            if bound is not None:
+                bound.leave(before)
+        if bound is not self._bound:
+            self._bound = None if bound is None else bound.share()
+        return results
+
+
+def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
+    """Implementation of bwla::routine1, 2, .. where C++ has not bound it: run it, and have it bound.
+
+    Raises BwlaError outside of the compiled graph that it belongs to.
+    """
+    frame = _RUNNING.frame
+    if frame is None:
+        raise BwlaError("a routine runs inside its compiled graph alone: call what torch.compile returned")
+    routine = parsed(text)
+    results = routine.run(inputs, frame.weight)
+    if frame.bound is not None:
+        frame.bound.bind(text, routine, frame)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:
+    """Return a routine as numbers, and the eps of its steps, for C++ to read in turn; -1 stands for none."""
+    index = {place: i for i, place in enumerate(routine.weights)}
+
+    def weight(place: Place) -> int:
+        return index[place] if isinstance(place, str) else -1
+
+    def value(place: Place) -> int:
+        return place if isinstance(place, int) else -1
+
+    words = array("q", (routine.n_inputs, len(routine.outputs), *routine.outputs, len(routine.steps)))
+    for step in routine.steps:
+        words.extend((PROLOGUES.index(step.kind), step.bits, step.columns, step.heads, len(step.members)))
+        words.extend(map(value, (step.x, step.gate, step.gain, step.shift)))
+        words.extend(map(weight, (step.gain, step.shift, *step.weights)))
+        for member in step.members:
+            words.extend((*map(weight, member.weights), value(member.residual)))
+    return words, array("d", (step.eps for step in routine.steps))
