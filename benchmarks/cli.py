@@ -364,10 +364,20 @@ def compare(
 
 @app.command("all", epilog=examples("bwla-compile bench all --minutes 15"))
 def everything(minutes: Minutes = 15) -> None:
-    """What `make bench` does: every kind within a budget, then the report."""
-    from benchmarks.everything import measure_everything
+    """What `make bench` does: every kind within a budget, then the report; exit code 1 where a kind failed."""
+    from benchmarks.errors import ResultsError
+    from benchmarks.everything import failure, measure_everything
 
+    failed = []
     with progress_bars() as progress:
-        for kind, rows, label in measure_everything(progress, budget=_budget(minutes)):
-            _kept(kind, rows, label)
-    report()
+        for part in measure_everything(progress, budget=_budget(minutes)):
+            if part.failed:
+                failed.append(part.failed)
+            else:
+                _kept(part.kind, part.rows, part.label)
+    try:
+        report()
+    except Exception as error:  # what failed before it must still be said
+        failed.append(failure("report", error))
+    if failed:
+        raise ResultsError(f"failed: {'; '.join(failed)}. All else was measured and is kept")
