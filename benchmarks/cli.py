@@ -136,7 +136,7 @@ def quality(
     quick: Quick = False,
     minutes: Minutes = 0,
 ) -> None:
-    """Perplexity, true bits and intervals by recipe; or a model of one's own beside a published figure."""
+    """Perplexity, divergence, agreement, a task and true bits by recipe; or a model of one's own beside a figure."""
     if anchors:
         _print_anchors()
     elif anchor:

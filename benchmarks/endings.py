@@ -15,7 +15,7 @@ from bwla_compiler.tokens import evaluating
 
 PREFIX, ENDING, CHOICES = 16, 8, 4
 QUESTIONS = 256
-"""At most: an accuracy of three in four is then known to 3%; two models' on the same questions better."""
+"""At most: an accuracy about one half has then a standard deviation of 3%; one is read to that, and no finer."""
 
 BATCH = 16
 """Questions that are read at a time, each as CHOICES sequences."""

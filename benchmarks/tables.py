@@ -190,7 +190,9 @@ def _beside_float(rows: Sequence[Row]) -> str:
     said = "KL: nats a token from the float model's predictions. top-1: tokens that both find likeliest."
     if asked := next((row for row in rows if "fp_task" in row), None):
         said += f" task: of {asked['questions']} beginnings of held-out text, those whose ending is told from three of"
-        said += f" other files (float model {100 * asked['fp_task']:.1f}, chance 25.0)."
+        share, n = asked["fp_task"], asked["questions"]
+        said += f" other files (float model {100 * share:.1f}, chance 25.0; one standard deviation of so many"
+        said += f" questions is {100 * (share * (1 - share) / n) ** 0.5:.1f})."
     return f"{table(columns, cells)}\n\n{said}"
 
 

@@ -200,7 +200,7 @@ def test_divergence_agreement_and_the_task_have_a_table_of_the_rows_that_have_th
     assert "| **0.040** |" in text  # of divergences the least, of agreements the most
     assert "| **90.0** | 60.0 | 59.0 | 50.0 |" in text
     assert "of 256 beginnings of held-out text" in text
-    assert "(float model 62.5, chance 25.0)" in text
+    assert "(float model 62.5, chance 25.0; one standard deviation of so many questions is 3.0)" in text
     assert "| old |" in text.split("KL")[0]
     assert "| old |" not in text.split("KL", 1)[1]
 
