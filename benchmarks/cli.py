@@ -136,7 +136,7 @@ def quality(
     quick: Quick = False,
     minutes: Minutes = 0,
 ) -> None:
-    """Perplexity, true bits and intervals by recipe; or a model of one's own beside a published figure."""
+    """Perplexity, divergence, agreement, a task and true bits by recipe; or a model of one's own beside a figure."""
     if anchors:
         _print_anchors()
     elif anchor:
@@ -364,10 +364,20 @@ def compare(
 
 @app.command("all", epilog=examples("bwla-compile bench all --minutes 15"))
 def everything(minutes: Minutes = 15) -> None:
-    """What `make bench` does: every kind within a budget, then the report."""
-    from benchmarks.everything import measure_everything
+    """What `make bench` does: every kind within a budget, then the report; exit code 1 where a kind failed."""
+    from benchmarks.errors import ResultsError
+    from benchmarks.everything import failure, measure_everything
 
+    failed = []
     with progress_bars() as progress:
-        for kind, rows, label in measure_everything(progress, budget=_budget(minutes)):
-            _kept(kind, rows, label)
-    report()
+        for part in measure_everything(progress, budget=_budget(minutes)):
+            if part.failed:
+                failed.append(part.failed)
+            else:
+                _kept(part.kind, part.rows, part.label)
+    try:
+        report()
+    except Exception as error:  # what failed before it must still be said
+        failed.append(failure("report", error))
+    if failed:
+        raise ResultsError(f"failed: {'; '.join(failed)}. All else was measured and is kept")

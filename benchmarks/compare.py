@@ -21,6 +21,9 @@ IDENTITY = (
 )  # fmt: skip
 """Columns that say what was measured; those of them that a row lacks count as empty."""
 
+WIDTHS = (16, 8, 6, 4)
+"""Activation bits that columns are named for."""
+
 LEAST_PEERS = 2
 """Fewer peers in one case say nothing of the machine."""
 
@@ -51,9 +54,13 @@ METRICS = (
     Metric("peak_mib", least=0.1),
     Metric("n_bytes", least=0.001),
     Metric("true_bits", least=0.001),
-    Metric("a6", least=0.01),
+    *(Metric(f"a{bits}", least=0.01) for bits in WIDTHS),
+    *(Metric(f"a{bits}_kl") for bits in WIDTHS),
+    *(Metric(f"a{bits}_top1", more_is_better=True, least=0.01) for bits in WIDTHS),
+    *(Metric(f"a{bits}_task", more_is_better=True) for bits in WIDTHS),
 )
-"""Seconds of single runs have no quartiles: only a quarter more counts."""
+"""Seconds of single runs have no quartiles: only a quarter more counts. An accuracy's step is one question: only the
+twentieth part of it counts."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def _by_identity(rows: Sequence[Row]) -> dict[Key, Row]:
 
 def _changes(metric: Metric, pairs: Pairs) -> Iterator[Change]:
     for key, (old, new) in pairs.items():
-        if not (old.get(metric.name) and new.get(metric.name)):
+        if not _comparable(metric, old, new):
             continue
         drift, scatter = _drift(metric, pairs, key) if metric.shared else (1.0, 0.0)
         before, after = float(old[metric.name]), float(new[metric.name])
@@ -105,6 +112,12 @@ def _changes(metric: Metric, pairs: Pairs) -> Iterator[Change]:
         beyond = max(noise, metric.least)
         what = ", ".join(part for part in key if part)
         yield Change(what, metric.name, before, after, change, noise, worse > beyond, worse < -beyond)
+
+
+def _comparable(metric: Metric, old: Row, new: Row) -> bool:
+    """Whether a metric's change has a meaning: nothing is relative to 0, but a share may have fallen to it."""
+    before, after = old.get(metric.name), new.get(metric.name)
+    return bool(before) and (bool(after) or (after is not None and metric.more_is_better))
 
 
 def _drift(metric: Metric, pairs: Pairs, key: Key) -> tuple[float, float]:
@@ -122,7 +135,7 @@ def _drift(metric: Metric, pairs: Pairs, key: Key) -> tuple[float, float]:
 
 
 def _noise(metric: Metric, row: Row) -> float:
-    """Return the distance of a row's quartiles over its value; 0 where it has none."""
-    if metric.low and metric.low in row:
+    """Return the distance of a row's quartiles over its value; 0 where it has none, or is 0 itself."""
+    if metric.low and metric.low in row and row[metric.name]:
         return abs(float(row[metric.high]) - float(row[metric.low])) / float(row[metric.name])
     return 2 * float(row[metric.spread]) if metric.spread in row else 0.0

@@ -1,6 +1,9 @@
 """What `make bench` measures: each kind within its share of the time, those whose cost is known first."""
 
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ from benchmarks import demo_table, kernels, models, quality, quantize
 from benchmarks.budget import Budget
 from benchmarks.record import Row
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
-Part = tuple[str, list[Row], str]
 
 WIDE: dict[str, Any] = {
     "model": str(Path(__file__).with_name("configs") / "qwen3-0.6b.json"),
@@ -24,18 +28,45 @@ RESERVE = 0.1
 """Of the time: for the plots, and for the last case of a kind, which may take longer than those before it."""
 
 
-def measure_everything(progress: Progress, *, budget: Budget) -> Iterator[Part]:
-    """Yield (kind, rows, label of the results' file) as each is done; a budget of inf measures everything whole.
+@dataclass(frozen=True)
+class Part:
+    """What became of one kind. label: of its file of results. failed: what failed and how, "" where it was measured."""
 
-    Each kind that can be cut short gets a share of what is left when it begins.
+    kind: str
+    rows: list[Row]
+    label: str = ""
+    failed: str = ""
+
+
+def measure_everything(progress: Progress, *, budget: Budget) -> Iterator[Part]:
+    """Yield each part as soon as it is done; a budget of inf measures everything whole.
+
+    Each kind that can be cut short gets a share of what is left when it begins. One that raises is a part without rows,
+    and those after it are measured all the same.
     """
     spendable = budget.part(1 - RESERVE)
-    yield "demo", demo_table.measure(progress), ""
-    yield "quantize", quantize.measure(progress, changes=(TUNING,)), ""
-    yield "models", models.measure(progress, budget=spendable.part(0.35)), ""
-    yield "models", models.measure(progress, **WIDE, budget=spendable.part(0.5)), ""
-    yield "kernels", kernels.measure(progress, budget=spendable.part(0.6)), ""
+    yield _part("demo", "", partial(demo_table.measure, progress))
+    yield _part("quantize", "", partial(quantize.measure, progress, changes=(TUNING,)))
+    yield _part("models", "demo:", partial(models.measure, progress, budget=spendable.part(0.35)))
+    wide = partial(models.measure, progress, **WIDE, budget=spendable.part(0.5))
+    yield _part("models", Path(WIDE["model"]).name, wide)
+    yield _part("kernels", "", partial(kernels.measure, progress, budget=spendable.part(0.6)))
     for way in QUALITY_ROWS:
         if spendable.left > 0:
-            rows = quality.measure(progress, ways=(way,), budget=spendable)
-            yield "quality", rows, f"quality-{rows[0]['model']}"
+            yield _part("quality", way, partial(quality.measure, progress, ways=(way,), budget=spendable))
+
+
+def _part(kind: str, what: str, measure: Callable[[], list[Row]]) -> Part:
+    """Return the part that `measure` gives, or the one that says what it raised. what: was measured, for that."""
+    try:
+        rows = measure()
+        return Part(kind, rows, f"quality-{rows[0]['model']}" if kind == "quality" else "")
+    except Exception as error:  # of whatever kind: what is measured before and after it stands
+        return Part(kind, [], failed=failure(f"{kind} {what}".strip(), error))
+
+
+def failure(name: str, error: Exception) -> str:
+    """Return what failed and how, in one line; the traceback goes to the log."""
+    log.info("%s failed", name, exc_info=error)
+    said = " ".join(str(error).split())
+    return f"{name} ({type(error).__name__}{': ' if said else ''}{said})"

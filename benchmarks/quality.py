@@ -1,7 +1,8 @@
-"""Perplexity against true bits: every recipe on one model, baselines also with the help that ours has.
+"""Quality against true bits: every recipe on one model, baselines also with the help that ours has.
 
 Held-out perplexity at A16, A6 and A4 as a ratio to the float model's, with intervals from a bootstrap over held-out
-files, and at A6 on text of another kind (code). Every row is fitted on the same calibration sequences.
+files; KL divergence to the float model, top-1 agreement with it and a task (see `endings`) at the same widths; at A6
+perplexity on text of another kind (code). Every row is fitted on the same calibration sequences.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from benchmarks.beside_float import beside_float, nats
 from benchmarks.budget import Budget
+from benchmarks.endings import accuracy, questions_of
 from benchmarks.errors import ResultsError
 from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
@@ -24,7 +26,6 @@ from bwla_compiler.graph.capture import capture
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import set_activation_bits
-from bwla_compiler.tokens import evaluating
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,16 +78,21 @@ def measure(
 
 
 class Table:
-    """One subject's rows: the float model's losses are computed once, and one plan and graph serve all."""
+    """One subject's rows: the float model's losses are computed once, and one plan and graph serve all.
+
+    The float model is held beside the one that is measured.
+    """
 
     def __init__(self, subject: Subject, *, sequences: int, seed: int, progress: Progress) -> None:
         self.subject, self.seed, self.progress = subject, seed, progress
-        model = subject.load()
+        self.float_model = model = subject.load()
         self.calibration = subject.calibration(sequences, seed=seed)
         self.graph = capture(model, batch=BATCH, length=LENGTH)
         self.plan = make_plan(model, graph=self.graph)
         self.fp = nats(model, subject.windows)
         self.fp_ood = nats(model, subject.ood) if subject.ood.numel() else None
+        self.questions = questions_of(subject.windows, subject.files)
+        self.fp_task = None if self.questions is None else accuracy(model, self.questions)
 
     def run(
         self,
@@ -110,7 +116,7 @@ class Table:
         model = self.subject.load()
         recipe = load_recipe(row.recipe, row.settings)
         report = quantize_model(model, recipe, self.calibration, plan=self.plan, graph=self.graph, seed=self.seed)
-        figures: dict[str, Any] = {
+        about = {
             "way": row.way,
             "table": row.table,
             "recipe": row.recipe,
@@ -121,28 +127,32 @@ class Table:
             "true_bits": round(report.bits.linears, 4),
             "model_bits": round(report.bits.model, 4),
             "n_bytes": report.bits.n_bytes,
-            "fp_perplexity": round(float(self.fp.mean().exp()), 3),
         }
-        for bits in BITS:
-            set_activation_bits(model, bits)
-            low, middle, high = ratio(nats(model, self.subject.windows), self.fp, self.subject.files, seed=self.seed)
+        figures = self._perplexities(model) | self._tasks(model)
+        return about | figures | {"fit_seconds": round(report.seconds["total"], 1)}
+
+    def _perplexities(self, model: nn.Module) -> dict[str, Any]:
+        """Return perplexities over the float model's, and how near the predictions are to its own."""
+        figures: dict[str, Any] = {"fp_perplexity": round(float(self.fp.mean().exp()), 3)}
+        for bits, found in beside_float(self.float_model, model, self.subject.windows, bits=BITS).items():
+            low, middle, high = ratio(found.nats, self.fp, self.subject.files, seed=self.seed)
             figures |= {f"a{bits}": round(middle, 4), f"a{bits}_95": f"{low:.3f}-{high:.3f}"}
+            figures |= {f"a{bits}_kl": round(found.kl, 5), f"a{bits}_top1": round(found.top1, 4)}
         if self.fp_ood is not None:
             set_activation_bits(model, 6)
             code = nats(model, self.subject.ood)
             figures["a6_ood"] = round(ratio(code, self.fp_ood, self.subject.ood_files, seed=self.seed)[1], 4)
-        return figures | {"fit_seconds": round(report.seconds["total"], 1)}
+        return figures
 
-
-def nats(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean loss of each window [n] float64, in nats per token."""
-    found = []
-    with evaluating(model):
-        for rows in windows.split(BATCH):
-            logits = model(input_ids=rows[:, :-1]).logits.float()
-            losses = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-            found.append(losses.double().view(len(rows), -1).mean(1))
-    return torch.cat(found)
+    def _tasks(self, model: nn.Module) -> dict[str, Any]:
+        """Return accuracies of the task, the float model's beside them; nothing where the text makes no questions."""
+        if self.questions is None or self.fp_task is None:
+            return {}
+        figures: dict[str, Any] = {"questions": len(self.questions.answers), "fp_task": round(self.fp_task, 4)}
+        for bits in BITS:
+            set_activation_bits(model, bits)
+            figures[f"a{bits}_task"] = round(accuracy(model, self.questions), 4)
+        return figures
 
 
 def ratio(quantized: Tensor, fp: Tensor, files: Tensor, *, seed: int) -> tuple[float, float, float]:

@@ -146,7 +146,7 @@ def quality_table(rows: Sequence[Row]) -> str:
     columns = [Column("way", left=True), Column("table", left=True), Column("true bits")]
     columns += [Column(f"A{bits}", LESS, 3) for bits in (16, 6, 4)]
     columns += [Column("A6, 95%"), Column("A6, code", LESS, 3), Column("fit, s", LESS, 1)]
-    parts = []
+    parts: list[str] = []
     for key in dict.fromkeys(same_text(row) for row in rows):
         mine = [row for row in rows if same_text(row) == key]
         chosen = sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"])))
@@ -159,7 +159,7 @@ def quality_table(rows: Sequence[Row]) -> str:
                 r["a6"],
                 r["a4"],
                 r["a6_95"],
-                r["a6_ood"],
+                r.get("a6_ood"),
                 r["fit_seconds"],
             ]
             for r in chosen
@@ -167,8 +167,33 @@ def quality_table(rows: Sequence[Row]) -> str:
         model, files, _ = key
         texts = "" if files is None else f", {files} files of held-out text"
         title = f"**{model}**, float perplexity {chosen[0]['fp_perplexity']:.2f}{texts}"
-        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+        parts += filter(None, [f"{title}\n\n{table(columns, cells)}", _beside_float(chosen), _ending(chosen)])
     return "\n\n".join(parts)
+
+
+BESIDE_FLOAT = (("KL", "kl", LESS, 3, 1), ("top-1, %", "top1", MORE, 1, 100), ("task, %", "task", MORE, 1, 100))
+"""Of figures by activation bits: heading, the end of their columns' names, which end is better, decimals, factor."""
+
+
+def _beside_float(rows: Sequence[Row]) -> str:
+    """Return divergence, agreement and the task of the rows that have them; "" where none has."""
+    rows = [row for row in rows if "a6_kl" in row]
+    if not rows:
+        return ""
+    columns, cells = [Column("way", left=True), Column("table", left=True)], [[r["way"], r["table"]] for r in rows]
+    for heading, name, better, decimals, factor in BESIDE_FLOAT:
+        for key, bits in ((f"a{bits}_{name}", bits) for bits in (16, 6, 4)):
+            if any(key in row for row in rows):
+                columns.append(Column(f"{heading}, A{bits}", better, decimals))
+                for cell, row in zip(cells, rows, strict=True):
+                    cell.append(factor * row[key] if key in row else None)
+    said = "KL: nats a token from the float model's predictions. top-1: tokens that both find likeliest."
+    if asked := next((row for row in rows if "fp_task" in row), None):
+        said += f" task: of {asked['questions']} beginnings of held-out text, those whose ending is told from three of"
+        share, n = asked["fp_task"], asked["questions"]
+        said += f" other files (float model {100 * share:.1f}, chance 25.0; one standard deviation of so many"
+        said += f" questions is {100 * (share * (1 - share) / n) ** 0.5:.1f})."
+    return f"{table(columns, cells)}\n\n{said}"
 
 
 def ends_table(rows: Sequence[Row]) -> str:

@@ -34,14 +34,22 @@ def fidelity(
             wanted = _logits(reference, rows)
             found = _logits(model, rows).to(wanted.device)
             for p, q in zip(wanted, found, strict=True):  # row by row: bounds a large vocabulary's copies
-                log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-                kl += (log_p.exp() * (log_p - log_q)).double().sum().item()
-                agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+                divergences, same = token_fidelity(p.float().log_softmax(-1), q.float().log_softmax(-1))
+                kl, agreed = kl + divergences.sum().item(), agreed + int(same.sum())
             done += len(rows)
             if progress is not None:
                 progress("fidelity", done, len(tokens))
     n_tokens = tokens[:, 1:].numel()
     return Fidelity(kl=kl / n_tokens, top1_agreement=agreed / n_tokens, n_tokens=n_tokens)
+
+
+def token_fidelity(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q) of each token [n] float64, in nats, and whether both find the same token likeliest [n] bool.
+
+    log_p, log_q [n, vocabulary]: log-probabilities of the next token, of the reference and of the model.
+    """
+    divergences = (log_p.exp() * (log_p - log_q)).double().sum(-1)
+    return divergences, log_p.argmax(-1) == log_q.argmax(-1)
 
 
 def _logits(model: nn.Module, rows: Tensor) -> Tensor:

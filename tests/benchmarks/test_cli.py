@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cli, quality
+from benchmarks.budget import Budget
 from benchmarks.demo_table import rows_of
 from benchmarks.errors import ResultsError
 from benchmarks.everything import measure_everything
@@ -110,8 +111,16 @@ def test_the_main_job_becomes_rows() -> None:
     ]
 
 
-def test_all_kinds_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+KINDS_OF_ALL = (
+    ("demo", "demo_table"), ("quantize", "quantize"), ("models", "models"), ("kernels", "kernels"),
+    ("quality", "quality"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
+    """Put fakes in the place of every kind that `all` measures; return the options of their calls by kind."""
+    seen: dict[str, list[dict[str, Any]]] = {}
 
     def fake(kind: str) -> Any:
         def measure(progress: Any, **options: Any) -> list[dict[str, Any]]:
@@ -120,20 +129,83 @@ def test_all_kinds_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatc
 
         return measure
 
-    for kind, module in (("demo", "demo_table"), ("quantize", "quantize"), ("models", "models"),
-                         ("kernels", "kernels"), ("quality", "quality")):  # fmt: skip
+    for kind, module in KINDS_OF_ALL:
         monkeypatch.setattr(f"benchmarks.everything.{module}.measure", fake(kind))
-    from benchmarks.budget import Budget
+    return seen
 
+
+def test_all_kinds_are_measured_within_the_budget(measured: dict[str, list[dict[str, Any]]]) -> None:
     parts = list(measure_everything(lambda *_: None, budget=Budget(900)))
-    assert [kind for kind, _, _ in parts] == ["demo", "quantize", "models", "models", "kernels", "quality", "quality"]
-    assert parts[-1][2] == "quality-demo"
-    demo, wide = seen["models"]
+    assert [part.kind for part in parts] == ["demo", "quantize", "models", "models", "kernels", "quality", "quality"]
+    assert not any(part.failed for part in parts)
+    assert parts[-1].label == "quality-demo"
+    demo, wide = measured["models"]
     assert 270 < demo["budget"].seconds < 284  # 35% of what is left of 810 seconds
     assert Path(wide["model"]).is_file()
-    assert [call["ways"] for call in seen["quality"]] == [("ours",), ("rounding",)]
+    assert [call["ways"] for call in measured["quality"]] == [("ours",), ("rounding",)]
     list(measure_everything(lambda *_: None, budget=Budget(0)))
-    assert len(seen["quality"]) == 2  # nothing that is left out is begun
+    assert len(measured["quality"]) == 2  # nothing that is left out is begun
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record and write nothing; return the names of what would have been, in order."""
+    names: list[str] = []
+    monkeypatch.setattr("benchmarks.record.record", lambda name, rows, *, command: names.append(name) or Path(name))
+    monkeypatch.setattr("benchmarks.report.report", lambda: names.append("report") or [])
+    return names
+
+
+@pytest.mark.parametrize("kind, module", KINDS_OF_ALL)
+def test_a_kind_that_fails_loses_neither_the_others_nor_the_report(
+    kind: str, module: str, measured: Any, kept: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(progress: Any, **options: Any) -> Any:
+        raise RuntimeError("no compiler\nis here")
+
+    monkeypatch.setattr(f"benchmarks.everything.{module}.measure", fails)
+    code, _, err = call(capsys, "all")
+    assert code == 1
+    everything = ["demo", "quantize", "models", "models", "kernels", "quality-demo", "quality-demo", "report"]
+    assert kept == [name for name in everything if name.removesuffix("-demo") != kind]
+    last = err.splitlines()[-1]
+    assert last.startswith(f"error: failed: {kind} ")
+    assert "(RuntimeError: no compiler is here)" in last
+    assert last.count("no compiler") == (2 if kind in ("models", "quality") else 1)
+    assert "Traceback" not in err
+
+
+def test_all_exits_with_0_where_nothing_fails(
+    measured: Any, kept: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "all")
+    assert (code, kept[-1]) == (0, "report")
+    assert "error" not in err
+
+
+def test_a_report_that_fails_and_a_kind_without_rows_are_said_together(
+    measured: Any, kept: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Any:
+        raise ResultsError("marks do not match")
+
+    monkeypatch.setattr("benchmarks.everything.quality.measure", lambda progress, **_: [])
+    monkeypatch.setattr("benchmarks.report.report", broken)
+    code, _, err = call(capsys, "all")
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "quality ours (IndexError: " in last
+    assert "report (ResultsError: marks do not match)" in last
+
+
+def test_an_interrupt_ends_all(measured: Any, kept: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(progress: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.everything.quantize.measure", interrupted)
+    assert face.main(["bench", "all"]) == 130
+    assert kept == ["demo"]
 
 
 def test_the_command_that_is_recorded_is_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

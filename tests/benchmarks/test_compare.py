@@ -71,6 +71,39 @@ def test_rates_count_the_other_way_round_and_bits_are_compared_as_they_are() -> 
     assert not any(c.worse for c in compare(new, old))
 
 
+NEAR = {"a6_kl": 0.05, "a6_top1": 0.9, "a6_task": 0.6, "a4_kl": 0.09, "a4_top1": 0.8, "a4_task": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name, value, verdict",
+    [
+        ("a6_kl", 0.06, "worse"),
+        ("a4_kl", 0.08, "better"),
+        ("a6_top1", 0.88, "worse"),
+        ("a4_top1", 0.82, "better"),
+        ("a6_task", 0.55, "worse"),
+        ("a4_task", 0.55, "better"),
+        ("a6_task", 0.59, "the same"),  # some questions more or less are none
+        ("a6_top1", 0.0, "worse"),  # nothing at all is a figure too
+        ("a6_task", 0.0, "worse"),
+    ],
+)
+def test_divergence_is_better_low_and_agreement_high(name: str, value: float, verdict: str) -> None:
+    about = {"model": "demo", "way": "ours", "table": "ours", **DEVICE}
+    changes = compare([{**about, **NEAR}], [{**about, **NEAR, name: value}])
+    assert {c.metric for c in changes} == set(NEAR)
+    wanted = {name} if verdict != "the same" else set()
+    assert {c.metric for c in changes if c.worse or c.better} == wanted
+    assert all(c.worse == (verdict == "worse") for c in changes if c.metric in wanted)
+
+
+def test_rows_from_before_a_column_was_measured_are_compared_in_what_they_have() -> None:
+    about = {"model": "demo", "way": "ours", "table": "ours", "a6": 1.06, **DEVICE}
+    assert [c.metric for c in compare([about], [{**about, **NEAR}])] == ["a6"]
+    nothing_lost = {**about, "a6_kl": 0.0}  # a float model beside itself: no change is relative to nothing
+    assert [c.metric for c in compare([nothing_lost], [{**about, **NEAR}])] == ["a6"]
+
+
 def test_other_devices_and_other_rows_are_refused() -> None:
     old = run(EVEN)
     with pytest.raises(ResultsError, match="different devices cannot be compared: x, 2 cores, avx2; y, 2 cores, avx2"):

@@ -1,6 +1,7 @@
 """Timing of kernels: turns and ratios, cold copies, and that a wrong kernel is not timed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,37 @@ def test_a_case_holds_ours_torch_and_the_memory(monkeypatch: pytest.MonkeyPatch)
     assert all(0 < row["us_low"] <= row["us"] <= row["us_high"] for row in rows)
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_a_wrong_kernel_is_not_timed(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda linear, x: lambda: 1.001 * call(linear, x)())
-    with torch.no_grad(), pytest.raises(RefusedError, match=r"bwla A8.*is wrong by 1\.0e-03.*not timed"):
+    call, timed = kernels._call, []
+
+    def slightly_wrong(linear: Any, x: torch.Tensor) -> Any:
+        return (lambda: 1.001 * call(linear, x)()) if linear.activation_bits == bits else call(linear, x)
+
+    monkeypatch.setattr(kernels, "_call", slightly_wrong)
+    monkeypatch.setattr(kernels, "contest", lambda contenders, **_: timed.append(contenders))
+    with torch.no_grad(), pytest.raises(RefusedError, match=rf"bwla A{bits}.*is wrong by 1\.0e-03.*not timed"):
         kernels._case("tiny", (24, 64), tokens=2, threads=1)
+    assert not timed
+
+
+def test_a_peer_whose_product_is_wrong_is_not_timed_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
+    x = torch.ones(2, 64)
+    monkeypatch.setattr(kernels.nn.functional, "linear", lambda x, weight: x @ weight.T + torch.nan)
+    with pytest.raises(RefusedError, match=r"torch torch\.float32 is wrong by nan.*not timed"):
+        kernels._torch(torch.ones(24, 64), x)
+
+
+def test_without_ggml_a_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_cases", lambda quick: [])
+    monkeypatch.setattr(kernels, "ggml", lambda: None)
+    assert kernels.measure(lambda *_: None) == [
+        {"linear": "", "way": "ggml", "missing": "llama-cpp-python is not installed"}
+    ]
+    monkeypatch.setattr(kernels, "ggml", object)
+    assert kernels.measure(lambda *_: None) == []
 
 
 def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

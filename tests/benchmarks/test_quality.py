@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quality, quality_model
+from benchmarks import endings, quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
 from benchmarks.record import latest, read
 from bwla_compiler.demo.corpus import Document
@@ -57,6 +57,8 @@ def test_recipes_of_all_rows_load_and_every_baseline_has_a_fair_row() -> None:
 def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "LENGTH", 16)
     monkeypatch.setattr(quality_model, "LENGTH", 16)
+    monkeypatch.setattr(endings, "PREFIX", 4)
+    monkeypatch.setattr(endings, "ENDING", 4)
     windows, files = tiny.ids(batch=8, length=17), torch.arange(8) // 2
     subject = quality_model.Subject(
         "tiny", lambda: tiny.make("llama"), tiny.ids(batch=1, length=400)[0], windows, files, windows, files
@@ -67,11 +69,29 @@ def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["way"] for row in rows] == ["rounding", "BiLLM-like"]
     assert rows[0].keys() == rows[1].keys()
     assert all(row["a16"] > 0 and row["true_bits"] > 1 for row in rows)
+    for row in rows:
+        assert [row[f"a{bits}_kl"] > 0 and 0 < row[f"a{bits}_top1"] <= 1 for bits in quality.BITS] == [True] * 3
+        assert len({row[f"a{bits}_kl"] for bits in quality.BITS}) == 3
+        assert row["questions"] == 16  # two of each window
+        assert {16 * row[f"a{bits}_task"] for bits in quality.BITS} <= {float(n) for n in range(17)}
+    assert rows[0]["fp_task"] == rows[1]["fp_task"]
     assert told == ["quality, tiny: rounding", "quality, tiny: BiLLM-like", "quality"]
     pytest.importorskip("matplotlib")
     path = quality.plot(rows, tmp_path / "plot.svg")
     assert path is not None
     assert path.read_text("utf-8").startswith("<?xml")
+
+
+def test_text_without_questions_has_no_figures_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "LENGTH", 16)
+    monkeypatch.setattr(quality_model, "LENGTH", 16)
+    windows, files, nothing = tiny.ids(batch=4, length=17), torch.arange(4), tiny.ids(batch=0, length=17)
+    subject = quality_model.Subject(
+        "tiny", lambda: tiny.make("llama"), tiny.ids(batch=1, length=400)[0], windows, files, nothing, files[:0]
+    )
+    (row,) = Table(subject, sequences=8, seed=0, progress=lambda *_: None).run([Row("rounding", "rtn", "ours")])
+    assert "a6_kl" in row
+    assert not [name for name in row if "task" in name or name in ("questions", "a6_ood")]
 
 
 def test_a_row_that_no_table_has_is_an_error() -> None:

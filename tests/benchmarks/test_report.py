@@ -163,6 +163,53 @@ def test_the_main_job_is_shown_as_its_last_run_found_it(tmp_path: Path) -> None:
     assert "greedy; rounds: bwla 9-11." in text
 
 
+def quality_rows(**more: Any) -> list[dict[str, Any]]:
+    """Return rows as the kind `quality` recorded them at first, the second one with more figures."""
+    device = {"cpu": "x", "cores": 2, "isa": "avx2", "torch": "2", "python": "3", "when": "2026-01-01",
+              "command": "quality", "commit": "abc"}  # fmt: skip
+    figures = {"a16": 1.05, "a6": 1.06, "a4": 1.1, "a6_95": "1.050-1.070", "a6_ood": 1.06, "fit_seconds": 70.0}
+    about = {"model": "demo", "files": 21, "fp_perplexity": 51.1, "table": "ours", **figures, **device}
+    return [{**about, "way": "old", "true_bits": 1.1}, {**about, "way": "new", "true_bits": 1.2, **more}]
+
+
+def of_widths(name: str, *values: float) -> dict[str, float]:
+    return {f"a{bits}_{name}": value for bits, value in zip((16, 6, 4), values, strict=True)}
+
+
+def quality_text(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "quality-demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return block_text("quality", folder)
+
+
+def test_rows_without_divergence_make_the_table_that_they_made(tmp_path: Path) -> None:
+    text = quality_text(tmp_path, quality_rows())
+    assert text.count("|---|") == 1
+    assert "KL" not in text
+    assert "| old | ours | 1.10 | **1.050** | **1.060** | **1.100** | 1.050-1.070 | **1.060** | **70.0** |" in text
+
+
+def test_divergence_agreement_and_the_task_have_a_table_of_the_rows_that_have_them(tmp_path: Path) -> None:
+    near = of_widths("kl", 0.05, 0.0512, 0.09) | of_widths("top1", 0.91, 0.905, 0.8)
+    text = quality_text(tmp_path, quality_rows(**near))
+    assert "| new | ours | 0.050 | 0.051 | 0.090 | 91.0 | 90.5 | 80.0 |" in text
+    assert "task" not in text
+    asked = of_widths("task", 0.6, 0.59, 0.5) | {"questions": 256, "fp_task": 0.625}
+    rows = [*quality_rows(**near), {**quality_rows(**near, **asked)[1], "way": "newer", "a6_kl": 0.04, "a4_top1": 0.9}]
+    text = quality_text(tmp_path, rows)
+    assert "| new | ours | 0.050 | 0.051 | 0.090 | 91.0 | 90.5 | 80.0 | - | - | - |" in text.replace("**", "")
+    assert "| **0.040** |" in text  # of divergences the least, of agreements the most
+    assert "| **90.0** | 60.0 | 59.0 | 50.0 |" in text
+    assert "of 256 beginnings of held-out text" in text
+    assert "(float model 62.5, chance 25.0; one standard deviation of so many questions is 3.0)" in text
+    assert "| old |" in text.split("KL")[0]
+    assert "| old |" not in text.split("KL", 1)[1]
+
+
+def test_a_model_without_text_of_another_kind_is_shown(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in row.items() if name != "a6_ood"} for row in quality_rows()]
+    assert "| 1.050-1.070 | - | **70.0** |" in quality_text(tmp_path, rows)
+
+
 def test_models_are_shown_with_what_is_missing(tmp_path: Path) -> None:
     about = {"model": "m", "prompt": 8, "steps": 4, "threads": 1, "cpu": "x", "cores": 2, "isa": "avx2", "torch": "2",
              "when": "2026-01-01", "command": "models m", "commit": "abc", "python": "3"}  # fmt: skip
