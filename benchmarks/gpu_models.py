@@ -87,6 +87,8 @@ def _fill(model: nn.Module, device: torch.device) -> None:
         last = name.rpartition(".")[2]
         if tensor.dtype == torch.uint8:
             tensor.random_(0, 256, generator=generator)
+        elif tensor.dtype == torch.int32:  # signs as the kernels read them
+            tensor.random_(-(2**31), 2**31, generator=generator)
         elif last.endswith("_exponent"):
             tensor.zero_()
         elif tensor.dtype == torch.int16:

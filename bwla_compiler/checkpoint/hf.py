@@ -26,6 +26,7 @@ from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.device_signs import settle_signs
 from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.kv_cache import set_cache_bits
 from bwla_compiler.runtime.skeleton import FORMAT_VERSION, build_skeleton, describe, packed_modules
@@ -118,6 +119,7 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Have norms and activation functions computed as the kernels do, and the cache as the recipe says."""
         share_functions(model)
+        settle_signs(model)
         set_cache_bits(model, self.quantization_config.recipe.get("cache", {}).get("bits", FLOAT_BITS))
         return model
 
@@ -189,6 +191,7 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     model._weight_conversions = []  # save_pretrained would look for weights of experts to cut apart
     model.is_quantized = True
     model.quantization_method = METHOD
+    settle_signs(model)
     set_cache_bits(model, recipe.cache.bits)
 
 
