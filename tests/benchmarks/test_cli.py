@@ -26,6 +26,7 @@ KINDS = (
     "demo",
     "compile-time",
     "text",
+    "kv-cache",
     "profile",
     "train",
     "report",
