@@ -1,8 +1,8 @@
 """A KV cache in int8: caches of transformers whose layers hold codes, and a scale per token and head.
 
 x = scale * code, scale = max |x| / 127 over the channels of one head of one token: symmetric rounding to nearest, which
-needs no calibration and is right for keys and values alike. Keys are rounded as they are cached, after RoPE and in the
-model's own basis. What attention reads is always what is kept: a prompt read at once and one read in pieces agree.
+needs no calibration and is right for keys and values alike. Keys are rounded as they are cached, after RoPE. What
+attention reads is always what is kept: a prompt read at once and one read in pieces agree.
 """
 
 from collections.abc import Callable

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import DynamicCache, StaticCache
 
+from bwla_compiler.backend import compile_backend
 from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
-from bwla_compiler.runtime.kv_cache import int8_cache
+from bwla_compiler.runtime.kv_cache import int8_cache, set_cache_bits
 from tests import tiny
 from tests.backend import small
 from tests.wider import wider
@@ -41,3 +43,16 @@ def test_steps_give_the_text_of_the_eager_model(static: bool, graphs: list[Graph
     assert {layer.codes.keys.dtype for layer in used.layers} == {torch.int8}
     held = {str(node.target) for node in graphs[0].graph.nodes}
     assert "bwla.linear.default" in held
+
+
+@pytest.mark.exhaustive
+def test_generate_with_inductors_code_gives_the_text_of_the_eager_model() -> None:
+    model: Any = small.architecture("llama")
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    share_functions(model)
+    set_cache_bits(model, 8)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    with torch.no_grad():
+        expected = model.generate(tiny.ids(), **options)
+        model.compile(backend=compile_backend)
+        assert torch.equal(model.generate(tiny.ids(), **options), expected)
