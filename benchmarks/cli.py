@@ -272,6 +272,16 @@ def text() -> None:
     _kept("text", rows)
 
 
+@app.command("kv-cache", epilog=examples("bwla-compile bench kv-cache"))
+def kv_cache() -> None:
+    """An int8 KV cache against one of floats on the embedded model: bytes, perplexity, greedy text."""
+    from benchmarks import kv_cache as kind
+
+    with progress_bars() as progress:
+        rows = kind.measure(progress)
+    _kept("kv_cache", rows)
+
+
 @app.command(
     epilog=examples("bwla-compile bench profile demo:", "bwla-compile bench profile OUT --trace trace.json --threads 2")
 )

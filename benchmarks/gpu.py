@@ -29,6 +29,7 @@ from benchmarks import gpu_models
 from benchmarks.gpu_kernels import correctness, device_name, kernels
 from benchmarks.gpu_sizes import DRY, FULL, Bench, say
 from bwla_compiler.runtime import triton_tuner
+from bwla_compiler.spec import FLOAT_BITS
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -128,14 +129,24 @@ def _steps(
         if bench.late:
             left_out.append(f"{about}, batch {batch}")
         elif batch:
-            found = gpu_models.time_decode(
-                model, way, batch=batch, context=size.context, rounds=size.rounds, dry=bench.dry
-            )
-            yield {**about, "step": "decode", "batch": batch, **_rates(found, batch, bench)}
+            yield _decode(bench, model, about, batch=batch, cache_bits=FLOAT_BITS)
+            if way == "bwla" and batch == max(batches):  # where the cache weighs most
+                torch.compiler.reset()
+                yield _decode(bench, model, about, batch=batch, cache_bits=8)
         else:
             found = gpu_models.time_prefill(model, way, tokens=prompt, rounds=max(3, size.rounds // 4), dry=bench.dry)
             yield {**about, "step": "prefill", "batch": 1, **_rates(found, prompt, bench)}
         torch.compiler.reset()
+
+
+def _decode(bench: Bench, model: Any, about: dict[str, Any], *, batch: int, cache_bits: int) -> dict[str, Any]:
+    """Return the row of steps of one token a sequence, over a cache of floats or of int8."""
+    size, way = bench.size, about["way"]
+    found = gpu_models.time_decode(
+        model, way, batch=batch, context=size.context, rounds=size.rounds, dry=bench.dry, cache_bits=cache_bits
+    )
+    way = way if cache_bits == FLOAT_BITS else f"{way}, int8 cache"
+    return {**about, "way": way, "step": "decode", "batch": batch, **_rates(found, batch, bench)}
 
 
 def _rates(steps: gpu_models.Steps, tokens: int, bench: Bench) -> dict[str, float]:

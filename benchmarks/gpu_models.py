@@ -15,7 +15,9 @@ from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.group_specs import planned_specs
 from bwla_compiler.passes.quantize_ends import head_names
 from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime.kv_cache import int8_cache
 from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear
+from bwla_compiler.spec import FLOAT_BITS
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen3-8B": {
@@ -87,6 +89,8 @@ def _fill(model: nn.Module, device: torch.device) -> None:
         last = name.rpartition(".")[2]
         if tensor.dtype == torch.uint8:
             tensor.random_(0, 256, generator=generator)
+        elif tensor.dtype == torch.int32:  # signs as the kernels read them
+            tensor.random_(-(2**31), 2**31, generator=generator)
         elif last.endswith("_exponent"):
             tensor.zero_()
         elif tensor.dtype == torch.int16:
@@ -127,10 +131,14 @@ class Steps:
 
 
 @torch.no_grad()
-def time_decode(model: nn.Module, way: str, *, batch: int, context: int, rounds: int, dry: bool) -> Steps:
+def time_decode(
+    model: nn.Module, way: str, *, batch: int, context: int, rounds: int, dry: bool, cache_bits: int = FLOAT_BITS
+) -> Steps:
     """Return the time of a step of one token a sequence, after `context` tokens that are read eagerly."""
     device = next(model.buffers()).device
-    cache = StaticCache(config=model.config, max_cache_len=context + 2 * rounds + 16)
+    cache: Any = StaticCache(config=model.config, max_cache_len=context + 2 * rounds + 16)
+    if cache_bits < FLOAT_BITS:
+        int8_cache(cache)
     ids = torch.zeros(batch, context, dtype=torch.long, device=device)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = ids[:, :1].contiguous()

@@ -251,6 +251,22 @@ def compile_time_table(rows: Sequence[Row]) -> str:
     return f"{table(columns, cells)}\n\n{_ending(rows)}"
 
 
+def kv_cache_table(rows: Sequence[Row]) -> str:
+    """Return what an int8 cache costs against one of float32, by model."""
+    rows = latest(rows, by=("model", "bits"))
+    columns = [Column("model", left=True), Column("cache", left=True), Column("KiB", decimals=0)]
+    columns += [Column("perplexity", decimals=3), Column("same best token, %", decimals=1)]
+    columns += [Column("equal greedy tokens of 200", decimals=1), Column("compiled and eager", decimals=1)]
+    cells: list[list[Cell]] = [
+        [
+            row["model"], "float32" if row["bits"] > 8 else "int8", row["n_bytes"] / 1024, row["perplexity"],
+            100 * row["same_best"], row["equal_tokens"], row.get("compiled_equal_tokens"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+
+
 def gguf_table(rows: Sequence[Row]) -> str:
     """Return perplexities of exported models here and in llama.cpp, a table a model."""
     rows = latest(rows, by=("model", "recipe", "sequences", "length", "way"))
@@ -284,6 +300,7 @@ BLOCKS: dict[str, tuple[str, Maker]] = {
     "quantize": ("quantize", quantize_table),
     "gguf": ("gguf", gguf_table),
     "compile_time": ("compile_time", compile_time_table),
+    "kv_cache": ("kv_cache", kv_cache_table),
 }
 """A marked block's name, the files of results that it is made from, and what makes it."""
 

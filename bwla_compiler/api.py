@@ -48,6 +48,7 @@ from bwla_compiler.passes.pipeline import run_pass
 from bwla_compiler.passes.untie import Untie
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.runtime.bits import measure_bits
+from bwla_compiler.runtime.kv_cache import check_cache_bits, int8_cache, set_cache_bits
 from bwla_compiler.runtime.modules import PackedExperts, PackedLinear, set_activation_bits
 from bwla_compiler.streaming import Job, float_bytes, quantize_folder
 
@@ -60,6 +61,7 @@ __all__ = [
     "export",
     "fidelity",
     "generate",
+    "int8_cache",
     "layer_errors",
     "ledger",
     "load",
@@ -71,6 +73,7 @@ __all__ = [
     "run_tasks",
     "save",
     "set_activation_bits",
+    "set_cache_bits",
     "skeleton",
     "verify",
     "windowed_perplexity",
@@ -234,12 +237,14 @@ def quantize(
 
     recipe: name, TOML file or Recipe; settings: dotted fields to change, {"psp.hidden_over": 32}. calibration:
     "self" (the model generates it), "random", "none", a file, texts (then a tokenizer is needed), or token ids
-    [sequences, length] int64. Raises ModelError, RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
+    [sequences, length] int64. Raises ModelError, RecipeError, CalibrationError, WeightError, CaptureError, PlanError,
+    and CacheError where the recipe asks for a cache that the model cannot have.
     """
     _refuse_other(model)
     _refuse_packed(model, "quantized")
     chosen = load_recipe(recipe, settings)
     check_weights(model)
+    check_cache_bits(model, chosen.cache.bits)
     batches = None
     if chosen.needs_calibration:
         batches = token_sources.calibration_tokens(

@@ -53,6 +53,10 @@ class OutOfMemory(BwlaError, MemoryError):
     """What was asked for needs more memory than there is."""
 
 
+class CacheError(BwlaError, ValueError):
+    """Keys and values cannot be cached in the bits that were asked for."""
+
+
 class DemoError(BwlaError, RuntimeError):
     """The embedded model cannot be built or found."""
 

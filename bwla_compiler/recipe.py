@@ -19,7 +19,7 @@ from bwla_compiler.cost.devices import DEVICES
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.numerics.bits import FACTOR_BITS
 from bwla_compiler.recipe_reading import build, unknown_key
-from bwla_compiler.spec import END_GROUPS, FLOAT_BITS, INT8_ROWS, Coding
+from bwla_compiler.spec import CACHE_BITS, END_GROUPS, FLOAT_BITS, INT8_ROWS, Coding
 
 DATA_FREE = frozenset(("round", "paper"))
 SIMULATED = frozenset(("billm", "arb"))
@@ -195,6 +195,13 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Bits of the keys and values that `generate` keeps: 16 (the model's floats) or 8 (a scale a token and head)."""
+
+    bits: int = 16
+
+
+@dataclass(frozen=True)
 class Override:
     """Fields changed for the linears whose names match `pattern` (shell style); keep=True leaves them alone."""
 
@@ -227,6 +234,7 @@ class Recipe:
     tuning: Tuning = Tuning()
     calibration: Calibration = Calibration()
     head: Head = Head()
+    cache: Cache = Cache()
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
@@ -267,6 +275,9 @@ def _check_ranges(recipe: Recipe) -> None:
         f"head.bits = {recipe.head.bits}: must be 4, 8 or 16": recipe.head.bits in (4, 8, 16),
         f"head.group_size = {recipe.head.group_size}: must be one of {', '.join(map(str, END_GROUPS))}": (
             recipe.head.group_size in END_GROUPS
+        ),
+        f"cache.bits = {recipe.cache.bits}: must be {' or '.join(map(str, CACHE_BITS))}": (
+            recipe.cache.bits in CACHE_BITS
         ),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
         "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,

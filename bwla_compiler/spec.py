@@ -59,6 +59,9 @@ class Coding:
 
 INT8_ROWS = Coding()
 
+CACHE_BITS = (8, FLOAT_BITS)
+"""Bits that keys and values may be cached in."""
+
 END_GROUPS = (32, 64, 128)
 """Columns that may share a scale of 4-bit codes."""
 

@@ -31,6 +31,7 @@ from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.memory import release, told_of_shortage
 from bwla_compiler.recipe import Recipe, Tuning
+from bwla_compiler.runtime.kv_cache import check_cache_bits
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -66,7 +67,8 @@ def quantize_folder(
 ) -> QuantizeReport:
     """Do the job, or what an earlier run has left of it, and return the report.
 
-    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError, OutOfMemory.
+    Raises CheckpointError, WeightError, RecipeError, CalibrationError, CaptureError, PlanError, OutOfMemory,
+    and CacheError where the recipe asks for a cache that the model cannot have.
     """
     if job.recipe.simulated:
         raise RecipeError(
@@ -78,6 +80,7 @@ def quantize_folder(
 
 def _quantized(job: Job, progress: Progress | None, on_block: Callable[[BlockReport], None] | None) -> QuantizeReport:
     model = _empty(job.folder)
+    check_cache_bits(model, job.recipe.cache.bits)
     source = SourceWeights(job.folder, model)
     with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
         weights = StreamedWeights(model, source, work, *_tuning(job, model, work))

@@ -80,6 +80,8 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "weights": {"planes": True}}, "must be of type float"),
         ({**PLAIN, "head": {"bits": 5}}, "head.bits = 5: must be 4, 8 or 16"),
         ({**PLAIN, "head": {"bits": 4, "group_size": 48}}, "head.group_size = 48: must be one of 32, 64, 128"),
+        ({**PLAIN, "cache": {"bits": 4}}, "cache.bits = 4: must be 8 or 16"),
+        ({**PLAIN, "cache": {"bit": 8}}, "did you mean 'bits'"),
         ({**PLAIN, "psp": {"rank": -1}}, "psp.rank must be 0"),
         ({**PLAIN, "tuning": {"scales": -0.1}}, "rates must be 0 or more"),
         ({**PLAIN, "tuning": {"steps": -1}}, "tuning.steps = -1"),

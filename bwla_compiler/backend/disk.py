@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from bwla_compiler.backend.graph_key import code_version, tensor_bytes
@@ -23,6 +24,7 @@ from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.skeleton import build_skeleton, describe, packed_modules
 from bwla_compiler.settings import settings
+from bwla_compiler.tokens import device_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,9 @@ def save_pack(key: str, quantized: nn.Module) -> None:
     """Write a quantized copy; where that fails the run goes on, with a warning."""
     packed = packed_modules(quantized)
     modules = json.dumps({name: describe(m, packed) for name, m in packed.items()})
-    tensors = _apart((*quantized.named_parameters(), *quantized.named_buffers()))
+    saved = quantized.state_dict()  # signs in the canonical layout, wherever they are
+    named = (*quantized.named_parameters(), *quantized.named_buffers())
+    tensors = _apart((name, saved.get(name, tensor)) for name, tensor in named)
     _write_whole(
         _path(key),
         lambda part: safetensors.torch.save_file(tensors, part, metadata={"modules": modules}),
@@ -150,7 +154,9 @@ def load_pack(key: str, model: nn.Module) -> nn.Module | None:
 def _assembled(model: nn.Module, modules: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     """Return a copy of the model's structure with these modules and tensors in it."""
     quantized = twin(model)
-    for name, module in build_skeleton(modules).items():
+    with torch.device(device_of(model)):
+        skeleton = build_skeleton(modules)
+    for name, module in skeleton.items():
         replace_module(quantized, name, module)
     wanted = {n for n, _ in (*quantized.named_parameters(), *quantized.named_buffers())}
     if wanted != set(tensors):

@@ -12,6 +12,7 @@ from torch import Tensor
 from bwla_compiler.errors import RecipeError
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.settings import settings
+from bwla_compiler.spec import FLOAT_BITS
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DEFAULT_RECIPE = "bwla-w1a6"
@@ -56,6 +57,11 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None) -> Options
         raise RecipeError(
             f"recipe {recipe.name}: no packed format holds its weights, so there is nothing to compile; "
             "quantize with it to measure it, or compile with a bwla recipe"
+        )
+    if recipe.cache.bits < FLOAT_BITS:
+        raise RecipeError(
+            f"cache.bits = {recipe.cache.bits}: torch.compile makes no cache, so it cannot choose its bits; call "
+            "bwla_compiler.api.set_cache_bits(model, 8) for generate, or hand the model an int8_cache"
         )
     for key, value in given.items():
         _check(key, value)

@@ -14,6 +14,7 @@ from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.device_signs import settle_signs
 from bwla_compiler.tokens import calibration_tokens, longest
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ class Variant:
                 "load the model anew, or compile it without free_weights"
             )
         log.warning("weights of %s were edited: quantizing them again", type(model).__name__)
-        fresh = dict(_state(quantized_copy(model, self.plan, self.recipe, self.options, progress=progress)))
+        again = quantized_copy(model, self.plan, self.recipe, self.options, progress=progress)
+        settle_signs(again)
+        fresh = dict(_state(again))
         with torch.no_grad():
             for name, tensor in _state(self.quantized):
                 tensor.copy_(fresh[name])
@@ -123,6 +126,7 @@ def make_variant(
         quantized = quantized_copy(model, plan, recipe, options, progress=progress)
         if options.cache:
             disk.save_pack(key, quantized)
+    settle_signs(quantized)
     return Variant(plan, recipe, options, quantized, seen)
 
 

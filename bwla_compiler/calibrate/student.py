@@ -158,7 +158,7 @@ class Student(nn.Module):
         self.diagonal: Diagonal | None = None
         if linear.transform is not None:
             self.diagonal = diagonals.setdefault(id(linear.transform), Diagonal(linear.transform))
-        self.planes = Planes(linear.signs, linear.in_features)
+        self.planes = Planes(linear.canonical_signs(), linear.in_features)
         first, self.column_scale = read_half(linear, "row_scale"), read_half(linear, "column_scale")
         assert first is not None
         self.first = first

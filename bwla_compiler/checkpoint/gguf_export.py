@@ -104,7 +104,7 @@ def _weight(name: str, module: nn.Module, order: Tensor | None) -> tuple[Blocks,
     scale = read_half(module, "row_scale")
     assert scale is not None
     if isinstance(module, PackedLinear):
-        signs, rows = module.signs[0], scale[0]
+        signs, rows = module.canonical_signs()[0], scale[0]
         signs, rows = (signs, rows) if order is None else (signs[order], rows[order])
         if module.in_features % 8:
             raise CheckpointError(f"{name}: has {module.in_features} inputs, and GGUF's Q1_0 takes multiples of 128")

@@ -26,8 +26,11 @@ from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import Recipe
+from bwla_compiler.runtime.device_signs import settle_signs
 from bwla_compiler.runtime.experts import PackedExperts
+from bwla_compiler.runtime.kv_cache import set_cache_bits
 from bwla_compiler.runtime.skeleton import FORMAT_VERSION, build_skeleton, describe, packed_modules
+from bwla_compiler.spec import FLOAT_BITS
 
 METHOD = "bwla"
 
@@ -114,8 +117,10 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Have norms and activation functions computed as the kernels do."""
+        """Have norms and activation functions computed as the kernels do, and the cache as the recipe says."""
         share_functions(model)
+        settle_signs(model)
+        set_cache_bits(model, self.quantization_config.recipe.get("cache", {}).get("bits", FLOAT_BITS))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -186,6 +191,8 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     model._weight_conversions = []  # save_pretrained would look for weights of experts to cut apart
     model.is_quantized = True
     model.quantization_method = METHOD
+    settle_signs(model)
+    set_cache_bits(model, recipe.cache.bits)
 
 
 def save_config(model: Any, folder: Path) -> None:

@@ -19,7 +19,7 @@ def measure_bits(model: nn.Module) -> Bits:
     Linears left in floating point, routers and float experts included, count with their dtype, simulated ones with
     the bytes that they would take. Biases count in the model, not among the linears.
     """
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}
     n_bytes, n_weights = 0, 0
     output: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = output()
@@ -33,7 +33,7 @@ def measure_bits(model: nn.Module) -> Bits:
         if weight.data_ptr() not in seen:
             n_weights += weight.numel()
             n_bytes += weight.numel() * weight.element_size()
-    total_bytes = _bytes(model, set())
+    total_bytes = _bytes(model, {})
     total_weights = sum(_logical_weights(m) for m in model.modules())
     linears = 8 * n_bytes / n_weights if n_weights else 0.0
     return Bits(linears=linears, model=8 * total_bytes / max(1, total_weights), n_bytes=total_bytes)
@@ -76,7 +76,11 @@ def _logical_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters(recurse=False))
 
 
-def _bytes(module: nn.Module, seen: set[int], *, skip: str = "") -> int:
+def _bytes(module: nn.Module, seen: dict[int, Tensor], *, skip: str = "") -> int:
+    """Return the bytes of a module's state that is not in `seen`, which it is added to.
+
+    seen: by address; the tensors are kept, for signs on a GPU are made for the asking and their memory used again.
+    """
     simulated = {
         f"{name}.weight".lstrip("."): m for name, m in module.named_modules() if isinstance(m, SimulatedLinear)
     }
@@ -88,6 +92,6 @@ def _bytes(module: nn.Module, seen: set[int], *, skip: str = "") -> int:
         key = id(tensor) if tensor.device.type == "meta" else tensor.data_ptr()
         if tensor.numel() == 0 or key in seen:
             continue
-        seen.add(key)
+        seen[key] = tensor
         total += tensor.numel() * tensor.element_size()
     return total

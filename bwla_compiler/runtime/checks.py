@@ -9,6 +9,7 @@ from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.halves import decoded
 from bwla_compiler.runtime.portable import GROUP, Prologue
+from bwla_compiler.runtime.triton_layout import in_words, n_rows
 from bwla_compiler.spec import FLOAT_BITS, PROLOGUES
 
 
@@ -34,28 +35,38 @@ def maybe_values(stored: Tensor | None, exponent: Tensor | None) -> Tensor | Non
 def check_linear(x: Tensor, linear: Linear, bits: int) -> None:
     """Raise ShapeError where the tensors of a linear do not fit x or each other."""
     signs, scale, columns = linear.signs, linear.scale, x.shape[-1]
-    if signs.dtype != torch.uint8 or signs.dim() != 3 or signs.shape[2] != (columns + 7) // 8:
+    _check_signs(signs, columns)
+    planes, out = signs.shape[0], n_rows(signs)
+    if scale.dim() != 3 or scale.shape[:2] != (planes, out) or scale.shape[2] not in (1, -(-columns // 128)):
         raise ShapeError(
-            f"signs {signs.dtype} {list(signs.shape)} for {columns} input columns: "
-            f"expected uint8 [planes, out, {(columns + 7) // 8}]"
-        )
-    if scale.dim() != 3 or scale.shape[:2] != signs.shape[:2] or scale.shape[2] not in (1, -(-columns // 128)):
-        raise ShapeError(
-            f"scale {list(scale.shape)}: expected [{signs.shape[0]}, {signs.shape[1]}, 1] for rows, "
+            f"scale {list(scale.shape)}: expected [{planes}, {out}, 1] for rows, "
             f"or {-(-columns // GROUP)} scales a row for groups of {GROUP} columns"
         )
     if not (2 <= bits <= 8 or bits >= FLOAT_BITS):
         raise ShapeError(f"activation_bits is {bits}: expected 2 to 8, or {FLOAT_BITS} for floats")
-    if linear.bias is not None and linear.bias.shape != signs.shape[1:2]:
-        raise ShapeError(f"bias {list(linear.bias.shape)}: expected [{signs.shape[1]}]")
+    if linear.bias is not None and linear.bias.shape != (out,):
+        raise ShapeError(f"bias {list(linear.bias.shape)}: expected [{out}]")
     if linear.low_rank is not None:
         into, onto, rank_scale = linear.low_rank
         rank = into.shape[0]
         shapes = ([*into.shape], [*onto.shape], [*rank_scale.shape])
-        if shapes != ([rank, columns], [signs.shape[1], rank], [rank]):
-            raise ShapeError(f"low-rank pair {shapes}: expected [rank, {columns}], [{signs.shape[1]}, rank] and [rank]")
+        if shapes != ([rank, columns], [out, rank], [rank]):
+            raise ShapeError(f"low-rank pair {shapes}: expected [rank, {columns}], [{out}, rank] and [rank]")
         if into.dtype != torch.int8 or onto.dtype != torch.int8:
             raise ShapeError(f"low-rank factors are {into.dtype} and {onto.dtype}: expected int8")
+
+
+def _check_signs(signs: Tensor, columns: int) -> None:
+    """Raise ShapeError for signs of neither layout."""
+    if in_words(signs):
+        fits, expected = signs.dim() == 4, f"[planes, {-(-columns // GROUP)}, out, 4]"
+        fits = fits and (signs.shape[1], signs.shape[3]) == (-(-columns // GROUP), 4)
+    else:
+        n_bytes = (columns + 7) // 8
+        fits, expected = signs.dtype == torch.uint8 and signs.dim() == 3, f"uint8 [planes, out, {n_bytes}]"
+        fits = fits and signs.shape[2] == n_bytes
+    if not fits:
+        raise ShapeError(f"signs {signs.dtype} {list(signs.shape)} for {columns} input columns: expected {expected}")
 
 
 def low_rank_pair(
@@ -115,7 +126,7 @@ def check_residuals(x: Tensor, linears: Sequence[Linear], residuals: Sequence[Te
     if len(residuals) != len(linears):
         raise ShapeError(f"{len(residuals)} residuals for a group of {len(linears)}: one per member, None for none")
     for linear, residual in zip(linears, residuals, strict=True):
-        if residual is not None and residual.shape != (*x.shape[:-1], linear.signs.shape[1]):
+        if residual is not None and residual.shape != (*x.shape[:-1], n_rows(linear.signs)):
             raise ShapeError(
-                f"residual {list(residual.shape)}: expected {[*x.shape[:-1], linear.signs.shape[1]]}, as its result"
+                f"residual {list(residual.shape)}: expected {[*x.shape[:-1], n_rows(linear.signs)]}, as its result"
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
+from bwla_compiler.runtime.device_signs import DeviceSigns
 from bwla_compiler.runtime.ends import EndEmbedding, EndLinear, TiedHead, int8_step
 from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
@@ -35,16 +36,16 @@ __all__ = [
 LINEAR = torch.ops.bwla.linear.default
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(DeviceSigns):
     """y = sum_p scale_p B_p q(x') + low rank + bias, x' the transformed input, q its rounding per token.
 
-    Saved: signs uint8 [planes, out, ceil(in / 8)] in canonical order; row_scale [planes, out, groups], column_scale
+    Saved: signs uint8 [planes, out, ceil(in / 8)] in canonical order (on a GPU the buffer has the kernels' layout, see
+    `DeviceSigns`); row_scale [planes, out, groups], column_scale
     [in], low_rank_scale [rank] as int16 float16 bits with int8 exponents; low_rank_in int8 [rank, in] and
     low_rank_out int8 [out, rank]; bias [out] float; the submodule `transform`. PackedLinear(spec, device=...) is
     empty, to be loaded; spec has one member. Raises ShapeError where the spec cannot be packed.
     """
 
-    signs: Tensor
     row_scale: Tensor
     low_rank_in: Tensor | None
     low_rank_out: Tensor | None
@@ -136,7 +137,7 @@ class PackedLinear(nn.Module):
         scale, column_scale = read_half(self, "row_scale"), read_half(self, "column_scale")
         assert scale is not None
         wide = scale if scale.shape[2] == 1 else scale.repeat_interleave(GROUP, 2)[..., : self.in_features]
-        weight = (wide * unpack_signs(self.signs, self.in_features)).sum(0)
+        weight = (wide * unpack_signs(self.canonical_signs(), self.in_features)).sum(0)
         rank_scale = read_half(self, "low_rank_scale")
         if self.low_rank_in is not None and self.low_rank_out is not None and rank_scale is not None:
             weight = weight + (self.low_rank_out.float() * rank_scale) @ self.low_rank_in.float()

@@ -41,7 +41,7 @@ from bwla_compiler.runtime.triton_launch import (
     precision_of,
     prologue_of,
 )
-from bwla_compiler.runtime.triton_layout import float32, packed_scale, packed_signs
+from bwla_compiler.runtime.triton_layout import float32, n_rows, packed_scale, packed_signs
 from bwla_compiler.runtime.triton_tuner import tile_for
 from bwla_compiler.settings import chosen_kernels
 from bwla_compiler.spec import FLOAT_BITS, TransformSpec
@@ -251,7 +251,7 @@ def _members(
 ) -> list[Tensor]:
     """Return y of members that one launch serves."""
     residuals = _alike_floats(residuals)
-    ys = [rows.new_empty(rows.shape[0], m.signs.shape[1]) for m in members]
+    ys = [rows.new_empty(rows.shape[0], n_rows(m.signs)) for m in members]
     spec = _spec(rows, members, residuals, bits)
     tensors: dict[str, Any] = {"codes": codes.values, "token_scale": codes.token_scale, "code_sum": codes.code_sum}
     tensors |= {"tokens": rows.shape[0]}
@@ -294,7 +294,7 @@ def _spec(rows: Tensor, members: Sequence[Linear], residuals: Sequence[Tensor | 
     """Return the spec of a launch for these tensors, its tile still open."""
     return LinearKernel(
         columns=rows.shape[1],
-        out_features=tuple(m.signs.shape[1] for m in members),
+        out_features=tuple(n_rows(m.signs) for m in members),
         planes=members[0].signs.shape[0],
         grouped=members[0].scale.shape[2] > 1,
         ranks=tuple(0 if m.low_rank is None else m.low_rank[0].shape[0] for m in members),

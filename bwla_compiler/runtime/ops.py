@@ -28,6 +28,7 @@ from bwla_compiler.runtime.checks import (
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.expert_products import Experts, check_experts, expert_products
 from bwla_compiler.runtime.rows import empty_result, rows_of, shaped_like
+from bwla_compiler.runtime.triton_layout import bytes_of, in_words, n_rows
 from bwla_compiler.spec import ROUTINE_RESULTS
 
 LIBRARY = torch.library.Library("bwla", "DEF")
@@ -82,7 +83,9 @@ def _linears(x: Tensor, linears: list[Linear], column_scale: Tensor | None, bits
         results = compiled.linears(library, rows, linears, column_scale, bits)
     else:
         q, token_scale = portable.rounded(rows, column_scale, bits)
-        results = [portable.linear(q, token_scale, m.signs, m.scale, m.low_rank, m.bias) for m in linears]
+        signs = [bytes_of(m.signs, x.shape[-1]) if in_words(m.signs) else m.signs for m in linears]
+        members = zip(signs, linears, strict=True)
+        results = [portable.linear(q, token_scale, s, m.scale, m.low_rank, m.bias) for s, m in members]
     return [shaped_like(y, x) for y in results]
 
 
@@ -256,16 +259,16 @@ def _fake_same(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_linear(x: Tensor, signs: Tensor, *rest: Any) -> Tensor:
-    return empty_result(x, signs.shape[1])
+    return empty_result(x, n_rows(signs))
 
 
 def _fake_linear_group(x: Tensor, signs: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [empty_result(x, member.shape[1]) for member in signs]
+    return [empty_result(x, n_rows(member)) for member in signs]
 
 
 def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
     signs = rest[11]
-    return [empty_result(x, member.shape[1]) for member in signs]
+    return [empty_result(x, n_rows(member)) for member in signs]
 
 
 def _fake_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:

@@ -13,6 +13,9 @@ from torch.fx import GraphModule
 from bwla_compiler.backend import disk, graph_key, raw, variant
 from bwla_compiler.backend.options import read_options
 from bwla_compiler.graph.plan import Plan
+from bwla_compiler.numerics.planes import BinaryWeight
+from bwla_compiler.runtime import device_signs
+from bwla_compiler.runtime.modules import PackedLinear
 from tests.backend import small
 
 X = torch.linspace(-1, 1, 96).reshape(3, 32)
@@ -112,6 +115,24 @@ def test_a_folder_that_cannot_be_written_only_warns(
     found = run(model)
     assert torch.equal(found, small.only_variant(model).quantized(X))
     assert "packed weights are not kept for the next process" in caplog.text
+
+
+def test_packs_hold_canonical_signs_and_load_where_the_model_is(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = torch.randint(0, 2, (1, 8, 32), generator=torch.Generator().manual_seed(0)).to(torch.int8) * 2 - 1
+    quantized = nn.Sequential(PackedLinear.from_binary(BinaryWeight(signs, torch.ones(1, 8, 1)), activation_bits=8))
+    expected = quantized.state_dict()
+    with monkeypatch.context() as gpu:  # signs are laid out as on one
+        gpu.setattr(device_signs, "_wants_words", lambda signs: True)
+        device_signs.settle_signs(quantized)
+        disk.save_pack("key", quantized)
+    assert quantized[0].signs.dtype == torch.int32
+    model = nn.Sequential(nn.Linear(32, 8))
+    loaded = disk.load_pack("key", model)
+    assert loaded is not None
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
+    elsewhere = disk.load_pack("key", model.to("meta"))
+    assert elsewhere is not None
+    assert {tensor.device.type for tensor in elsewhere.state_dict().values()} == {"meta"}
 
 
 def test_everything_that_matters_is_in_the_key() -> None:

@@ -27,6 +27,7 @@ from tests.backend import small
         ({"pps.hidden_over": 3}, "unknown key 'pps'; did you mean 'psp'"),
         ({"psp.hidden_over": "3"}, "must be of type int"),
         ({"psp.hidden_over": -3}, "psp.hidden_over must be 0"),
+        ({"cache.bits": 8}, r"torch.compile makes no cache.*set_cache_bits\(model, 8\)"),
         ({"activation_bits": 1}, "activations.bits = 1"),
         ({"activation_bits": "6"}, "bits = '6': must be of type int"),
         ({"calibration": "texts"}, "option calibration is 'texts'"),

@@ -18,14 +18,18 @@ from tests.backend import small
 CHILD = """
 import sys, torch
 from bwla_compiler.backend import compile_backend
-from bwla_compiler.runtime import on_triton
+from bwla_compiler.runtime import on_triton, triton_layout
+from bwla_compiler.runtime.device_signs import settle_signs
 from tests.backend.test_triton import IDS, packed
 
+model = packed()
+settle_signs(model)  # as on a GPU
 calls = []
 fused = on_triton.fused
 on_triton.fused = lambda *a, **k: calls.append(1) or fused(*a, **k)
 with torch.no_grad():
-    logits = torch.compile(packed(), backend=compile_backend, fullgraph=True)(IDS, use_cache=False).logits
+    logits = torch.compile(model, backend=compile_backend, fullgraph=True)(IDS, use_cache=False).logits
+assert len(triton_layout.PACKED_SIGNS) == 0, "signs are held twice"
 torch.save((logits, len(calls)), sys.argv[1])
 """
 IDS = torch.arange(4)[None]

@@ -27,6 +27,7 @@ KINDS = (
     "demo",
     "compile-time",
     "text",
+    "kv-cache",
     "profile",
     "train",
     "report",

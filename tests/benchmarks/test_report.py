@@ -112,7 +112,7 @@ def test_a_table_is_of_one_device_and_says_where_it_is_from(results: Path) -> No
 
 def test_every_block_says_how_it_is_made_where_there_are_no_results(tmp_path: Path) -> None:
     for name in BLOCKS:
-        kind = {"transforms": "kernels", "compile_time": "compile-time", "ends": "quality --ends"}.get(name, name)
+        kind = {"transforms": "kernels", "ends": "quality --ends"}.get(name, name.replace("_", "-"))
         assert block_text(name, tmp_path) == f"Not measured yet: `python -m benchmarks {kind}`."
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_spec import Emitted
 from bwla_compiler.errors import BwlaError
-from bwla_compiler.runtime import derived, on_triton, triton_launch, triton_tuner
+from bwla_compiler.runtime import derived, on_triton, ops, triton_launch, triton_tuner
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.derived import Derived
 from bwla_compiler.runtime.portable import Prologue
@@ -109,6 +109,24 @@ def test_a_traced_launch_is_seen_as_a_triton_kernel() -> None:
     kernels = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(kernels) == 1
     assert kernels[0].kwargs["grid"] == [(2, 1, 1)]
+
+
+@pytest.mark.parametrize("tokens, launched", [(1, 2), (8, 3)])
+def test_operators_are_calls_and_decomposed_they_are_triton_kernels(tokens: int, launched: int) -> None:
+    op = torch.ops.bwla.linear.default
+
+    def run(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
+        y: Tensor = op(x, words, scale, None, None, None, None, None, 6)
+        return y
+
+    with FakeTensorMode(), torch.device("cuda"):
+        x, words = torch.empty(tokens, 4096), torch.empty(1, 32, 256, 4, dtype=torch.int32)
+        operands = (x, words, torch.empty(1, 256, 1))
+        whole = make_fx(run)(*operands).graph
+        taken_apart = make_fx(run, decomposition_table={op: ops._linear_with(False)})(*operands).graph
+    assert [node.target for node in whole.nodes if node.op == "call_function"] == [op]
+    kernels = [node for node in taken_apart.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(kernels) == launched  # the prologue, then one decode kernel, or a product in parts and their sum
 
 
 def test_nothing_is_derived_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
