@@ -12,6 +12,7 @@ from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.graph_order import dependence, mutation_between, positions, sink_readers
 from bwla_compiler.passes.packed_calls import OPS
 from bwla_compiler.runtime.routines import Member, Place, Routine, Step
+from bwla_compiler.runtime.triton_layout import n_rows
 from bwla_compiler.spec import FLOAT_BITS, ROUTINE_RESULTS
 
 _ATEN = torch.ops.aten
@@ -193,7 +194,7 @@ def _step(call: Call, number: Callable[[Node | None], Place]) -> Step:
     a = call.args
     lists = zip(*(a[i] for i in _MEMBER), a[_RESIDUAL], strict=True)
     members = tuple(
-        Member(weights[0].meta["val"].shape[1], tuple(map(_place, weights)), number(residual))
+        Member(n_rows(weights[0].meta["val"]), tuple(map(_place, weights)), number(residual))
         for *weights, residual in lists
     )
     weights = tuple(_place(a[i]) for i in _WEIGHTS)
