@@ -22,11 +22,16 @@ struct Seen {
   const at::TensorImpl* impl;
   const void* data;
   int64_t version;
+  caffe2::TypeMeta type;
+  c10::SmallVector<int64_t, 3> sizes, strides;
 
   explicit Seen(const Tensor& t)
-      : owner(t.getIntrusivePtr()), impl(t.unsafeGetTensorImpl()), data(t.const_data_ptr()), version(t._version()) {}
+      : owner(t.getIntrusivePtr()), impl(t.unsafeGetTensorImpl()), data(t.const_data_ptr()), version(t._version()),
+        type(t.dtype()), sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
   bool holds() const {  // the weak reference keeps the TensorImpl readable, not its values
-    return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data;
+    return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data &&
+           impl->dtype() == type && impl->sizes() == at::IntArrayRef(sizes) &&
+           impl->strides() == at::IntArrayRef(strides);
   }
 };
 

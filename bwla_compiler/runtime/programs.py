@@ -85,9 +85,12 @@ class Frame:
     bound: Bound | None
 
     def weight(self, place: str) -> Tensor:
-        """Return a weight by its place in a routine."""
+        """Return a weight by its place in a routine. Raises BwlaError where it is none any more."""
         found = self.arguments[int(place[1:])] if place[0] == "@" else self.tensors[place[1:]]
-        assert isinstance(found, Tensor)
+        if not isinstance(found, Tensor):
+            raise BwlaError(
+                f"a weight of compiled code is {found} by now: call torch._dynamo.reset() after such an edit"
+            )
         return found
 
 

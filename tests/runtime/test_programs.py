@@ -148,6 +148,23 @@ def test_no_edit_of_any_weight_is_missed(edit: str, runs: list[Routine]) -> None
         count = len(runs)
 
 
+def test_a_weight_of_another_shape_at_the_same_address_is_read_as_it_is() -> None:
+    block = Block()
+    block()
+    scale = next(a for a in block.arguments[2:] if a.shape == (1, 24, 1))
+    scale.data = scale.data[:, :5]  # no guard may be there to see it
+    with pytest.raises(ShapeError, match="scale"):
+        block()
+
+
+def test_a_weight_that_is_gone_is_named() -> None:
+    block = Block()
+    block()
+    block.arguments[3] = None  # type: ignore[call-overload]
+    with pytest.raises(BwlaError, match=r"is None by now: call torch\._dynamo\.reset"):
+        block()
+
+
 def test_torch_refuses_to_swap_a_bound_weight() -> None:
     """The one edit that neither an id nor a version shows."""
     block = Block()

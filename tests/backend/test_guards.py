@@ -1,0 +1,128 @@
+"""Guards that are left out: fewer checks before a call, and still no edit of a packed weight that goes unseen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bwla_compiler.backend import entry
+from bwla_compiler.backend.entry import compile_backend
+from bwla_compiler.backend.guards import leave_out_guards
+from bwla_compiler.calibrate.quantize import quantize_model
+from bwla_compiler.errors import ShapeError
+from bwla_compiler.passes.shared_functions import share_functions
+from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime.modules import PackedLinear
+from tests import tiny
+
+
+def packed() -> nn.Module:
+    model = tiny.make("qwen3", layers=1)
+    settings = {"psp.rank": 2, "psp.hidden_over": 32, "transform.kind": "okt", "tuning.steps": 0}
+    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    quantize_model(model, load_recipe("bwla-w1a6", settings), tokens)
+    share_functions(model)
+    return model
+
+
+def logits(run: Callable[..., Any]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = run(tiny.ids(), use_cache=False).logits
+    return found
+
+
+def guarded(monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], int]:
+    """Return the names of the tensors that Dynamo still checks, and how many inputs were freed of it."""
+    freed: list[int] = []
+    names: set[str] = set()
+
+    def noted(gm: Any, inputs: Any) -> int:
+        freed.append(leave_out_guards(gm, inputs))
+        context = torch._guards.TracingContext.get()
+        names.update(g.name for g in context.guards_context.dynamo_guards if g.create_fn_name() == "TENSOR_MATCH")
+        return freed[-1]
+
+    monkeypatch.setattr(entry, "leave_out_guards", noted)
+    torch._dynamo.reset()
+    logits(torch.compile(packed(), backend=compile_backend, fullgraph=True))
+    return names, freed[0]
+
+
+def test_signs_and_floats_stay_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, freed = guarded(monkeypatch)
+    buffers = [name for name in names if "layers" in name and "_proj" in name]
+    assert sum("'signs'" in name for name in buffers) == 7
+    assert not any(part in name for name in buffers for part in ("row_scale", "low_rank", "exponent", "left", "right"))
+    assert any("norm" in name for name in names)
+    assert freed >= 7 * 6  # scale, pair, their exponents; transforms besides
+
+
+def other(buffer: Tensor) -> Tensor:
+    """Return the same values at other places, or, of one value, another."""
+    return buffer.roll(1) if buffer.numel() > 1 else buffer + 1
+
+
+def replace(module: PackedLinear, name: str) -> None:
+    setattr(module, name, other(getattr(module, name)))
+
+
+def in_place(module: PackedLinear, name: str) -> None:
+    buffer = getattr(module, name)
+    buffer.copy_(other(buffer))
+
+
+def set_data(module: PackedLinear, name: str) -> None:
+    buffer = getattr(module, name)
+    buffer.data = other(buffer)
+
+
+@pytest.mark.parametrize("edit", [replace, in_place, set_data])
+def test_edits_of_every_buffer_are_seen(edit: Callable[[PackedLinear, str], None]) -> None:
+    model = packed()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=compile_backend, fullgraph=True)
+    for _ in range(2):
+        before = logits(compiled)
+    for kind in ("q_proj", "down_proj"):
+        linear = next(m for name, m in model.named_modules() if name.endswith(kind))
+        assert isinstance(linear, PackedLinear)
+        transform = linear.transform
+        for module in (linear, *([transform] if transform is not None else [])):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if name == "typed" or buffer.numel() == 0:
+                    continue
+                edit(module, name)
+                after = logits(compiled)
+                assert torch.equal(after, logits(model)), f"{kind}.{name}"
+                assert not torch.equal(after, before), f"{kind}.{name} was not read anew"
+                before = after
+
+
+def test_a_scale_of_another_shape_is_refused_by_name() -> None:
+    model = packed()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=compile_backend, fullgraph=True)
+    for _ in range(2):
+        logits(compiled)
+    linear = next(m for m in model.modules() if isinstance(m, PackedLinear))
+    linear.row_scale = linear.row_scale[:, :-1].clone()
+    with pytest.raises(ShapeError, match="scale"):
+        logits(compiled)
+
+
+def test_other_signs_compile_anew() -> None:
+    """Twice the planes, as another recipe gives: a change of what was compiled, which the guard on signs sees."""
+    model = packed()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=compile_backend, fullgraph=True)
+    logits(compiled)
+    linear = next(m for m in model.modules() if isinstance(m, PackedLinear))
+    linear.signs = torch.cat([linear.signs, linear.signs])
+    linear.row_scale = torch.cat([linear.row_scale, linear.row_scale])
+    assert torch.equal(logits(compiled), logits(model))
+
+
+def test_nothing_is_left_out_outside_of_tracing() -> None:
+    assert leave_out_guards(torch.fx.symbolic_trace(nn.Identity()), [torch.ones(1)]) == 0
