@@ -51,9 +51,9 @@ class Bound:
         self._shared = True
         return self
 
-    def enter(self) -> int | None:
-        """Make these the routines that C++ runs on this thread, and return whose it ran before."""
-        return self._library.enter_program(self._handle)
+    def enter(self, bound: "Bound | None") -> int | None:
+        """Make these routines, or none, those that C++ runs on this thread; return whose it ran before."""
+        return self._library.enter_program(None if bound is None else bound._handle)
 
     def leave(self, before: int | None) -> None:
         """Undo `enter`."""
@@ -76,9 +76,9 @@ class Bound:
                 self._pick, self._seen = itemgetter(*positions), tuple(self._watched.values()) * 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frame:
-    """One call of a program. tensors: those of the graph's module by name."""
+    """One call of a program. tensors: those of the graph's module by name. bound: made when the first routine is."""
 
     arguments: Sequence[Any]
     tensors: Mapping[str, Tensor]
@@ -115,20 +115,19 @@ class Program:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the graph."""
-        bound = self._bound
-        if bound is None or not bound.serves(arguments):
-            library = native.operators() if native.wanted() else None
-            bound = None if library is None else Bound(library)
-        outer, _RUNNING.frame = _RUNNING.frame, Frame(arguments, self._tensors, bound)
-        before = None if bound is None else bound.enter()
+        bound = self._bound if self._bound is not None and self._bound.serves(arguments) else None
+        outer = _RUNNING.frame
+        frame = _RUNNING.frame = Frame(arguments, self._tensors, bound)
+        entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
+        before = None if entered is None else entered.enter(bound)
         try:
             results = self._run(*arguments)
         finally:
             _RUNNING.frame = outer
-            if bound is not None:
-                bound.leave(before)
-        if bound is not self._bound:
-            self._bound = None if bound is None else bound.share()
+            if entered is not None:
+                entered.leave(before)
+        if frame.bound is not None and frame.bound is not bound:
+            self._bound = frame.bound.share()
         return results
 
 
@@ -142,6 +141,8 @@ def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
         raise BwlaError("a routine runs inside its compiled graph alone: call what torch.compile returned")
     routine = parsed(text)
     results = routine.run(inputs, frame.weight)
+    if frame.bound is None and native.wanted() and (library := native.operators()) is not None:
+        frame.bound = Bound(library)
     if frame.bound is not None:
         frame.bound.bind(text, routine, frame)
     return results[0] if len(results) == 1 else tuple(results)

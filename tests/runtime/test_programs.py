@@ -329,6 +329,15 @@ def test_bound_routines_go_with_their_program(monkeypatch: pytest.MonkeyPatch) -
     assert handles[1] in freed
 
 
+def test_a_graph_without_routines_asks_nothing_of_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU machine the operators for the CPU are not built for it."""
+    monkeypatch.setattr(native, "operators", lambda: pytest.fail("built"))
+    program = Program(lambda x: x + 1, {})
+    for _ in range(2):
+        assert torch.equal(program(torch.ones(2)), torch.full((2,), 2.0))
+    assert program._bound is None
+
+
 def test_shapes_are_known_without_values() -> None:
     block = Block()
     found = block.routine.empty([a.to("meta") for a in block.arguments[:2]])
