@@ -23,7 +23,6 @@ _GROUP, _PROLOGUE = OPS.fused_group.default, OPS.prologue.default
 _GATE, _KIND, _EPS, _GAIN, _SHIFT, _SIGNS, _RESIDUAL, _BITS = 1, 2, 3, 4, 5, 12, 19, 20
 _WEIGHTS, _MEMBER = (6, 7, 8, 9, 10, 11, 14, 22), (12, 13, 15, 16, 17, 18, 21, 23)
 
-
 Call = Any
 """A Node that calls an operator of ours, whose operands have the types of its schema."""
 
@@ -108,6 +107,8 @@ def _heads(norm: Call) -> int | None:
     x, source = norm.args[0].meta["val"], _unsplit(norm).meta["val"]
     if x is source or x.shape == source.shape:
         return 1
+    if len(x.shape) < 2:
+        return None
     heads, channels = x.shape[-2:]
     fixed = isinstance(heads, int) and isinstance(channels, int)
     split = fixed and heads * channels == source.shape[-1] and x.shape[:-2] == source.shape[:-1]
