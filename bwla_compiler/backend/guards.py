@@ -46,7 +46,9 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
 def _is_free(node: Node) -> bool:
     """Whether an input is only read where its shape and dtype decide nothing."""
     return all(
-        not user.kwargs and all(i in _FREE.get(user.target, ()) for i, read in enumerate(user.args) if read is node)
+        user.target in _FREE
+        and not user.kwargs
+        and all(i in _FREE[user.target] for i, read in enumerate(user.args) if read is node)
         for user in node.users
     )
 

@@ -29,13 +29,17 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
     prepare(gm, example_inputs)
-    patches = {**UNCHECKED, **(torch._inductor.list_mode_options(mode) if mode else {}), **inductor_passes()}
     tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    chosen = torch._inductor.list_mode_options(mode) if mode else {}
+    patches = {**UNCHECKED, **chosen, **inductor_passes(tuple(tensors))}
     return Program(cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches)), tensors)
 
 
-def inductor_passes() -> dict[str, Any]:
-    """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports."""
+def inductor_passes(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports.
+
+    names: of the tensors of the graph's module, in order.
+    """
     from bwla_compiler.passes.inductor_pass import InductorFusion  # imports Inductor
 
-    return {"post_grad_custom_pre_pass": InductorFusion()}
+    return {"post_grad_custom_pre_pass": InductorFusion(names)}

@@ -3,6 +3,13 @@
 DERIVED = r"""
 constexpr int NO_EXPONENT = 1 << 10;
 
+// A storage that a tensor had: while this lives, no other storage takes its address.
+using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
+WeakStorage weak_storage(const Tensor& t) { return t.storage().getWeakStorageImpl(); }
+bool is_storage(const WeakStorage& seen, const at::TensorImpl& t) {
+  return seen._unsafe_get_target() == t.unsafe_storage().unsafeGetStorageImpl();
+}
+
 // Values derived from tensors, each kept while its tensor lives and is not edited. The weak reference keeps the
 // TensorImpl's address from being taken by another tensor; entries of dead tensors leave when a new one comes.
 class Derived {
@@ -23,8 +30,8 @@ class Derived {
     entries.erase(key);
     made++;
     Tensor value = make();
-    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), tensor.data_ptr(),
-                               tensor._version(), extra,
+    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), weak_storage(tensor),
+                               tensor.data_ptr(), tensor._version(), extra,
                                tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), value});
     return value;
   }
@@ -44,6 +51,7 @@ class Derived {
  private:
   struct Entry {
     c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
+    WeakStorage storage;
     const void* data;
     int64_t version;
     int extra;
@@ -52,7 +60,8 @@ class Derived {
     Tensor value;
 
     bool describes(const Tensor& t, int extra) const {
-      return data == t.data_ptr() && version == t._version() && this->extra == extra && type == t.scalar_type() &&
+      return data == t.data_ptr() && is_storage(storage, *t.unsafeGetTensorImpl()) && version == t._version() &&
+             this->extra == extra && type == t.scalar_type() &&
              t.sizes() == sizes && t.strides() == strides;
     }
   };

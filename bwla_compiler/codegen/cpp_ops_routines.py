@@ -19,6 +19,7 @@ std::atomic<long> forgotten{0};  // grows whenever something derived may be wron
 // A weight as it was when a routine was bound to it.
 struct Seen {
   c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
+  WeakStorage storage;
   const at::TensorImpl* impl;
   const void* data;
   int64_t version;
@@ -26,11 +27,12 @@ struct Seen {
   c10::SmallVector<int64_t, 3> sizes, strides;
 
   explicit Seen(const Tensor& t)
-      : owner(t.getIntrusivePtr()), impl(t.unsafeGetTensorImpl()), data(t.const_data_ptr()), version(t._version()),
-        type(t.dtype()), sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
+      : owner(t.getIntrusivePtr()), storage(weak_storage(t)), impl(t.unsafeGetTensorImpl()),
+        data(t.const_data_ptr()), version(t._version()), type(t.dtype()),
+        sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
   bool holds() const {  // the weak reference keeps the TensorImpl readable, not its values
     return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data &&
-           impl->dtype() == type && impl->sizes() == at::IntArrayRef(sizes) &&
+           is_storage(storage, *impl) && impl->dtype() == type && impl->sizes() == at::IntArrayRef(sizes) &&
            impl->strides() == at::IntArrayRef(strides);
   }
 };
@@ -124,13 +126,13 @@ struct Routine {
   bool fit = true;
 
   Routine(Words words, const double* eps, const std::vector<Tensor>& bound) {
+    for (const Tensor& t : bound) weights.emplace_back(t);  // first: an edit while values are derived is one to be seen
     n_inputs = words.next(), outputs.resize(words.next());
     for (int64_t& place : outputs) place = words.next();
     for (int64_t left = words.next(); left > 0 && fit; left--) {
       steps.emplace_back(words, *eps++, bound);
       fit = steps.back().fit;
     }
-    for (const Tensor& t : bound) weights.emplace_back(t);
   }
 
   bool is_fresh() const {
@@ -200,7 +202,10 @@ struct RoutineOf {
 EXPORTS = r"""
 // A new program, for bwla_enter and bwla_bind; to be given back to bwla_free.
 EXPORT void* bwla_program() { return new Program; }
-EXPORT void bwla_free(void* program) { delete (Program*)program; }
+EXPORT void bwla_free(void* program) {
+  if (running == program) running = nullptr;
+  delete (Program*)program;
+}
 
 // Make this the program of the calling thread, and return the one before it.
 EXPORT void* bwla_enter(void* program) { return std::exchange(running, (Program*)program); }

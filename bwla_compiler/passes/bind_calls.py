@@ -37,8 +37,14 @@ class BindCalls:
     name: ClassVar[str] = "bind-calls"
 
     def run(self, graph: Graph) -> PassReport:
-        """Rewrite in place; the report lists each routine, and each call that cannot be in one."""
+        """Rewrite in place; the report lists each routine, and each call that cannot be in one.
+
+        Nothing is done to a graph whose inputs are not those of its program, one by one and in order: a backward
+        graph, or one of whose inputs AOTAutograd made another.
+        """
         report = PassReport(self.name)
+        if not _has_known_inputs(graph):
+            return report
         order, chain = positions(graph), list[Call]()
         for node in list(graph.nodes):
             if node.target not in (_GROUP, _PROLOGUE):
@@ -56,6 +62,14 @@ class BindCalls:
         return report
 
 
+def _has_known_inputs(graph: Graph) -> bool:
+    """Whether the inputs are tensors of the module, and then the arguments in their order."""
+    described = [node.meta.get("desc") for node in graph.nodes if node.op == "placeholder"]
+    plain = [one.idx for one in described if isinstance(one, PlainAOTInput)]
+    known = all(isinstance(one, (PlainAOTInput, ParamAOTInput, BufferAOTInput)) for one in described)
+    return known and plain == list(range(len(plain)))
+
+
 def _refusal(call: Call) -> str:
     """Return why a call cannot be in a routine, or ""."""
     x = call.args[0].meta["val"]
@@ -64,7 +78,7 @@ def _refusal(call: Call) -> str:
     if not isinstance(x.shape[-1], int) or (call.target is _PROLOGUE and _heads(call) is None):
         return "its input has no fixed number of channels"
     strange = next((w for w in _weights(call) if w is not None and _place(w) is None), None)
-    return "" if strange is None else f"{strange} is no input of the graph"
+    return "" if strange is None else f"{strange} is no input that stays as it is"
 
 
 def _weights(call: Call) -> Iterator[Node | None]:
@@ -83,13 +97,22 @@ def _gains(call: Call) -> tuple[Node | None, Node | None]:
 
 
 def _place(weight: Node | None) -> Place:
-    """Return where a program finds a weight, None where it cannot."""
-    described = None if weight is None or weight.op != "placeholder" else weight.meta.get("desc")
+    """Return where a program finds a weight; None where it cannot, or where the graph itself edits it.
+
+    Inductor, which does not see that a routine reads it, might put the edit first.
+    """
+    if weight is None or weight.op != "placeholder" or any(map(_is_edit, weight.users)):
+        return None
+    described = weight.meta.get("desc")
     if isinstance(described, PlainAOTInput):
         return f"@{described.idx}"
-    if isinstance(described, (ParamAOTInput, BufferAOTInput)):
+    if isinstance(described, (ParamAOTInput, BufferAOTInput)) and not set(described.target) & set(" \n"):
         return f"={described.target}"
     return None
+
+
+def _is_edit(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _activations(call: Call) -> list[Node]:
@@ -112,7 +135,7 @@ def _heads(norm: Call) -> int | None:
     heads, channels = x.shape[-2:]
     fixed = isinstance(heads, int) and isinstance(channels, int)
     split = fixed and heads * channels == source.shape[-1] and x.shape[:-2] == source.shape[:-1]
-    return heads if split else None
+    return heads if split and heads > 1 else None  # one head would be taken for no split
 
 
 def _unsplit(norm: Call) -> Node:

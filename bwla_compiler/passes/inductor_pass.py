@@ -1,6 +1,8 @@
 """Our passes as Inductor runs them: on the decomposed graph, known to its cache by their source."""
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -33,12 +35,13 @@ def _dump() -> GraphDump | None:
 
 
 class InductorFusion(CustomGraphPass):
-    """Runs our passes on each graph.
+    """Runs our passes on each graph. names: of the tensors of the graph's module, which routines are written with.
 
     `reports` holds what UnrepeatHeads, FuseKernels and BindCalls said; nothing of graphs from Inductor's cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = tuple(names)
         self.reports: list[PassReport] = []
 
     def __call__(self, graph: Graph) -> None:
@@ -58,8 +61,11 @@ class InductorFusion(CustomGraphPass):
         KeepSines().run(graph)
 
     def uuid(self) -> bytes:
-        """Return a hash of the source of every file that decides what the pass does."""
+        """Return a hash of the source of every file that decides what the pass does, and of the tensors' names.
+
+        Inductor's own key holds the order of a graph's inputs, and not what they are called.
+        """
         home = Path(__file__).parent
         files = (*(str(home / f"{name}.py") for name in _SOURCES), routines.__file__)
         key: bytes = get_hash_for_files(files)
-        return key
+        return key + hashlib.blake2b("\n".join(self._names).encode(), digest_size=16).digest()

@@ -5,7 +5,9 @@ which then has it bound to the weights of this call; from the next call on, C++ 
 tensor, unedited, before it runs. Weights that are other tensors than before are bound anew.
 """
 
+import functools
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ from bwla_compiler.runtime import native
 from bwla_compiler.runtime.routines import Place, Routine, parsed
 from bwla_compiler.spec import PROLOGUES
 
+MOST_BOUND = 256
+"""Sets of weights that one program keeps bound: blocks that were compiled one by one share a program."""
+
 
 class Bound:
     """Routines that C++ has bound to one set of weights; it drops them when nothing refers to this any more.
 
-    It belongs to the call that made it until `share`, which knows every weight that its routines read.
+    It belongs to the call that made it until `share`, when every weight that its routines read is known.
     """
 
     def __init__(self, library: native.NativeOperators) -> None:
@@ -32,24 +37,18 @@ class Bound:
         self._lock = threading.Lock()
         self._shared = False
         self._texts: set[str] = set()
-        self._watched: dict[int, int] = {}  # id of the weight at each position of the arguments
-        self._pick: Callable[[Sequence[Any]], Sequence[Any]] | None = None
-        self._seen: tuple[int, ...] = ()
+        self.positions: dict[int, None] = {}
+        """Where weights stand among the arguments, in the order in which they were bound."""
+        self.owners: list[weakref.ref[Any]] = []
+        """To those weights, each with what is to happen when it dies."""
 
     def __del__(self) -> None:
         self._library.free_program(self._handle)
 
-    def serves(self, arguments: Sequence[Any]) -> bool:
-        """Whether the weights among the arguments are the tensors that routines were bound to.
-
-        An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
-        """
-        return self._pick is None or tuple(map(id, self._pick(arguments))) == self._seen
-
-    def share(self) -> "Bound":
-        """Let other calls use what is bound; from now on, only that is ever bound anew."""
+    def share(self) -> bool:
+        """Let other calls use what is bound, and return whether there is any; only that is bound anew from now on."""
         self._shared = True
-        return self
+        return bool(self._texts)
 
     def enter(self, bound: "Bound | None") -> int | None:
         """Make these routines, or none, those that C++ runs on this thread; return whose it ran before."""
@@ -66,14 +65,9 @@ class Bound:
                 return
             words, eps = _numbers(routine)
             weights = array("Q", (frame.weight(place)._cdata for place in routine.weights))
-            if not self._library.bind(self._handle, text, words, eps, weights):
-                return
-            self._texts.add(text)
-            for position in (int(place[1:]) for place in routine.weights if place[0] == "@"):
-                self._watched[position] = id(frame.arguments[position])
-            positions = [*self._watched, *self._watched]  # itemgetter gives a tuple for two and more alone
-            if positions:
-                self._pick, self._seen = itemgetter(*positions), tuple(self._watched.values()) * 2
+            if self._library.bind(self._handle, text, words, eps, weights):
+                self._texts.add(text)
+                self.positions.update((int(place[1:]), None) for place in routine.weights if place[0] == "@")
 
 
 @dataclass
@@ -111,24 +105,67 @@ class Program:
 
     def __init__(self, run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> None:
         self._run, self._tensors = run, tensors
-        self._bound: Bound | None = None
+        self._bounds: tuple[tuple[int, ...], dict[tuple[int, ...], Bound]] = ((), {})  # replaced as one, for threads
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the graph."""
-        bound = self._bound if self._bound is not None and self._bound.serves(arguments) else None
+        bound = self._known(arguments)
         outer = _RUNNING.frame
-        frame = _RUNNING.frame = Frame(arguments, self._tensors, bound)
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
-        before = None if entered is None else entered.enter(bound)
+        frame = Frame(arguments, self._tensors, bound)
+        before = None
         try:
+            _RUNNING.frame = frame
+            before = None if entered is None else entered.enter(bound)
             results = self._run(*arguments)
         finally:
             _RUNNING.frame = outer
             if entered is not None:
                 entered.leave(before)
-        if frame.bound is not None and frame.bound is not bound:
-            self._bound = frame.bound.share()
+        if frame.bound is not None and frame.bound is not bound and frame.bound.share():
+            self._keep(frame.bound, arguments)
         return results
+
+    def _known(self, arguments: Sequence[Any]) -> Bound | None:
+        """Return what is bound to the weights among the arguments.
+
+        An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
+        """
+        positions, bounds = self._bounds
+        return bounds.get(_ids(positions, arguments)) if bounds else None
+
+    def _keep(self, bound: Bound, arguments: Sequence[Any]) -> None:
+        """Use what is bound whenever these weights come again, as long as they live."""
+        with self._lock:
+            positions, bounds = self._bounds
+            if positions != tuple(bound.positions):
+                positions, bounds = self._bounds = tuple(bound.positions), {}
+            while len(bounds) >= MOST_BOUND:
+                del bounds[next(iter(bounds))]
+            key = _ids(positions, arguments)
+            bound.owners = [
+                weakref.ref(arguments[i], functools.partial(_drop, weakref.ref(self), key)) for i in positions
+            ]
+            bounds[key] = bound
+
+
+def _drop(program: "weakref.ref[Program]", key: tuple[int, ...], dead: object) -> None:
+    """Let go of what was bound to a weight that died."""
+    if (found := program()) is not None:
+        found._bounds[1].pop(key, None)
+
+
+def _ids(positions: tuple[int, ...], arguments: Sequence[Any]) -> tuple[int, ...]:
+    """Return the ids of the arguments at these positions."""
+    if len(positions) < 2:  # itemgetter gives a tuple for two and more alone
+        return tuple(id(arguments[position]) for position in positions)
+    return tuple(map(id, _picker(positions)(arguments)))
+
+
+@functools.lru_cache(maxsize=256)
+def _picker(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    return itemgetter(*positions)
 
 
 def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:

@@ -124,5 +124,24 @@ def test_other_signs_compile_anew() -> None:
     assert torch.equal(logits(compiled), logits(model))
 
 
+def test_a_buffer_that_others_read_stays_guarded() -> None:
+    """Also in a list, and as a result of the graph."""
+    linear = next(m for m in packed().modules() if isinstance(m, PackedLinear) and m.rank)
+
+    def function(x: Tensor) -> Any:
+        assert linear.low_rank_out is not None
+        return linear(x), torch.cat([linear.low_rank_in, linear.low_rank_in]), linear.low_rank_out
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(function, backend=compile_backend), torch.ones(2, linear.in_features)
+    with torch.no_grad():
+        compiled(x)
+        for name, axis in (("low_rank_in", 0), ("low_rank_out", 1), ("low_rank_scale", 0)):
+            setattr(linear, name, getattr(linear, name).narrow(axis, 0, 1).clone())
+        for found, want in zip(compiled(x), function(x), strict=True):
+            assert found.shape == want.shape
+            assert torch.equal(found, want)
+
+
 def test_nothing_is_left_out_outside_of_tracing() -> None:
     assert leave_out_guards(torch.fx.symbolic_trace(nn.Identity()), [torch.ones(1)]) == 0

@@ -42,7 +42,7 @@ def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
 @pytest.mark.parametrize("name", ["gpt2", *wider("llama-tied", "llama", "qwen2", "qwen3", "mistral", "phi3", "opt")])
 def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = inductor_passes()
-    monkeypatch.setattr(lower, "inductor_passes", lambda: passes)
+    monkeypatch.setattr(lower, "inductor_passes", lambda names: passes)
     model = packed(name)
     torch._dynamo.reset()
     uncached = (inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False))
@@ -81,7 +81,7 @@ class Attended(CustomGraphPass):
 
 def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = {**inductor_passes(), "post_grad_custom_post_pass": (seen := Attended())}
-    monkeypatch.setattr(lower, "inductor_passes", lambda: passes)
+    monkeypatch.setattr(lower, "inductor_passes", lambda names: passes)
     model, ids = tiny.make("llama", layers=1), tiny.ids()
     quantize_model(model, load_recipe("hadamard-rtn"), None)
     share_functions(model)
@@ -104,6 +104,8 @@ def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPa
 def test_the_pass_is_known_to_inductors_cache_by_its_source() -> None:
     (first,), (second,) = (inductor_passes().values() for _ in range(2))
     assert first.uuid() == second.uuid()
+    (other,) = inductor_passes(("b", "a")).values()  # routines name the tensors of a raw model's copy
+    assert other.uuid() != inductor_passes(("a", "b"))["post_grad_custom_pre_pass"].uuid() != first.uuid()
     sources = {Path(inductor_pass.__file__).with_name(f"{name}.py") for name in inductor_pass._SOURCES}
     imported = {
         Path(module.__file__ or "")
