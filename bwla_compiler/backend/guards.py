@@ -1,9 +1,9 @@
 """Dynamo's guards on packed weights: those that protect nothing are left out.
 
-A linear of six tensors a linear has some fifteen checks before every call, and a step of a small model spent a tenth of
-its time in them. Of the integers that our operators read, only the signs decide a shape: the operators look at all the
-others at every call, whatever they are by then, and say what does not fit. So nothing compiled depends on them, and
-Dynamo need not look too. Guards on signs, on floats (which may ask for a gradient) and on what others read stay.
+A packed linear has some seven tensors, each checked before every call: a tenth of the time of a small model's step. Of
+the integers that our operators read, only the signs decide a shape: the operators look at all the others at every call,
+whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
+Guards on signs, on floats (which may ask for a gradient) and on what others read stay.
 """
 
 from collections.abc import Sequence

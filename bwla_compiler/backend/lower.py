@@ -10,8 +10,8 @@ from bwla_compiler.backend.prepare import prepare
 from bwla_compiler.runtime.programs import Program
 
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
-"""Inductor's checks of every tensor at every call, left out: Dynamo's guards have seen to the inputs, and our operators
-are tested to give what they promise. Hundreds of packed tensors a step made them about a tenth of a small model's."""
+"""Inductor's checks of every tensor at every call, left out: Dynamo's guards or our operators look at the inputs, and
+our operators are tested to give what they promise. Hundreds of packed tensors made them a tenth of a small step."""
 
 
 class HandOver(Protocol):

@@ -3,15 +3,32 @@
 DERIVED = r"""
 constexpr int NO_EXPONENT = 1 << 10;
 
-// A storage that a tensor had: while this lives, no other storage takes its address.
-using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
-WeakStorage weak_storage(const Tensor& t) { return t.storage().getWeakStorageImpl(); }
-bool is_storage(const WeakStorage& seen, const at::TensorImpl& t) {
-  return seen._unsafe_get_target() == t.unsafe_storage().unsafeGetStorageImpl();
-}
+// A tensor as it was when something was derived from it. The weak references keep the addresses of its TensorImpl and
+// its storage from being taken by others; they do not keep its values.
+struct Seen {
+  c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  const at::TensorImpl* impl;
+  const void* data;
+  int64_t version;
+  caffe2::TypeMeta type;
+  c10::SmallVector<int64_t, 3> sizes, strides;
 
-// Values derived from tensors, each kept while its tensor lives and is not edited. The weak reference keeps the
-// TensorImpl's address from being taken by another tensor; entries of dead tensors leave when a new one comes.
+  explicit Seen(const Tensor& t)
+      : owner(t.getIntrusivePtr()), storage(t.storage().getWeakStorageImpl()), impl(t.unsafeGetTensorImpl()),
+        data(t.const_data_ptr()), version(t._version()), type(t.dtype()),
+        sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
+
+  // Whether the tensor lives, and nobody has edited it.
+  bool holds() const {
+    return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data &&
+           storage._unsafe_get_target() == impl->unsafe_storage().unsafeGetStorageImpl() && impl->dtype() == type &&
+           impl->sizes() == at::IntArrayRef(sizes) && impl->strides() == at::IntArrayRef(strides);
+  }
+};
+
+// Values derived from tensors, each kept while its tensor lives and is not edited; entries of dead tensors leave when a
+// new one comes.
 class Derived {
  public:
   // make(), called once a state of `tensor` and `extra`. An inference tensor has no version: nothing is kept for it.
@@ -25,14 +42,15 @@ class Derived {
     at::TensorImpl* key = tensor.unsafeGetTensorImpl();
     std::lock_guard<std::mutex> lock(mutex);
     auto found = entries.find(key);
-    if (found != entries.end() && found->second.describes(tensor, extra)) return found->second.value;
-    for (auto it = entries.begin(); it != entries.end();) it = it->second.owner.expired() ? entries.erase(it) : ++it;
+    if (found != entries.end() && found->second.extra == extra && found->second.seen.holds())
+      return found->second.value;
+    for (auto it = entries.begin(); it != entries.end();)
+      it = it->second.seen.owner.expired() ? entries.erase(it) : ++it;
     entries.erase(key);
     made++;
+    Seen seen(tensor);  // before: an edit while the value is made is one to be seen
     Tensor value = make();
-    entries.emplace(key, Entry{decltype(Entry::owner)(tensor.getIntrusivePtr()), weak_storage(tensor),
-                               tensor.data_ptr(), tensor._version(), extra,
-                               tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), value});
+    entries.emplace(key, Entry{std::move(seen), extra, value});
     return value;
   }
 
@@ -50,20 +68,9 @@ class Derived {
 
  private:
   struct Entry {
-    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
-    WeakStorage storage;
-    const void* data;
-    int64_t version;
+    Seen seen;
     int extra;
-    at::ScalarType type;
-    std::vector<int64_t> sizes, strides;
     Tensor value;
-
-    bool describes(const Tensor& t, int extra) const {
-      return data == t.data_ptr() && is_storage(storage, *t.unsafeGetTensorImpl()) && version == t._version() &&
-             this->extra == extra && type == t.scalar_type() &&
-             t.sizes() == sizes && t.strides() == strides;
-    }
   };
   std::mutex mutex;
   std::unordered_map<at::TensorImpl*, Entry> entries;
@@ -83,6 +90,8 @@ bool dense_cpu(const Tensor& t) { return t.device().is_cpu() && t.layout() == at
 bool is_float(const Tensor& t) {
   return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
 }
+// Whether x can be a kernel's input: floats [..., n] on the CPU.
+bool is_input(const Tensor& x) { return x.dim() >= 1 && dense_cpu(x) && is_float(x); }
 bool is_float(const Maybe& t) { return !t || (is_float(*t) && dense_cpu(*t)); }
 
 // Whether these are values: floats, or int16 bits of float16 with an int8 power of two beside them.

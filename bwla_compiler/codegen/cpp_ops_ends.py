@@ -9,7 +9,7 @@ using Int8Route =
 
 Tensor int8_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& bias,
                    const Maybe& exponent) {
-  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && dense_cpu(codes) && codes.dim() == 2 &&
+  const bool good = is_input(x) && dense_cpu(codes) && codes.dim() == 2 &&
                     codes.scalar_type() == at::kChar && codes.size(1) == x.size(-1) && are_values(scale, exponent) &&
                     scale.dim() == 1 && scale.size(0) == codes.size(0) && is_float(bias) &&
                     (!bias || (bias->dim() == 1 && bias->size(0) == codes.size(0)));
@@ -67,7 +67,7 @@ using Int4Route =
 
 Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Maybe& bias, int64_t group,
                    const Maybe& exponent) {
-  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) &&
+  const bool good = is_input(x) &&
                     are_nibbles(codes, scale, exponent, x.size(-1), group) && is_float(bias) &&
                     (!bias || (bias->dim() == 1 && bias->size(0) == codes.size(0)));
   if (!good || tokens_of(x) > int8_tokens) return Int4Route::portable(x, codes, scale, bias, group, exponent);
@@ -125,7 +125,7 @@ struct Factors {
 
 Tensor transform(const Tensor& x, const Maybe& scale, const Maybe& left, const Maybe& right,
                  const Maybe& scale_exponent, const Maybe& left_exponent, const Maybe& right_exponent) {
-  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x);
+  const bool good = is_input(x);
   const Factors f(good ? x.size(-1) : 0, scale, left, right, scale_exponent, left_exponent, right_exponent);
   if (!good || !f.fit)
     return TransformRoute::portable(x, scale, left, right, scale_exponent, left_exponent, right_exponent);

@@ -67,7 +67,7 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
   const Tensor gates = gate ? plain(*gate) : Tensor();
   Prologue prologue = before.prologue;
   prologue.gate = address(gates);
-  const Bound linears(members.linears, column_scale, column_exponent, x.size(-1), bits);
+  const Linears linears(members.linears, column_scale, column_exponent, x.size(-1), bits);
   return linears.run(x, &prologue, members.residuals);
 }
 
@@ -86,7 +86,7 @@ using PrologueRoute =
 
 // A norm or activation function alone.
 Tensor prologue(const Tensor& x, std::string_view kind, double eps, const Maybe& gain, const Maybe& shift) {
-  const bool good = x.dim() >= 1 && dense_cpu(x) && is_float(x) && kind != "none" && x.size(-1) > 0 &&
+  const bool good = is_input(x) && kind != "none" && x.size(-1) > 0 &&
                     takes_prologue(x.size(-1), kind, false, gain, shift);
   if (!good) return PrologueRoute::portable(x, kind, eps, gain, shift);
   const Factors none(1, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING);

@@ -26,10 +26,14 @@ struct Linear {
   }
 };
 
+// Whether these, where they are given, are scales of n channels.
+bool are_columns(const Maybe& scale, const Maybe& exponent, int64_t n) {
+  return are_values(scale, exponent) && (!scale || (scale->dim() == 1 && scale->size(0) == n));
+}
+
 bool takes(const Tensor& x, const Maybe& column_scale, const Maybe& column_exponent, int64_t bits) {
-  if (x.dim() < 1 || !dense_cpu(x) || !is_float(x) || !((2 <= bits && bits <= 8) || bits >= 16)) return false;
-  if (!are_values(column_scale, column_exponent)) return false;
-  return !column_scale || (column_scale->dim() == 1 && column_scale->size(0) == x.size(-1));
+  return is_input(x) && ((2 <= bits && bits <= 8) || bits >= 16) &&
+         are_columns(column_scale, column_exponent, x.size(-1));
 }
 
 // Whether t, where there is one, has the shape of a result for x.
@@ -51,14 +55,14 @@ Tensor typed_like(Tensor y, const Tensor& x) { return y.scalar_type() == x.scala
 
 // Linears that share an input of n channels, with what is derived from their weights at hand. It is held here; the
 // operands themselves are for the caller to keep alive. All fit.
-struct Bound {
+struct Linears {
   std::vector<Tensor> held;
   std::vector<Member> members;
   const void* column_scale = nullptr;
   int limit = 0;
 
-  Bound() = default;
-  Bound(const std::vector<Linear>& linears, const Maybe& columns, const Maybe& exponent, int64_t n, int64_t bits)
+  Linears() = default;
+  Linears(const std::vector<Linear>& linears, const Maybe& columns, const Maybe& exponent, int64_t n, int64_t bits)
       : column_scale(hold(values_of(columns, exponent), columns)), limit(bits >= 16 ? 0 : (1 << (bits - 1)) - 1) {
     for (const Linear& linear : linears) {
       Member member{};
@@ -115,7 +119,7 @@ Tensor linear(const Tensor& x, const Tensor& signs, const Tensor& scale, const M
   if (!takes(x, column_scale, column_exponent, bits) || !member.fits(x.size(-1)))
     return LinearRoute::portable(x, signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, bits,
                                  scale_exponent, column_exponent, rank_exponent);
-  return Bound({member}, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {})[0];
+  return Linears({member}, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {})[0];
 }
 
 // The linears of a group, from one list per operand.
@@ -164,6 +168,6 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList signs, at::Tens
   if (!good)
     return GroupRoute::portable(x, signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, bits,
                                 scale_exponent, column_exponent, rank_exponent);
-  return Bound(members.linears, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {});
+  return Linears(members.linears, column_scale, column_exponent, x.size(-1), bits).run(x, nullptr, {});
 }
 """

@@ -16,27 +16,6 @@ ROUTINES = (
     r"""
 std::atomic<long> forgotten{0};  // grows whenever something derived may be wrong though no tensor shows it
 
-// A weight as it was when a routine was bound to it.
-struct Seen {
-  c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> owner;
-  WeakStorage storage;
-  const at::TensorImpl* impl;
-  const void* data;
-  int64_t version;
-  caffe2::TypeMeta type;
-  c10::SmallVector<int64_t, 3> sizes, strides;
-
-  explicit Seen(const Tensor& t)
-      : owner(t.getIntrusivePtr()), storage(weak_storage(t)), impl(t.unsafeGetTensorImpl()),
-        data(t.const_data_ptr()), version(t._version()), type(t.dtype()),
-        sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
-  bool holds() const {  // the weak reference keeps the TensorImpl readable, not its values
-    return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data &&
-           is_storage(storage, *impl) && impl->dtype() == type && impl->sizes() == at::IntArrayRef(sizes) &&
-           impl->strides() == at::IntArrayRef(strides);
-  }
-};
-
 // Numbers of a routine, read in turn.
 struct Words {
   const int64_t *at, *end;
@@ -49,7 +28,7 @@ struct Words {
 // A norm or activation function, a transform, and linears, or the first alone; with places of what they read.
 struct Step {
   Before before;
-  Bound linears;
+  Linears linears;
   int64_t columns = 0, heads = 1, x = 0, gate = -1, gain = -1, shift = -1;  // gain and shift where they are values
   c10::SmallVector<int64_t, 4> residuals;
   bool fit = false;
@@ -72,8 +51,7 @@ struct Step {
     }
     const Factors f(columns, one[2], one[3], one[4], one[5], one[6], one[7]);
     fit = f.fit && takes_prologue(columns, kind, gate >= 0, one[0], one[1]) &&
-          (kind.ends_with("_norm") || (gain < 0 && shift < 0)) && are_values(one[8], one[9]) &&
-          (!one[8] || (one[8]->dim() == 1 && one[8]->size(0) == columns));
+          (kind.ends_with("_norm") || (gain < 0 && shift < 0)) && are_columns(one[8], one[9], columns);
     std::vector<Linear> all;
     for (const auto& p : parts) {
       fit = fit && p[0] && p[1];
@@ -83,13 +61,13 @@ struct Step {
     }
     if (!fit) return;
     before = Before(kind, eps, one[0], one[1], f);
-    linears = Bound(all, one[8], one[9], columns, bits);
+    linears = Linears(all, one[8], one[9], columns, bits);
   }
 
   // Add this step's results to the values; false where they do not fit it.
   bool run(std::vector<Tensor>& values) const {
     const Tensor& x = values[this->x];
-    if (x.dim() < 1 || !dense_cpu(x) || !is_float(x) || x.size(-1) != columns * heads) return false;
+    if (!is_input(x) || x.size(-1) != columns * heads) return false;
     if (gate >= 0 && !is_gate(values[gate], x)) return false;
     Prologue prologue = before.prologue;
     c10::SmallVector<Tensor, 3> kept;  // the addresses below are valid while these live
@@ -125,12 +103,12 @@ struct Routine {
   long epoch = forgotten;
   bool fit = true;
 
-  Routine(Words words, const double* eps, const std::vector<Tensor>& bound) {
-    for (const Tensor& t : bound) weights.emplace_back(t);  // first: an edit while values are derived is one to be seen
+  Routine(Words words, const double* eps, const std::vector<Tensor>& read) {
+    for (const Tensor& t : read) weights.emplace_back(t);  // first: an edit while values are derived is one to be seen
     n_inputs = words.next(), outputs.resize(words.next());
     for (int64_t& place : outputs) place = words.next();
     for (int64_t left = words.next(); left > 0 && fit; left--) {
-      steps.emplace_back(words, *eps++, bound);
+      steps.emplace_back(words, *eps++, read);
       fit = steps.back().fit;
     }
   }
@@ -149,8 +127,8 @@ struct Routine {
   }
 };
 
-// The routines of one compiled graph that are bound to one set of weights.
-struct Program {
+// The routines of one compiled graph that are bound to one set of weights; what Python's `Bound` holds.
+struct Bound {
   std::mutex mutex;
   std::unordered_map<std::string, std::shared_ptr<const Routine>> routines;
 
@@ -160,7 +138,7 @@ struct Program {
     return found == routines.end() ? nullptr : found->second;
   }
 };
-thread_local Program* running = nullptr;
+thread_local Bound* running = nullptr;
 
 template <size_t N>
 struct RoutineName;
@@ -200,32 +178,32 @@ struct RoutineOf {
 )
 
 EXPORTS = r"""
-// A new program, for bwla_enter and bwla_bind; to be given back to bwla_free.
-EXPORT void* bwla_program() { return new Program; }
-EXPORT void bwla_free(void* program) {
-  if (running == program) running = nullptr;
-  delete (Program*)program;
+// Nothing bound yet, for bwla_enter and bwla_bind; to be given back to bwla_free.
+EXPORT void* bwla_bound() { return new Bound; }
+EXPORT void bwla_free(void* bound) {
+  if (running == bound) running = nullptr;
+  delete (Bound*)bound;
 }
 
-// Make this the program of the calling thread, and return the one before it.
-EXPORT void* bwla_enter(void* program) { return std::exchange(running, (Program*)program); }
+// Have the calling thread run these routines, and return those that it ran before; null for none.
+EXPORT void* bwla_enter(void* bound) { return std::exchange(running, (Bound*)bound); }
 
 // Bind a routine to weights, given by their TensorImpls. Returns whether it can be: all fits, and edits can be seen.
-EXPORT long bwla_bind(void* program, const char* text, const int64_t* words, long n_words, const double* eps,
+EXPORT long bwla_bind(void* owner, const char* text, const int64_t* words, long n_words, const double* eps,
                       void* const* weights, long n_weights) {
   at::AutoDispatchBelowAutograd guard;
-  std::vector<Tensor> bound;
+  std::vector<Tensor> read;
   for (long i = 0; i < n_weights; i++) {
-    bound.emplace_back(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(
+    read.emplace_back(c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(
         (at::TensorImpl*)weights[i]));
-    if (!dense_cpu(bound.back()) || bound.back().is_inference()) return 0;
+    if (!dense_cpu(read.back()) || read.back().is_inference()) return 0;
   }
   try {
-    auto routine = std::make_shared<const Routine>(Words{words, words + n_words}, eps, bound);
+    auto routine = std::make_shared<const Routine>(Words{words, words + n_words}, eps, read);
     if (!routine->fit) return 0;
-    auto* owner = (Program*)program;
-    std::lock_guard<std::mutex> lock(owner->mutex);
-    owner->routines[text] = std::move(routine);
+    auto* bound = (Bound*)owner;
+    std::lock_guard<std::mutex> lock(bound->mutex);
+    bound->routines[text] = std::move(routine);
     return 1;
   } catch (const std::exception&) {  // the portable implementation meets the same, and says what it is
     return 0;

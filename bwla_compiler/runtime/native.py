@@ -37,7 +37,7 @@ class NativeOperators:
         self._library.bwla_forget.argtypes = [c_void_p]
         self._library.bwla_derived.restype = c_long
         self._library.bwla_team.restype, self._library.bwla_team.argtypes = c_long, [c_long]
-        self._library.bwla_program.restype = c_void_p
+        self._library.bwla_bound.restype = c_void_p
         self._library.bwla_free.argtypes = [c_void_p]
         self._library.bwla_enter.restype, self._library.bwla_enter.argtypes = c_void_p, [c_void_p]
         self._library.bwla_bind.restype = c_long
@@ -63,26 +63,26 @@ class NativeOperators:
         """Return on how many of torch's threads the kernels compute where so many are wanted."""
         return int(self._library.bwla_team(wanted))
 
-    def new_program(self) -> int:
-        """Return a program without routines, for `free_program` in the end."""
-        return int(self._library.bwla_program())
+    def new_bound(self) -> int:
+        """Return where routines are bound (see `programs.Bound`), empty, for `free_bound` in the end."""
+        return int(self._library.bwla_bound())
 
-    def free_program(self, program: int) -> None:
-        """Drop a program."""
-        self._library.bwla_free(program)
+    def free_bound(self, bound: int) -> None:
+        """Drop bound routines."""
+        self._library.bwla_free(bound)
 
-    def enter_program(self, program: int | None) -> int | None:
-        """Make a program, or none, the calling thread's, and return the one before it."""
-        before: int | None = self._library.bwla_enter(program)
+    def enter_bound(self, bound: int | None) -> int | None:
+        """Have the calling thread run these routines, or none, and return those that it ran before."""
+        before: int | None = self._library.bwla_enter(bound)
         return before
 
-    def bind(self, program: int, text: str, words: "array[int]", eps: "array[float]", weights: "array[int]") -> bool:
-        """Bind a routine of a program to weights, by the addresses of their TensorImpls; see `programs`.
+    def bind(self, bound: int, text: str, words: "array[int]", eps: "array[float]", weights: "array[int]") -> bool:
+        """Add a routine bound to weights, by the addresses of their TensorImpls; see `programs`.
 
         Returns whether it can be: all fits, and edits of the weights can be seen.
         """
         numbers = (words.buffer_info()[0], len(words), eps.buffer_info()[0])
-        return bool(self._library.bwla_bind(program, text.encode(), *numbers, *weights.buffer_info()))
+        return bool(self._library.bwla_bind(bound, text.encode(), *numbers, *weights.buffer_info()))
 
     def derived(self) -> int:
         """Return how many kernel layouts and decoded scales were made since the library was loaded."""

@@ -272,8 +272,7 @@ def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _fake_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
-    outputs = routines.parsed(text).empty(inputs)
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return routines.one_or_all(routines.parsed(text).empty(inputs))
 
 
 def _fake_experts(x: Tensor, experts: Tensor, signs: Tensor, *rest: Any) -> Tensor:

@@ -10,7 +10,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.runtime import native
-from bwla_compiler.runtime.routines import Place, Routine, parsed
+from bwla_compiler.runtime.routines import Place, Routine, one_or_all, parsed
 from bwla_compiler.spec import PROLOGUES
 
 MOST_BOUND = 256
@@ -33,7 +33,7 @@ class Bound:
 
     def __init__(self, library: native.NativeOperators) -> None:
         self._library = library
-        self._handle = library.new_program()
+        self._handle = library.new_bound()
         self._lock = threading.Lock()
         self._shared = False
         self._texts: set[str] = set()
@@ -43,7 +43,7 @@ class Bound:
         """To those weights, each with what is to happen when it dies."""
 
     def __del__(self) -> None:
-        self._library.free_program(self._handle)
+        self._library.free_bound(self._handle)
 
     def share(self) -> bool:
         """Let other calls use what is bound, and return whether there is any; only that is bound anew from now on."""
@@ -52,11 +52,11 @@ class Bound:
 
     def enter(self, bound: "Bound | None") -> int | None:
         """Make these routines, or none, those that C++ runs on this thread; return whose it ran before."""
-        return self._library.enter_program(None if bound is None else bound._handle)
+        return self._library.enter_bound(None if bound is None else bound._handle)
 
     def leave(self, before: int | None) -> None:
         """Undo `enter`."""
-        self._library.enter_program(before)
+        self._library.enter_bound(before)
 
     def bind(self, text: str, routine: Routine, frame: "Frame") -> None:
         """Have C++ bind a routine to the weights of a call, if it can."""
@@ -68,6 +68,27 @@ class Bound:
             if self._library.bind(self._handle, text, words, eps, weights):
                 self._texts.add(text)
                 self.positions.update((int(place[1:]), None) for place in routine.weights if place[0] == "@")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is bound, by the ids of the weights. positions: of those among the arguments."""
+
+    positions: tuple[int, ...] = ()
+    bounds: dict[tuple[int, ...], Bound] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _pick(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        if not self.positions:
+            return lambda arguments: ()
+        return itemgetter(*self.positions, self.positions[0])  # it gives a tuple for two and more alone
+
+    def key(self, arguments: Sequence[Any]) -> tuple[int, ...]:
+        """Return the ids of the weights among the arguments.
+
+        An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
+        """
+        return tuple(map(id, self._pick(arguments)))
 
 
 @dataclass
@@ -105,12 +126,13 @@ class Program:
 
     def __init__(self, run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> None:
         self._run, self._tensors = run, tensors
-        self._bounds: tuple[tuple[int, ...], dict[tuple[int, ...], Bound]] = ((), {})  # replaced as one, for threads
+        self._table = Table()
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the graph."""
-        bound = self._known(arguments)
+        table = self._table
+        bound = table.bounds.get(table.key(arguments))
         outer = _RUNNING.frame
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
         frame = Frame(arguments, self._tensors, bound)
@@ -127,45 +149,24 @@ class Program:
             self._keep(frame.bound, arguments)
         return results
 
-    def _known(self, arguments: Sequence[Any]) -> Bound | None:
-        """Return what is bound to the weights among the arguments.
-
-        An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
-        """
-        positions, bounds = self._bounds
-        return bounds.get(_ids(positions, arguments)) if bounds else None
-
     def _keep(self, bound: Bound, arguments: Sequence[Any]) -> None:
         """Use what is bound whenever these weights come again, as long as they live."""
         with self._lock:
-            positions, bounds = self._bounds
-            if positions != tuple(bound.positions):
-                positions, bounds = self._bounds = tuple(bound.positions), {}
-            while len(bounds) >= MOST_BOUND:
-                del bounds[next(iter(bounds))]
-            key = _ids(positions, arguments)
-            bound.owners = [
-                weakref.ref(arguments[i], functools.partial(_drop, weakref.ref(self), key)) for i in positions
-            ]
-            bounds[key] = bound
+            if self._table.positions != tuple(bound.positions):
+                self._table = Table(tuple(bound.positions))
+            table = self._table
+            while len(table.bounds) >= MOST_BOUND:
+                table.bounds.pop(next(iter(table.bounds)), None)
+            key = table.key(arguments)
+            dead = functools.partial(_drop, weakref.ref(self), key)
+            bound.owners = [weakref.ref(arguments[position], dead) for position in table.positions]
+            table.bounds[key] = bound
 
 
 def _drop(program: "weakref.ref[Program]", key: tuple[int, ...], dead: object) -> None:
     """Let go of what was bound to a weight that died."""
     if (found := program()) is not None:
-        found._bounds[1].pop(key, None)
-
-
-def _ids(positions: tuple[int, ...], arguments: Sequence[Any]) -> tuple[int, ...]:
-    """Return the ids of the arguments at these positions."""
-    if len(positions) < 2:  # itemgetter gives a tuple for two and more alone
-        return tuple(id(arguments[position]) for position in positions)
-    return tuple(map(id, _picker(positions)(arguments)))
-
-
-@functools.lru_cache(maxsize=256)
-def _picker(positions: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    return itemgetter(*positions)
+        found._table.bounds.pop(key, None)
 
 
 def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
@@ -182,7 +183,7 @@ def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
         frame.bound = Bound(library)
     if frame.bound is not None:
         frame.bound.bind(text, routine, frame)
-    return results[0] if len(results) == 1 else tuple(results)
+    return one_or_all(results)
 
 
 def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:

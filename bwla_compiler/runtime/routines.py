@@ -54,11 +54,6 @@ class Step:
     members: tuple[Member, ...]
 
     @property
-    def n_results(self) -> int:
-        """Values that the step adds."""
-        return max(1, len(self.members))
-
-    @property
     def read(self) -> list[str]:
         """Weights by place."""
         places = [self.gain, self.shift, *self.weights, *(place for member in self.members for place in member.weights)]
@@ -114,6 +109,11 @@ def parsed(text: str) -> Routine:
     first, *lines = text.split("\n")
     n_inputs, *outputs = map(int, first.split())
     return Routine(n_inputs, tuple(outputs), tuple(map(_step, lines)))
+
+
+def one_or_all(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Return results as an operator with so many of them returns them."""
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 _N_WEIGHTS, _N_MEMBER = 8, 10

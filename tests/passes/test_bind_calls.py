@@ -6,21 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch.fx import Graph, GraphModule
 
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.bind_calls import BindCalls
-from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.programs import Program
 from bwla_compiler.runtime.routines import Routine, parsed
 from tests import tiny
+from tests.passes.test_fuse_kernels import Fusing, count
 from tests.runtime.test_ops import make_linear
 from tests.wider import wider
 
@@ -28,30 +25,23 @@ BWLA = torch.ops.bwla
 assert ops.LIBRARY is not None
 
 
-class Binding:
-    """A backend without code generation: Inductor's decompositions, the passes, then the graph, as a program."""
+class Binding(Fusing):
+    """The same with BindCalls behind it, and the graph as a program."""
 
-    graph: Graph
     report: PassReport
 
-    def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
-        how = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}  # as Inductor has it
-        return Program(aot_module_simplified(gm, inputs, self._compile, **how), {})
+    def __init__(self) -> None:
+        super().__init__(self._bind)
 
-    def _compile(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
-        remove_noop_ops(gm.graph)
-        FuseKernels().run(gm.graph)
-        self.report = BindCalls().run(gm.graph)
-        gm.recompile()
-        self.graph = gm.graph
-        return gm.forward
+    def _bind(self, graph: Graph) -> None:
+        self.report = BindCalls().run(graph)
+
+    def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
+        return Program(super().__call__(gm, inputs), {})
 
     def routines(self) -> list[Routine]:
         """Return the graph's routines in order."""
-        return [parsed(n.args[1]) for n in self.graph.nodes if str(n.target).startswith("bwla.routine")]
-
-    def count(self, name: str) -> int:
-        return sum(n.target is getattr(BWLA, name).default for n in self.graph.nodes)
+        return [parsed(n.args[1]) for n in self.graphs[-1].nodes if str(n.target).startswith("bwla.routine")]
 
 
 BETWEEN = [("none", 1), ("rms_norm", 2), ("silu_mul", 1), ("rms_norm", 3)]
@@ -81,7 +71,7 @@ def test_a_model_has_a_routine_between_two_attentions(name: str) -> None:
     found = [[(step.kind, len(step.members)) for step in routine.steps] for routine in backend.routines()]
     assert found == MODELS[name]
     assert backend.report.skipped == []
-    assert backend.count("fused_group") == 0
+    assert count(backend.graphs[-1], "fused_group") == 0
 
 
 class Small(nn.Module):
@@ -172,7 +162,7 @@ def test_a_gain_that_the_graph_computes_is_an_input() -> None:
 def test_a_weight_that_the_graph_computes_leaves_its_call_alone() -> None:
     backend = bind(lambda m, x: m.linear(m.linear(m.linear(x, 0), 1, scale=2 * m.scale1), 2))
     assert sizes(backend) == [1, 1]
-    assert backend.count("fused_group") == 1
+    assert count(backend.graphs[-1], "fused_group") == 1
     ((name, reason),) = backend.report.skipped
     assert (name, reason) == ("fused_group_default_1", "mul is no input that stays as it is")
 
@@ -188,7 +178,7 @@ def test_a_weight_that_the_graph_edits_is_seen_by_whoever_orders_it() -> None:
     backend = bind(function, before=lambda m: (m.gain.fill_(1), m.scale1.fill_(1)))
     gains = [step.gain for routine in backend.routines() for step in routine.steps if step.gain is not None]
     assert all(isinstance(gain, int) for gain in gains)  # an input of its routine
-    assert backend.count("fused_group") == 1  # scale1 is named by no text
+    assert count(backend.graphs[-1], "fused_group") == 1  # scale1 is named by no text
 
 
 def test_more_results_than_a_routine_may_have_are_split() -> None:
@@ -208,13 +198,13 @@ def test_only_a_norm_by_head_is_taken_in(shape: Sequence[int], n_steps: int) -> 
 
     backend = bind(function)
     assert sizes(backend) == [n_steps]
-    assert backend.count("prologue") == 2 - n_steps
+    assert count(backend.graphs[-1], "prologue") == 2 - n_steps
 
 
 def test_a_norm_alone_is_no_routine() -> None:
     backend = bind(lambda m, x: BWLA.prologue(x, "rms_norm", 1e-5, m.gain, None))
     assert sizes(backend) == []
-    assert backend.count("prologue") == 1
+    assert count(backend.graphs[-1], "prologue") == 1
 
 
 def test_calls_on_another_device_stay() -> None:
@@ -223,5 +213,5 @@ def test_calls_on_another_device_stay() -> None:
     torch._dynamo.reset()
     torch.compile(model.to("meta"), backend=backend)(torch.empty(3, 16, device="meta"))
     assert sizes(backend) == []
-    assert backend.count("fused_group") == 1
+    assert count(backend.graphs[-1], "fused_group") == 1
     assert backend.report.skipped == [("fused_group_default", "its input is on meta")]

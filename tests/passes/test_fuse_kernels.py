@@ -34,7 +34,8 @@ class Fusing:
         self._after = after
 
     def __call__(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
-        return aot_module_simplified(gm, inputs, self._compile, decompositions=select_decomp_table())
+        how = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}  # as Inductor has it
+        return aot_module_simplified(gm, inputs, self._compile, **how)
 
     def _compile(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
         remove_noop_ops(gm.graph)  # as Inductor does before: dropout in eval leaves copies
