@@ -11,8 +11,9 @@ KERNELS = r"""
 #define UNROLL _Pragma("GCC unroll 8")
 
 using Word = uint16_t;
-constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 64, TILE = 4;
-constexpr long AHEAD = 6144;  // bytes of weights fetched into L2 ahead of use, measured best
+constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 32, TILE = 4;
+constexpr long HELD = 128;    // tables that the first cache holds
+constexpr long AHEAD = 8192;  // bytes of weights fetched ahead of use, measured best
 
 static inline void add(int32_t* to, __m512i v) {
   _mm512_storeu_si512(to, _mm512_add_epi32(v, _mm512_loadu_si512(to)));
@@ -34,20 +35,48 @@ struct IntKernel {
   // Words that int16 lanes can add up when codes lie in [-limit, limit].
   static long span(int limit) { return 32767 / (COLUMNS * limit); }
 
-  static void build(const Code* q, Entry* table) {
-    const __mmask32 bit[5] = {0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000};
-    UNROLL for (int part = 0; part < 3; part++, q += 5) {
-      __m512i sum = _mm512_set1_epi16((int16_t)-(q[0] + q[1] + q[2] + q[3] + q[4]));
-      UNROLL for (int i = 0; i < 5; i++)
-        sum = _mm512_mask_add_epi16(sum, bit[i], sum, _mm512_set1_epi16((int16_t)(2 * q[i])));
-      if (part < 2) {
-        _mm512_storeu_si512(table + 32 * part, sum);
-      } else {  // the sixth code picks the half of the table
-        __m512i sixth = _mm512_set1_epi16(q[5]);
-        _mm512_storeu_si512(table + 64, _mm512_sub_epi16(sum, sixth));
-        _mm512_storeu_si512(table + 96, _mm512_add_epi16(sum, sixth));
+  // What multiplies two codes in each of 32 entries: bit i of the entry's number says + or -; ABSENT, MINUS and PLUS are
+  // the same for all.
+  enum { ABSENT = 5, MINUS, PLUS };
+  struct Signs {
+    alignas(64) int8_t of[64];
+    constexpr Signs(int first, int second) : of() {
+      for (int entry = 0; entry < 32; entry++) of[2 * entry] = sign(entry, first), of[2 * entry + 1] = sign(entry, second);
+    }
+    static constexpr int8_t sign(int entry, int code) {
+      return code == ABSENT ? 0 : code == MINUS ? -1 : code == PLUS ? 1 : entry >> code & 1 ? 1 : -1;
+    }
+  };
+  // What 128, added to each of five codes, and `more` other ones, adds to the entries.
+  struct Excess {
+    alignas(64) int16_t of[32];
+    constexpr Excess(int more) : of() {
+      for (int entry = 0; entry < 32; entry++) {
+        of[entry] = (int16_t)(128 * more);
+        for (int code = 0; code < 5; code++) of[entry] = (int16_t)(of[entry] + 128 * Signs::sign(entry, code));
       }
     }
+  };
+
+  // Bytes can only be multiplied without sign by signed ones: the codes, plus 128, by their signs, two at a time.
+  static void build(const Code* q, Entry* table) {
+    static constexpr Signs first(0, 1), second(2, 3), last(4, ABSENT), minus(4, MINUS), plus(4, PLUS);
+    static constexpr Excess five(0), less(-1), more(1);
+    const __m512i all = _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)q)),
+                                         _mm512_set1_epi8((char)0x80));
+    auto times = [&](int at, const Signs& signs) {
+      const __m512i two = _mm512_shuffle_epi8(all, _mm512_set1_epi16((int16_t)(at | (at + 1) << 8)));
+      return _mm512_maddubs_epi16(two, _mm512_load_si512(signs.of));
+    };
+    auto store = [&](int at, const Signs& rest, const Excess& excess, Entry* to) {
+      const __m512i sum = _mm512_add_epi16(times(at, first), times(at + 2, second));
+      const __m512i tail = _mm512_sub_epi16(times(at + 4, rest), _mm512_load_si512(excess.of));
+      _mm512_storeu_si512(to, _mm512_add_epi16(sum, tail));
+    };
+    store(0, last, five, table);
+    store(5, last, five, table + 32);
+    store(10, minus, less, table + 64);  // the sixth code picks the half of the table
+    store(10, plus, more, table + 96);
   }
 
   template <int T, class Sink>
@@ -59,7 +88,7 @@ struct IntKernel {
       for (long k = first; k < last; k++, w += ROWS) {
         __m512i low[4], middle[4], high[4];
         UNROLL for (int v = 0; v < 4; v++) {
-          if (T <= 2) _mm_prefetch((const char*)(w + 32 * v) + AHEAD, _MM_HINT_T1);
+          _mm_prefetch((const char*)(w + 32 * v) + AHEAD, _MM_HINT_T0);
           low[v] = _mm512_loadu_si512(w + 32 * v);
           middle[v] = _mm512_srli_epi16(low[v], 5);
           high[v] = _mm512_srli_epi16(low[v], 10);
@@ -112,8 +141,8 @@ struct FloatKernel {
         UNROLL for (int v = 0; v < 4; v++) UNROLL for (int t = 0; t < T; t++) acc[v][t] = _mm512_setzero_ps();
         for (long k = first; k < last; k++) {
           const Word* at = w + k * ROWS + 64 * half;
-          if (T <= 2) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1);
-          if (T <= 2) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T1);
+          _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+          _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
           __m512i index[4];
           UNROLL for (int v = 0; v < 4; v++)
             index[v] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + 16 * v)));

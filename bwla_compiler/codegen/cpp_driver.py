@@ -11,6 +11,7 @@ HEADER = r"""
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <type_traits>
 #if defined(__unix__) || defined(__APPLE__)
@@ -24,15 +25,19 @@ static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 """
 
 THREADS = r"""
-// A grow-only buffer of one thread; freed when the thread ends.
+// A grow-only buffer of one thread, from a cache line on; freed when the thread ends.
 template <class T>
 struct Buffer {
-  std::unique_ptr<T[]> data;
+  static constexpr std::align_val_t LINE{64};
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, LINE); }
+  };
+  std::unique_ptr<T, Free> data;
   long size = 0;
   T* get(long n) {
     if (n > size) {
       data.reset();
-      data.reset(new T[n]);
+      data.reset((T*)::operator new(n * sizeof(T), LINE));
       size = n;
     }
     return data.get();
@@ -207,7 +212,7 @@ static float quantize(const float* x, const float* column_scale, long in, long p
 
 SWEEP = r"""
 constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, PANEL = 4096 / ROWS;
-static_assert(CHUNK % GROUP_WORDS == 0, "a chunk holds whole groups");
+static_assert(CHUNK % GROUP_WORDS == 0 && HELD / TILE % GROUP_WORDS == 0, "a step holds whole groups");
 
 template <int T>
 using Int = std::integral_constant<int, T>;
@@ -222,6 +227,20 @@ static void for_tiles(long tokens, const F& f) {
     for (; m + 2 <= tokens; m += 2) f(Int<2>{}, m);
   for (; m < tokens; m++) f(Int<1>{}, m);
 }
+
+// One plane of packed signs: chunks of CHUNK words, of each chunk the blocks of rows, of each block [words, ROWS]. So
+// what a thread reads, some blocks of a chunk, lies in one piece.
+struct Plane {
+  const Word* signs;
+  long words, blocks;
+  static long n_words(long words, long blocks) { return words * blocks * ROWS; }
+  // Where word `word` of a block lies; the words up to the end of its chunk follow.
+  const Word* at(long block, long word) const { return signs + offset(word, block, words, blocks); }
+  static long offset(long word, long block, long words, long blocks) {
+    const long chunk = word / CHUNK * CHUNK, n = std::min(CHUNK, words - chunk);
+    return (chunk * blocks + block * n + word - chunk) * ROWS;
+  }
+};
 
 template <class Sum>
 struct RowSink {  // add up sums of the whole row
@@ -241,57 +260,81 @@ struct GroupSink {  // add up the sums of groups of columns, each times its scal
   }
 };
 
-// Tables of a wave of tokens: tile by tile, word by word, token by token.
+// Tables of tokens whose codes are [tokens, words * COLUMNS]: all built beforehand, tile by tile, word by word, token by
+// token, for all threads to read; or, where there are too many for the caches, each thread's own a step at a time.
 template <class K>
-static void build_tables(const typename K::Code* codes, long tokens, long words, typename K::Entry* tables,
-                         long threads) {
-  const long chunks = divide_up(words, CHUNK);
-  auto build = [&](long job) {
-    const long first = job % chunks * CHUNK, last = std::min(first + CHUNK, words), tile = job / chunks * TILE;
-    for_tiles(std::min(TILE, tokens - tile), [&](auto width, long m) {
-      constexpr int T = decltype(width)::value;
-      for (long k = first; k < last; k++)
-        for (int t = 0; t < T; t++)
-          K::build(codes + ((tile + m + t) * words + k) * COLUMNS,
-                   tables + ((tile + m) * words + k * T + t) * K::TABLE);
-    });
-  };
-  parallel(chunks * divide_up(tokens, TILE), threads, build);
-}
+struct Tables {
+  const typename K::Code* codes;
+  long words;
+  const typename K::Entry* built;  // null where there are none yet
 
-// Visit `count` blocks of rows from `first` with all tokens, a chunk of words at a time so that tables stay in cache.
+  // Those of T tokens from m on for n words from `word` on.
+  template <int T>
+  const typename K::Entry* get(long m, long word, long n) const {
+    if (built) return built + (m * words + word * T) * K::TABLE;
+    static thread_local Buffer<typename K::Entry> own;
+    typename K::Entry* tables = own.get(HELD * K::TABLE);
+    build<T>(m, word, n, tables);
+    return tables;
+  }
+
+  template <int T>
+  void build(long m, long word, long n, typename K::Entry* to) const {
+    for (long k = word; k < word + n; k++)
+      for (int t = 0; t < T; t++, to += K::TABLE) K::build(codes + ((m + t) * words + k) * COLUMNS, to);
+  }
+
+  // Build all of them, in `room` for tokens * words of them.
+  void build_all(long tokens, typename K::Entry* room, long threads) {
+    const long chunks = divide_up(words, CHUNK);
+    parallel(chunks * divide_up(tokens, TILE), threads, [&](long job) {
+      const long word = job % chunks * CHUNK, n = std::min(CHUNK, words - word), tile = job / chunks * TILE;
+      for_tiles(std::min(TILE, tokens - tile), [&](auto width, long m) {
+        constexpr int T = decltype(width)::value;
+        build<T>(tile + m, word, n, room + ((tile + m) * words + word * T) * K::TABLE);
+      });
+    });
+    built = room;
+  }
+};
+
+// Visit `count` blocks of rows from `first` on with all tokens, so many words at a time that their tables stay in the
+// first cache and the signs of these blocks in the second.
 template <class K, class MakeSink>
-static inline void sweep(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
-                         long tokens, long span, const MakeSink& sink) {
-  for (long chunk = 0; chunk < words; chunk += CHUNK) {
-    const long n = std::min(CHUNK, words - chunk);
+static inline void sweep(const Plane& plane, long first, long count, const Tables<K>& tables, long tokens, long span,
+                         const MakeSink& sink) {
+  for (long chunk = 0; chunk < plane.words; chunk += CHUNK) {
+    const long end = std::min(chunk + CHUNK, plane.words);
     for_tiles(tokens, [&](auto width, long m) {
       constexpr int T = decltype(width)::value;
-      for (long b = 0; b < count; b++)
-        K::template block<T>(signs + ((first + b) * words + chunk) * ROWS, tables + (m * words + chunk * T) * K::TABLE,
-                             n, span, sink(m, b, chunk));
+      constexpr long STEP = std::min(CHUNK, HELD / T);
+      for (long word = chunk; word < end; word += STEP) {
+        const long n = std::min(STEP, end - word);
+        const auto* table = tables.template get<T>(m, word, n);
+        for (long b = 0; b < count; b++)
+          K::template block<T>(plane.at(first + b, word), table, n, span, sink(m, b, word));
+      }
     });
   }
 }
 
 // acc [tokens, count * ROWS] += sums over whole rows.
 template <class K>
-static void sweep_rows(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
-                       long tokens, int limit, typename K::Sum* acc) {
+static void sweep_rows(const Plane& plane, long first, long count, const Tables<K>& tables, long tokens, int limit,
+                       typename K::Sum* acc) {
   const long stride = count * ROWS;
-  sweep<K>(signs, words, first, count, tables, tokens, K::span(limit), [&](long m, long b, long) {
+  sweep<K>(plane, first, count, tables, tokens, K::span(limit), [&](long m, long b, long) {
     return RowSink<typename K::Sum>{acc + m * stride + b * ROWS, stride};
   });
 }
 
 // total [tokens, count * ROWS] += sums over groups of columns, times scale [blocks, groups, ROWS].
 template <class K>
-static void sweep_groups(const Word* signs, long words, long first, long count, const typename K::Entry* tables,
-                         long tokens, const float* scale, float* total) {
-  const long stride = count * ROWS, groups = divide_up(words, GROUP_WORDS);
-  sweep<K>(signs, words, first, count, tables, tokens, GROUP_WORDS, [&](long m, long b, long chunk) {
-    return GroupSink{total + m * stride + b * ROWS, stride,
-                     scale + ((first + b) * groups + chunk / GROUP_WORDS) * ROWS};
+static void sweep_groups(const Plane& plane, long first, long count, const Tables<K>& tables, long tokens,
+                         const float* scale, float* total) {
+  const long stride = count * ROWS, groups = divide_up(plane.words, GROUP_WORDS);
+  sweep<K>(plane, first, count, tables, tokens, GROUP_WORDS, [&](long m, long b, long word) {
+    return GroupSink{total + m * stride + b * ROWS, stride, scale + ((first + b) * groups + word / GROUP_WORDS) * ROWS};
   });
 }
 """

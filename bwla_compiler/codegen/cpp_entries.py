@@ -3,7 +3,7 @@
 LINEAR = r"""
 // One linear of those that share an input. All pointers are to contiguous float32 or int8 arrays; null for "none".
 struct Member {
-  const Word* signs;        // packed [planes, blocks, words, ROWS]
+  const Word* signs;        // packed [planes], each a Plane
   const float* scale;       // [planes, out], or packed [planes, blocks, groups, ROWS]
   const int8_t* rank_in;    // [rank, in]
   const int8_t* rank_out;   // packed [blocks, rank, ROWS]
@@ -14,12 +14,20 @@ struct Member {
   const float* residual;    // [tokens, out]
 };
 
+constexpr long FEW = 2 * TILE;  // tokens whose tables all threads share
+constexpr long TOKENS = 32;       // tokens whose sums of one panel stay in the second cache
+
 template <class K>
-struct Wave {  // a few tokens, rounded and tabulated
-  long first, tokens, in, words, limit, threads;
-  const typename K::Code* codes;
+struct Wave {  // some tokens, rounded
+  long first, tokens, in, limit, threads;
   const float* scale;
-  const typename K::Entry* tables;
+  Tables<K> tables;
+
+  // Tokens of it, whose tables are not built yet.
+  Wave part(long from, long n) const {
+    const auto* codes = tables.codes + from * tables.words * COLUMNS;
+    return {first + from, n, in, limit, threads, scale + from, {codes, tables.words, nullptr}};
+  }
 };
 
 static inline float project(const int8_t* codes, const int8_t* row, long n) { return (float)dot(codes, row, n); }
@@ -47,25 +55,24 @@ static inline void add_low_rank(const int8_t* codes, const float* projected, lon
   }
 }
 
-// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on; sums is spent.
-template <class K>
-static void finish(const Member& member, const Wave<K>& wave, float* sums, const float* projected, long stride,
+// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on and T tokens from m on; sums
+// [T, stride] are spent.
+template <int T, class K>
+static void finish(const Member& member, const Wave<K>& wave, float* sums, const float* projected, long stride, long m,
                    long first, long rows) {
   const long rank = member.rank;
   for (long r = 0; rank && r < rows; r += ROWS)
-    for_tiles(wave.tokens, [&](auto width, long m) {
-      constexpr int T = decltype(width)::value;
-      add_low_rank<T>(member.rank_out + (first + r) * rank, projected + m * rank, rank, sums + m * stride + r, stride);
-    });
-  for (long m = 0; m < wave.tokens; m++) {
-    float* y = member.y + (wave.first + m) * member.out + first;
-    const float scale = wave.scale[m];
+    add_low_rank<T>(member.rank_out + (first + r) * rank, projected + m * rank, rank, sums + r, stride);
+  for (int t = 0; t < T; t++, sums += stride) {
+    const long token = wave.first + m + t;
+    float* y = member.y + token * member.out + first;
+    const float scale = wave.scale[m + t];
     if (member.bias)
-      for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale + member.bias[first + r];
+      for (long r = 0; r < rows; r++) y[r] = sums[r] * scale + member.bias[first + r];
     else
-      for (long r = 0; r < rows; r++) y[r] = sums[m * stride + r] * scale;
+      for (long r = 0; r < rows; r++) y[r] = sums[r] * scale;
     if (!member.residual) continue;
-    const float* residual = member.residual + (wave.first + m) * member.out + first;
+    const float* residual = member.residual + token * member.out + first;
     for (long r = 0; r < rows; r++) y[r] += residual[r];
   }
 }
@@ -76,83 +83,104 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
   using Sum = typename K::Sum;
   static thread_local Buffer<float> float_buffer;
   static thread_local Buffer<Sum> sum_buffer;
-  const long stride = count * ROWS, blocks = divide_up(member.out, ROWS), plane_words = blocks * wave.words * ROWS;
-  const long row = first * ROWS, rows = std::min(stride, member.out - row);
-  float* total = float_buffer.get(wave.tokens * stride);
-  std::fill(total, total + wave.tokens * stride, 0.0f);
+  const bool by_group = member.groups > 1;
+  const long stride = count * ROWS, blocks = divide_up(member.out, ROWS), size = wave.tokens * stride;
+  const long row = first * ROWS, rows = std::min(stride, member.out - row), words = wave.tables.words;
+  float* floats = float_buffer.get(by_group ? size : TILE * stride);  // sums of all tokens, or of the tile at hand
+  Sum* sums = sum_buffer.get(by_group ? 0 : member.planes * size);    // by plane
+  if (by_group)
+    std::fill(floats, floats + size, 0.0f);
+  else
+    std::fill(sums, sums + member.planes * size, Sum(0));
   for (long p = 0; p < member.planes; p++) {
-    const Word* signs = member.signs + p * plane_words;
-    if (member.groups > 1) {
-      sweep_groups<K>(signs, wave.words, first, count, wave.tables, wave.tokens,
-                      member.scale + p * blocks * member.groups * ROWS, total);
-      continue;
-    }
-    Sum* acc = sum_buffer.get(wave.tokens * stride);
-    std::fill(acc, acc + wave.tokens * stride, Sum(0));
-    sweep_rows<K>(signs, wave.words, first, count, wave.tables, wave.tokens, wave.limit, acc);
-    const float* scale = member.scale + p * member.out + row;
-    for (long m = 0; m < wave.tokens; m++)
-      for (long r = 0; r < rows; r++) total[m * stride + r] += (float)acc[m * stride + r] * scale[r];
+    const Plane plane{member.signs + p * Plane::n_words(words, blocks), words, blocks};
+    if (by_group)
+      sweep_groups<K>(plane, first, count, wave.tables, wave.tokens, member.scale + p * blocks * member.groups * ROWS,
+                      floats);
+    else
+      sweep_rows<K>(plane, first, count, wave.tables, wave.tokens, wave.limit, sums + p * size);
   }
-  finish<K>(member, wave, total, projected, stride, row, rows);
+  for_tiles(wave.tokens, [&](auto width, long m) {
+    constexpr int T = decltype(width)::value;
+    float* total = by_group ? floats + m * stride : floats;
+    for (long p = 0; !by_group && p < member.planes; p++) {
+      const float* scale = member.scale + p * member.out + row;
+      for (int t = 0; t < T; t++) {
+        const Sum* from = sums + p * size + (m + t) * stride;
+        float* to = total + t * stride;
+        if (p)
+          for (long r = 0; r < rows; r++) to[r] += (float)from[r] * scale[r];
+        else
+          for (long r = 0; r < rows; r++) to[r] = (float)from[r] * scale[r];
+      }
+    }
+    finish<T>(member, wave, total, projected, stride, m, row, rows);
+  });
 }
 
-// All members for one wave: project on the low-rank pairs, then take panels of rows in any order.
+// All members for one wave: project on the low-rank pairs, then take panels of rows, of all tokens or of some, in any
+// order. Tokens are shared out where the tables are not built: a thread then builds no other thread's.
 template <class K>
 static void run_wave(const Wave<K>& wave, const Member* members, long n_members) {
   static thread_local Buffer<float> buffer;
   long ranks = 0, blocks = 0;
   for (long i = 0; i < n_members; i++) ranks += members[i].rank, blocks += divide_up(members[i].out, ROWS);
   float* projected = buffer.get(ranks * wave.tokens);
-  const long padded = wave.words * COLUMNS;
+  const long padded = wave.tables.words * COLUMNS;
   float* at = projected;
   for (long i = 0; i < n_members; at += members[i++].rank * wave.tokens) {
     const long rank = members[i].rank;
     auto job = [&](long r) {
       for (long m = 0; m < wave.tokens; m++)
-        at[m * rank + r] =
-            project(wave.codes + m * padded, members[i].rank_in + r * wave.in, wave.in) * members[i].rank_scale[r];
+        at[m * rank + r] = project(wave.tables.codes + m * padded, members[i].rank_in + r * wave.in, wave.in) *
+                           members[i].rank_scale[r];
     };
     parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
   }
-  const long height = std::max(1L, std::min(PANEL, blocks / (wave.threads * 4)));
+  const bool built = wave.tables.built;
+  const long share = divide_up(divide_up(wave.tokens, wave.threads), TILE) * TILE;
+  const long some = built ? wave.tokens : std::min(share, TOKENS), parts = divide_up(wave.tokens, some);
+  // Under some tens of microseconds of work a second thread costs more than it saves.
+  const long threads = blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads;
+  const long height = built && threads > 1 ? std::clamp(blocks / (threads * 4), 1L, PANEL) : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
   auto job = [&](long j) {
+    const long from = j % parts * some;
     const Member* member = members;
     const float* side = projected;
-    for (;; side += member->rank * wave.tokens, member++) {
+    for (j /= parts;; side += member->rank * wave.tokens, member++) {
       const long panels = divide_up(divide_up(member->out, ROWS), height);
       if (j < panels) break;
       j -= panels;
     }
     const long first = j * height, count = std::min(height, divide_up(member->out, ROWS) - first);
-    panel<K>(*member, wave, side, first, count);
+    const auto tokens = built ? wave : wave.part(from, std::min(some, wave.tokens - from));
+    panel<K>(*member, tokens, side + from * member->rank, first, count);
   };
-  // Under some tens of microseconds of work a second thread costs more than it saves.
-  parallel(jobs, blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
+  parallel(jobs * parts, threads, job);
 }
 
 template <class K>
 static void linear(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in, int limit,
                    const Member* members, long n_members, long threads) {
-  static thread_local Buffer<typename K::Code> codes_buffer;
+  using Code = typename K::Code;
+  static thread_local Buffer<Code> codes_buffer;
   static thread_local Buffer<typename K::Entry> table_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
-  const long token_bytes = words * K::TABLE * (long)sizeof(typename K::Entry);
-  const long wave_tokens = std::min(tokens, std::clamp((8L << 20) / token_bytes / 4 * 4, 4L, 64L));
-  for (long first = 0; first < tokens; first += wave_tokens) {
-    const long n = std::min(wave_tokens, tokens - first), helpers = n <= 4 ? 1 : threads;
-    auto* codes = codes_buffer.get(n * padded);
-    auto* tables = table_buffer.get(n * words * K::TABLE);
+  const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
+  for (long first = 0; first < tokens; first += most) {
+    const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
+    Code* codes = codes_buffer.get(n * padded);
     float* scale = scale_buffer.get(n);
     parallel(n, helpers, [&](long m) {
       const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
       scale[m] = quantize(token, column_scale, in, padded, limit, codes + m * padded);
     });
-    build_tables<K>(codes, n, words, tables, helpers);
-    run_wave<K>(Wave<K>{first, n, in, words, limit, threads, codes, scale, tables}, members, n_members);
+    Wave<K> wave{first, n, in, limit, threads, scale, {codes, words, nullptr}};
+    if (n <= FEW) wave.tables.build_all(n, table_buffer.get(n * words * K::TABLE), helpers);
+    run_wave<K>(wave, members, n_members);
   }
 }
 """
@@ -173,16 +201,20 @@ EXPORT long bwla_packed_bytes(long planes, long out, long in) {
   return planes * divide_up(out, ROWS) * ROWS * divide_up(in, COLUMNS) * (long)sizeof(Word);
 }
 
-// Canonical signs [planes, out, ceil(in / 8)] -> [planes, blocks, words, ROWS]; rows and columns padded with zero bits.
+// Canonical signs [planes, out, ceil(in / 8)] -> the planes of `Plane`; rows and columns padded with zero bits.
 EXPORT void bwla_pack(const uint8_t* signs, Word* packed, long planes, long out, long in, long threads) {
+  constexpr long EACH = sizeof(Word);
   const long blocks = divide_up(out, ROWS), words = divide_up(in, COLUMNS), bytes = divide_up(in, 8);
   parallel(planes * blocks, threads, [&](long job) {
-    const long plane = job / blocks, first = job % blocks * ROWS;
-    uint8_t* to = (uint8_t*)(packed + job * words * ROWS);
-    std::memset(to, 0, words * ROWS * sizeof(Word));
-    for (long r = 0; r < std::min(ROWS, out - first); r++) {
-      const uint8_t* row = signs + (plane * out + first + r) * bytes;
-      for (long b = 0; b < bytes; b++) to[(b / sizeof(Word) * ROWS + r) * sizeof(Word) + b % sizeof(Word)] = row[b];
+    const long plane = job / blocks, block = job % blocks, first = block * ROWS;
+    Word* const start = packed + plane * Plane::n_words(words, blocks);
+    for (long word = 0; word < words; word++) {
+      uint8_t* to = (uint8_t*)(start + Plane::offset(word, block, words, blocks));
+      std::memset(to, 0, ROWS * EACH);
+      for (long r = 0; r < std::min(ROWS, out - first); r++) {
+        const uint8_t* row = signs + (plane * out + first + r) * bytes;
+        for (long b = word * EACH; b < std::min((word + 1) * EACH, bytes); b++) to[r * EACH + b % EACH] = row[b];
+      }
     }
   });
 }
@@ -240,11 +272,11 @@ static void accumulate(const int8_t* codes, const Word* signs, long tokens, long
   int8_t* row = rows.get(tokens * padded);
   std::memset(row, 0, tokens * padded);
   for (long m = 0; m < tokens; m++) std::memcpy(row + m * padded, codes + m * in, in);
-  auto* table = tables.get(tokens * words * K::TABLE);
-  build_tables<K>(row, tokens, words, table, 1);
+  Tables<K> all{row, words, nullptr};
+  if (tokens <= FEW) all.build_all(tokens, tables.get(tokens * words * K::TABLE), 1);
   int32_t* sum = sums.get(tokens * stride);
   std::fill(sum, sum + tokens * stride, 0);
-  sweep_rows<K>(signs, words, 0, blocks, table, tokens, limit, sum);
+  sweep_rows<K>({signs, words, blocks}, 0, blocks, all, tokens, limit, sum);
   for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
 }
 

@@ -15,6 +15,7 @@ KERNELS = r"""
 
 using Word = uint8_t;
 constexpr long ROWS = 64, COLUMNS = 8, CHUNK = 128, TILE = 2;
+constexpr long HELD = 256;   // tables that the first cache holds
 constexpr long AHEAD = 2048;  // bytes of weights fetched ahead of use
 
 static inline void add(int32_t* to, int32x4_t v) { vst1q_s32(to, vaddq_s32(vld1q_s32(to), v)); }
