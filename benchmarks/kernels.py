@@ -106,9 +106,9 @@ def _packed(shape: tuple[int, int], x: Tensor, bits: int) -> Contender:
 
 def _call(linear: PackedLinear, x: Tensor) -> Call:
     """Return the operator on a linear's tensors: what compiled code calls, without the module's Python."""
-    operator = torch.ops.bwla.linear.default
     scale, exponent = linear.row_scale, linear.row_scale_exponent
-    return lambda: operator(x, linear.signs, scale, None, None, None, None, None, linear.activation_bits, exponent)
+    operands = (x, linear.signs, scale, None, None, None, None, None, linear.activation_bits, exponent)
+    return partial(torch.ops.bwla.linear.default, *operands)
 
 
 def _random_linear(shape: tuple[int, int], bits: int, seed: int) -> PackedLinear:

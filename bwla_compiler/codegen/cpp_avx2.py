@@ -8,6 +8,7 @@ KERNELS = (
 
 using Word = uint8_t;
 constexpr long ROWS = 64, COLUMNS = 8, CHUNK = 128, TILE = 2;
+constexpr long AHEAD = 4096;  // bytes of weights fetched ahead of use
 constexpr long HELD = 256;  // tables that the first cache holds
 
 static inline void add(int32_t* to, __m256i v) {
@@ -65,7 +66,7 @@ struct IntKernel {
         for (int t = 0; t < T; t++) both[t] = odd[t] = high[t] = _mm256_setzero_si256();
         for (long k = first; k < last; k++) {
           const Word* at = w + k * ROWS + row;
-          _mm_prefetch((const char*)at + 2048, _MM_HINT_T0);
+          _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
           const __m256i x = _mm256_loadu_si256((const __m256i*)at);
           const __m256i i0 = _mm256_and_si256(x, nibble), i1 = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
           for (int t = 0; t < T; t++) {

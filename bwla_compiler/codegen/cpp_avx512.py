@@ -35,13 +35,16 @@ struct IntKernel {
   // Words that int16 lanes can add up when codes lie in [-limit, limit].
   static long span(int limit) { return 32767 / (COLUMNS * limit); }
 
-  // What multiplies two codes in each of 32 entries: bit i of the entry's number says + or -; ABSENT, MINUS and PLUS are
-  // the same for all.
+  // What multiplies two codes in each of 32 entries: bit i of the entry's number says + or -; ABSENT, MINUS and PLUS
+  // are the same for all.
   enum { ABSENT = 5, MINUS, PLUS };
   struct Signs {
     alignas(64) int8_t of[64];
     constexpr Signs(int first, int second) : of() {
-      for (int entry = 0; entry < 32; entry++) of[2 * entry] = sign(entry, first), of[2 * entry + 1] = sign(entry, second);
+      for (int entry = 0; entry < 32; entry++) {
+        of[2 * entry] = sign(entry, first);
+        of[2 * entry + 1] = sign(entry, second);
+      }
     }
     static constexpr int8_t sign(int entry, int code) {
       return code == ABSENT ? 0 : code == MINUS ? -1 : code == PLUS ? 1 : entry >> code & 1 ? 1 : -1;

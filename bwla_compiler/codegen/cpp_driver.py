@@ -260,8 +260,8 @@ struct GroupSink {  // add up the sums of groups of columns, each times its scal
   }
 };
 
-// Tables of tokens whose codes are [tokens, words * COLUMNS]: all built beforehand, tile by tile, word by word, token by
-// token, for all threads to read; or, where there are too many for the caches, each thread's own a step at a time.
+// Tables of tokens whose codes are [tokens, words * COLUMNS]: all built beforehand, tile by tile, word by word, token
+// by token, for all threads to read; or, where they are too many for the caches, each thread's own a step at a time.
 template <class K>
 struct Tables {
   const typename K::Code* codes;

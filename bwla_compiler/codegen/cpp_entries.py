@@ -55,8 +55,8 @@ static inline void add_low_rank(const int8_t* codes, const float* projected, lon
   }
 }
 
-// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on and T tokens from m on; sums
-// [T, stride] are spent.
+// Write y = (sum + low rank) * token scale + bias + residual for `rows` rows from `first` on and T tokens from m on;
+// sums [T, stride] are spent.
 template <int T, class K>
 static void finish(const Member& member, const Wave<K>& wave, float* sums, const float* projected, long stride, long m,
                    long first, long rows) {
@@ -161,6 +161,12 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
   parallel(jobs * parts, threads, job);
 }
 
+// Have the first signs and scales fetched while the tokens are rounded.
+static inline void fetch(const Member& member, long words) {
+  const long n = std::min(AHEAD, Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word));
+  for (long i = 0; i < n; i += 64) __builtin_prefetch((const char*)member.signs + i);
+}
+
 template <class K>
 static void linear(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in, int limit,
                    const Member* members, long n_members, long threads) {
@@ -169,6 +175,7 @@ static void linear(const float* x, const Prologue* prologue, const float* column
   static thread_local Buffer<typename K::Entry> table_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
+  if (tokens <= FEW) fetch(members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;

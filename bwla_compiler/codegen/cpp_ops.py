@@ -17,6 +17,7 @@ HEADER = r"""
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cos.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/sin.h>
 #include <c10/util/Half.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -29,10 +30,14 @@ HEADER = r"""
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 using at::Tensor;

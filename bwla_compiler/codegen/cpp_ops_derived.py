@@ -131,11 +131,33 @@ Tensor values_of(const Tensor& t, const Maybe& exponent) {
 }
 Tensor values_of(const Maybe& t, const Maybe& exponent) { return t ? values_of(*t, exponent) : Tensor(); }
 
+// Bytes for packed signs, some tensors to a block of huge pages where the system has them: a linear reads all of its
+// signs at every call, and finding small pages takes a tenth of its time. A block lives as long as what lies in it.
+Tensor new_bytes(size_t n) {
+  constexpr size_t LINE = 64, PAGE = 2 << 20, BLOCK = 16 << 20;
+  static std::mutex mutex;
+  static std::shared_ptr<uint8_t> block;
+  static size_t used = 0, size = 0;
+  const size_t wanted = (n + LINE - 1) / LINE * LINE;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!block || wanted > size - used) {
+    used = 0, size = std::max(BLOCK, (wanted + PAGE - 1) / PAGE * PAGE);
+    block.reset((uint8_t*)::operator new(size, std::align_val_t(PAGE)),
+                [](uint8_t* p) { ::operator delete(p, std::align_val_t(PAGE)); });
+#ifdef __linux__
+    madvise(block.get(), size, MADV_HUGEPAGE);  // a hint: small pages serve as well
+#endif
+  }
+  uint8_t* at = block.get() + used;
+  used += wanted;
+  return at::from_blob(at, {(int64_t)n}, [held = block](void*) {}, at::TensorOptions().dtype(at::kByte));
+}
+
 Tensor packed_signs(const Tensor& signs, long columns) {
   return caches().signs.get(signs, 0, [&] {
     const Tensor source = signs.contiguous();
     const long planes = source.size(0), out = source.size(1);
-    Tensor packed = at::empty({kernels.packed_bytes(planes, out, columns)}, at::TensorOptions().dtype(at::kByte));
+    Tensor packed = new_bytes(kernels.packed_bytes(planes, out, columns));
     kernels.pack(source.const_data_ptr(), packed.mutable_data_ptr(), planes, out, columns, at::get_num_threads());
     return packed;
   });

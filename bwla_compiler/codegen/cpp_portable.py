@@ -3,6 +3,7 @@
 LAYOUT = r"""
 using Word = uint8_t;
 constexpr long ROWS = 8, COLUMNS = 8, CHUNK = 128, TILE = 1;
+constexpr long AHEAD = 2048;  // bytes of weights fetched ahead of use
 constexpr long HELD = 128;  // tables that the first cache holds
 
 static inline void add(int32_t* to, int32_t v) { *to += v; }

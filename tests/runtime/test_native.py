@@ -231,8 +231,8 @@ def test_the_first_call_of_a_process_gives_the_bits_of_every_later_one(
     found_anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = torch.Generator().manual_seed(2)
-    left, right, x = (torch.randn(*shape, generator=g) for shape in ((8, 8), (8, 8), (64, 64)))
-    weight, codes = weights(9, 64), torch.randint(-127, 128, (9, 64), generator=g, dtype=torch.int8)
+    left, right, x = (torch.randn(*shape, generator=g) for shape in ((8, 8), (9, 9), (64, 72)))
+    weight, codes = weights(9, 72), torch.randint(-127, 128, (9, 72), generator=g, dtype=torch.int8)
     calls = {
         "transform": lambda: BWLA.transform(x, None, left, right),
         "linear": lambda: call(x[:3], weight),
