@@ -211,7 +211,7 @@ static float quantize(const float* x, const float* column_scale, long in, long p
 """
 
 SWEEP = r"""
-constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, PANEL = 4096 / ROWS;
+constexpr long GROUP = 128, GROUP_WORDS = GROUP / COLUMNS, STACK = 512 / ROWS, PANEL = 4096 / ROWS;
 static_assert(CHUNK % GROUP_WORDS == 0 && HELD / TILE % GROUP_WORDS == 0, "a step holds whole groups");
 
 template <int T>
@@ -228,8 +228,9 @@ static void for_tiles(long tokens, const F& f) {
   for (; m < tokens; m++) f(Int<1>{}, m);
 }
 
-// One plane of packed signs: chunks of CHUNK words, of each chunk the blocks of rows, of each block [words, ROWS]. So
-// what a thread reads, some blocks of a chunk, lies in one piece.
+// One plane of packed signs: bands of STACK blocks of rows, of a band its chunks of CHUNK words, of a chunk the blocks,
+// of a block [words, ROWS]. So what a thread reads for few tokens, some bands, lies in one piece, and in the order in
+// which it is read.
 struct Plane {
   const Word* signs;
   long words, blocks;
@@ -237,8 +238,9 @@ struct Plane {
   // Where word `word` of a block lies; the words up to the end of its chunk follow.
   const Word* at(long block, long word) const { return signs + offset(word, block, words, blocks); }
   static long offset(long word, long block, long words, long blocks) {
+    const long band = block / STACK * STACK, height = std::min(STACK, blocks - band);
     const long chunk = word / CHUNK * CHUNK, n = std::min(CHUNK, words - chunk);
-    return (chunk * blocks + block * n + word - chunk) * ROWS;
+    return (band * words + chunk * height + (block - band) * n + word - chunk) * ROWS;
   }
 };
 

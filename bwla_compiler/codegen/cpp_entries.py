@@ -142,7 +142,9 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
   const long some = built ? wave.tokens : std::min(share, TOKENS), parts = divide_up(wave.tokens, some);
   // Under some tens of microseconds of work a second thread costs more than it saves.
   const long threads = blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads;
-  const long height = built && threads > 1 ? std::clamp(blocks / (threads * 4), 1L, PANEL) : PANEL;
+  // Few tokens wait for signs, which lie in bands; the more there are, the more rows are to share a table that is read.
+  const long fair = std::clamp(blocks / (threads * 4), STACK, PANEL) / STACK * STACK;
+  const long height = wave.tokens < 4 ? STACK : built ? fair : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
   auto job = [&](long j) {
