@@ -183,7 +183,7 @@ static inline void dots(const int8_t* codes, const float* x, long stride, long n
   UNROLL for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
   long i = 0;
   for (; i + 32 <= n; i += 32) {
-    _mm_prefetch((const char*)codes + i + 2048, _MM_HINT_T0);
+    _mm_prefetch((const char*)codes + i + AHEAD, _MM_HINT_T0);
     UNROLL for (int h = 0; h < 2; h++) {
       const long at = i + 16 * h;
       __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + at))));

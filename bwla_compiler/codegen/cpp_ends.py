@@ -1,10 +1,16 @@
 """C++ text of the float32 kernels at both ends of a model: products with an int8 table, and its rows."""
 
 INT8 = r"""
+// Rows of `bytes` each that one thread takes at a time: memory gives most where it is read in large pieces; of what
+// several tokens read in turn, a piece is to stay in the caches.
+static inline long piece_of(long rows, long bytes, long tokens, long threads) {
+  return std::clamp(rows / (threads * 8), 1L, tokens > 4 ? 64L : std::max(64L, (1L << 20) / std::max(bytes, 1L)));
+}
+
 // y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], in float32.
 EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                              long tokens, long out, long in, long threads) {
-  const long height = std::clamp(out / (threads * 8), 1L, 64L);
+  const long height = piece_of(out, in, tokens, threads);
   parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
     auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };

@@ -144,9 +144,7 @@ EXPORT void bwla_int4_linear(const float* x, const uint8_t* codes, const uint16_
   static thread_local Buffer<int32_t> fixed_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long stride = divide_up(in, SPAN) * 5 * WIDTH;
-  void* start = fixed_buffer.get(tokens * stride + WIDTH);
-  size_t room = (tokens * stride + WIDTH) * sizeof(int32_t);
-  auto* fixed = (int32_t*)std::align(sizeof(Vec), sizeof(Vec), start, room);  // else each load touches two cache lines
+  int32_t* fixed = fixed_buffer.get(tokens * stride);
   float* factor = scale_buffer.get(tokens);
   for (long m = 0; m < tokens; m++)
     factor[m] = std::ldexp(fix_point(x + m * in, in, fixed + m * stride), (int)power);
@@ -154,7 +152,7 @@ EXPORT void bwla_int4_linear(const float* x, const uint8_t* codes, const uint16_
   for (long k = 0; k < group / 8; k++)
     for (long l = 0; l < WIDTH; l++) lanes[k][l] = (int32_t)((k * WIDTH + l) / (group / 8));
   const Nibbles table{codes, scale, out, in, group, lanes};
-  const long height = std::clamp(out / (threads * 8), 1L, 64L);
+  const long height = piece_of(out, divide_up(in, 2), tokens, threads);
   parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
     auto take = [&](auto rows, auto wide, long row, long m) {
