@@ -262,18 +262,40 @@ struct GroupSink {  // add up the sums of groups of columns, each times its scal
   }
 };
 
-// Tables of tokens whose codes are [tokens, words * COLUMNS]: all built beforehand, tile by tile, word by word, token
-// by token, for all threads to read; or, where they are too many for the caches, each thread's own a step at a time.
+constexpr long FEW = 2 * TILE;  // tokens all of whose tables a thread keeps during a call
+
+// Tables of tokens whose codes are [tokens, words * COLUMNS]. Each thread has its own: building one takes less time than
+// fetching it from another core's cache. Those of FEW tokens are built once a call and thread, tile by tile, word by
+// word, token by token; those of more a step at a time.
 template <class K>
 struct Tables {
   const typename K::Code* codes;
   long words;
-  const typename K::Entry* built;  // null where there are none yet
+  long call;                               // of no other wave of tokens
+  const typename K::Entry* kept = nullptr;  // all of them
+
+  static long next_call() {
+    static std::atomic<long> calls{0};
+    return ++calls;
+  }
+
+  // These tables, all of which the calling thread has built.
+  Tables keep(long tokens) const {
+    static thread_local Buffer<typename K::Entry> own;
+    static thread_local long whose = 0;
+    typename K::Entry* room = own.get(tokens * words * K::TABLE);
+    if (whose != call)
+      for_tiles(tokens, [&](auto width, long m) {
+        build<decltype(width)::value>(m, 0, words, room + m * words * K::TABLE);
+      });
+    whose = call;
+    return {codes, words, call, room};
+  }
 
   // Those of T tokens from m on for n words from `word` on.
   template <int T>
   const typename K::Entry* get(long m, long word, long n) const {
-    if (built) return built + (m * words + word * T) * K::TABLE;
+    if (kept) return kept + (m * words + word * T) * K::TABLE;
     static thread_local Buffer<typename K::Entry> own;
     typename K::Entry* tables = own.get(HELD * K::TABLE);
     build<T>(m, word, n, tables);
@@ -284,19 +306,6 @@ struct Tables {
   void build(long m, long word, long n, typename K::Entry* to) const {
     for (long k = word; k < word + n; k++)
       for (int t = 0; t < T; t++, to += K::TABLE) K::build(codes + ((m + t) * words + k) * COLUMNS, to);
-  }
-
-  // Build all of them, in `room` for tokens * words of them.
-  void build_all(long tokens, typename K::Entry* room, long threads) {
-    const long chunks = divide_up(words, CHUNK);
-    parallel(chunks * divide_up(tokens, TILE), threads, [&](long job) {
-      const long word = job % chunks * CHUNK, n = std::min(CHUNK, words - word), tile = job / chunks * TILE;
-      for_tiles(std::min(TILE, tokens - tile), [&](auto width, long m) {
-        constexpr int T = decltype(width)::value;
-        build<T>(tile + m, word, n, room + ((tile + m) * words + word * T) * K::TABLE);
-      });
-    });
-    built = room;
   }
 };
 

@@ -14,7 +14,6 @@ struct Member {
   const float* residual;    // [tokens, out]
 };
 
-constexpr long FEW = 2 * TILE;  // tokens whose tables all threads share
 constexpr long TOKENS = 32;       // tokens whose sums of one panel stay in the second cache
 
 template <class K>
@@ -23,10 +22,11 @@ struct Wave {  // some tokens, rounded
   const float* scale;
   Tables<K> tables;
 
-  // Tokens of it, whose tables are not built yet.
+  bool is_few() const { return tokens <= FEW; }
+  // What a thread reads for n tokens of it: of few all, with their tables kept.
   Wave part(long from, long n) const {
-    const auto* codes = tables.codes + from * tables.words * COLUMNS;
-    return {first + from, n, in, limit, threads, scale + from, {codes, tables.words, nullptr}};
+    const Tables<K> its{tables.codes + from * tables.words * COLUMNS, tables.words, tables.call};
+    return {first + from, n, in, limit, threads, scale + from, is_few() ? its.keep(n) : its};
   }
 };
 
@@ -119,7 +119,7 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
 }
 
 // All members for one wave: project on the low-rank pairs, then take panels of rows, of all tokens or of some, in any
-// order. Tokens are shared out where the tables are not built: a thread then builds no other thread's.
+// order.
 template <class K>
 static void run_wave(const Wave<K>& wave, const Member* members, long n_members) {
   static thread_local Buffer<float> buffer;
@@ -137,14 +137,13 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
     };
     parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
   }
-  const bool built = wave.tables.built;
   const long share = divide_up(divide_up(wave.tokens, wave.threads), TILE) * TILE;
-  const long some = built ? wave.tokens : std::min(share, TOKENS), parts = divide_up(wave.tokens, some);
+  const long some = wave.is_few() ? wave.tokens : std::min(share, TOKENS), parts = divide_up(wave.tokens, some);
   // Under some tens of microseconds of work a second thread costs more than it saves.
   const long threads = blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads;
   // Few tokens wait for signs, which lie in bands; the more there are, the more rows are to share a table that is read.
   const long fair = std::clamp(blocks / (threads * 4), STACK, PANEL) / STACK * STACK;
-  const long height = wave.tokens < 4 ? STACK : built ? fair : PANEL;
+  const long height = wave.tokens < 4 ? STACK : wave.is_few() ? fair : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
   auto job = [&](long j) {
@@ -157,8 +156,7 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
       j -= panels;
     }
     const long first = j * height, count = std::min(height, divide_up(member->out, ROWS) - first);
-    const auto tokens = built ? wave : wave.part(from, std::min(some, wave.tokens - from));
-    panel<K>(*member, tokens, side + from * member->rank, first, count);
+    panel<K>(*member, wave.part(from, std::min(some, wave.tokens - from)), side + from * member->rank, first, count);
   };
   parallel(jobs * parts, threads, job);
 }
@@ -174,7 +172,6 @@ static void linear(const float* x, const Prologue* prologue, const float* column
                    const Member* members, long n_members, long threads) {
   using Code = typename K::Code;
   static thread_local Buffer<Code> codes_buffer;
-  static thread_local Buffer<typename K::Entry> table_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
   if (tokens <= FEW) fetch(members[0], words);
@@ -187,9 +184,7 @@ static void linear(const float* x, const Prologue* prologue, const float* column
       const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
       scale[m] = quantize(token, column_scale, in, padded, limit, codes + m * padded);
     });
-    Wave<K> wave{first, n, in, limit, threads, scale, {codes, words, nullptr}};
-    if (n <= FEW) wave.tables.build_all(n, table_buffer.get(n * words * K::TABLE), helpers);
-    run_wave<K>(wave, members, n_members);
+    run_wave<K>({first, n, in, limit, threads, scale, {codes, words, Tables<K>::next_call()}}, members, n_members);
   }
 }
 """
@@ -276,16 +271,15 @@ static void accumulate(const int8_t* codes, const Word* signs, long tokens, long
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS, blocks = divide_up(out, ROWS);
   const long stride = blocks * ROWS;
   Buffer<int8_t> rows;
-  Buffer<typename K::Entry> tables;
   Buffer<int32_t> sums;
   int8_t* row = rows.get(tokens * padded);
   std::memset(row, 0, tokens * padded);
   for (long m = 0; m < tokens; m++) std::memcpy(row + m * padded, codes + m * in, in);
-  Tables<K> all{row, words, nullptr};
-  if (tokens <= FEW) all.build_all(tokens, tables.get(tokens * words * K::TABLE), 1);
+  Tables<K> tables{row, words, Tables<K>::next_call()};
+  if (tokens <= FEW) tables = tables.keep(tokens);
   int32_t* sum = sums.get(tokens * stride);
   std::fill(sum, sum + tokens * stride, 0);
-  sweep_rows<K>({signs, words, blocks}, 0, blocks, all, tokens, limit, sum);
+  sweep_rows<K>({signs, words, blocks}, 0, blocks, tables, tokens, limit, sum);
   for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
 }
 
