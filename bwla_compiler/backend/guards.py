@@ -3,7 +3,8 @@
 A packed linear has some seven tensors, each checked before every call: a tenth of the time of a small model's step. Of
 the integers that our operators read, only the signs decide a shape: the operators look at all the others at every call,
 whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
-Guards on signs, on floats (which may ask for a gradient) and on what others read stay.
+Guards on signs, on floats (which may ask for a gradient) and on what others read stay. What is no tensor of a sealed
+module (which buffers are None, which attributes there are) the module tells of when it is edited: one guard is for all.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bwla_compiler.backend.owner import evaluate, name_of
 from bwla_compiler.runtime.ops import LIBRARY
+from bwla_compiler.runtime.sealed import WATCHED, Sealed, rely_on
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
 _FREE: dict[Any, frozenset[int]] = {
@@ -39,8 +42,45 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     }
     guards = context.guards_context.dynamo_guards
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]
-    guards.inner = type(guards.inner)(left)
+    guards.inner = type(guards.inner)(_without_sealed(left))
     return len(free)
+
+
+_OF_PARTS = frozenset(
+    {"CONSTANT_MATCH", "EQUALS_MATCH", "DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT", "TYPE_MATCH"}
+)
+"""What Dynamo checks of a module's parts beside its tensors."""
+
+
+def _without_sealed(guards: list[Any]) -> list[Any]:
+    """Leave out guards on the parts of sealed modules, which are relied on from then on."""
+    if not any(name_of(guard.originating_source).endswith(".EDITS") for guard in guards):
+        return guards  # nothing would tell of an edit
+    found: dict[str, Any] = {}
+
+    def module_of(source: Any) -> Sealed | None:
+        """Return the innermost sealed module on the way to what a source names, itself included."""
+        while source is not None:
+            name = name_of(source)
+            if name not in found:
+                found[name] = evaluate(source)
+            if isinstance(found[name], Sealed):
+                module: Sealed = found[name]
+                return module
+            source = getattr(source, "base", None)
+        return None
+
+    left = []
+    for guard in guards:
+        source = guard.originating_source
+        if guard.create_fn_name() in _OF_PARTS and name_of(source).rpartition(".")[2] not in WATCHED:
+            of_itself = guard.create_fn_name() == "NOT_PRESENT_IN_GENERIC_DICT"  # no `forward` of its own, say
+            module = module_of(source if of_itself else getattr(source, "base", None))
+            if module is not None:
+                rely_on(module)
+                continue
+        left.append(guard)
+    return left
 
 
 def _is_free(node: Node) -> bool:

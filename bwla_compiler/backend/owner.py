@@ -65,14 +65,11 @@ def _single(roots: list[nn.Module]) -> nn.Module:
 
 def _outermost(source: Any) -> nn.Module | None:
     """Return the outermost module on the way to a tensor, and guard the compiled code on its identity."""
-    from torch._dynamo.guards import GuardBuilder  # both only while Dynamo traces, which has imported them
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.guards import GuardBuilder  # Dynamo traces: it has been imported
 
-    output = InstructionTranslator.current_tx().output
-    scope = {"L": output.local_scope, "G": output.global_scope}
     found, where = None, None
     while source is not None:
-        value = _evaluate(source, scope)
+        value = evaluate(source)
         if isinstance(value, nn.Module):
             found, where = value, source
         source = getattr(source, "base", None)
@@ -82,10 +79,18 @@ def _outermost(source: Any) -> nn.Module | None:
     return found
 
 
-def _evaluate(source: Any, scope: dict[str, Any]) -> Any:
-    """Return what a Dynamo source names; None where it names nothing that an expression can reach."""
-    name = source.name if isinstance(source.name, str) else source.name()
+def name_of(source: Any) -> str:
+    """Return the expression that a Dynamo source stands for."""
+    name: str = source.name if isinstance(source.name, str) else source.name()
+    return name
+
+
+def evaluate(source: Any) -> Any:
+    """Return what a Dynamo source names, while Dynamo traces; None for what an expression cannot reach."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # Dynamo traces: it has been imported
+
+    output = InstructionTranslator.current_tx().output
     try:
-        return eval(name, scope)
+        return eval(name_of(source), {"L": output.local_scope, "G": output.global_scope})
     except Exception:  # sources may name what exists only inside Dynamo
         return None

@@ -264,9 +264,9 @@ struct GroupSink {  // add up the sums of groups of columns, each times its scal
 
 constexpr long FEW = 2 * TILE;  // tokens all of whose tables a thread keeps during a call
 
-// Tables of tokens whose codes are [tokens, words * COLUMNS]. Each thread has its own: building one takes less time than
-// fetching it from another core's cache. Those of FEW tokens are built once a call and thread, tile by tile, word by
-// word, token by token; those of more a step at a time.
+// Tables of tokens whose codes are [tokens, words * COLUMNS]. Each thread has its own: building one takes less time
+// than fetching it from another core's cache. Those of FEW tokens are built once a call and thread, tile by tile, word
+// by word, token by token; those of more a step at a time.
 template <class K>
 struct Tables {
   const typename K::Code* codes;

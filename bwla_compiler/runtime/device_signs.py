@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.runtime import on_triton
+from bwla_compiler.runtime.sealed import Sealed
 from bwla_compiler.runtime.triton_layout import bytes_of, in_words, words_of
 from bwla_compiler.settings import chosen_kernels
 
 
-class DeviceSigns(nn.Module):
+class DeviceSigns(Sealed):
     """A module with the buffer `signs` and in_features."""
 
     signs: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.runtime import ops, portable
+from bwla_compiler.runtime.sealed import Sealed, unedited
 
 assert ops.LIBRARY is not None  # defines the operators
 
@@ -17,7 +18,7 @@ NORMS = ("rms_norm", "layer_norm")
 ACTIVATIONS = tuple(portable.ACTIVATIONS)
 
 
-class Norm(nn.Module):
+class Norm(Sealed):
     """y = norm(x) * (weight + offset) + bias over the last dimension, in float32, rounded once to the dtype of x.
 
     kind: of NORMS. weight, bias [n] or None. offset: 1 where a family stores the gain less 1. On other devices than a
@@ -43,7 +44,7 @@ class Norm(nn.Module):
         return f"{self.kind}, eps={self.eps:g}" + (f", offset={self.offset:g}" if self.offset else "")
 
 
-class Activation(nn.Module):
+class Activation(Sealed):
     """y = f(x), f one of ACTIVATIONS, in float32, rounded once to the dtype of x."""
 
     def __init__(self, kind: str) -> None:
@@ -59,6 +60,7 @@ class Activation(nn.Module):
 
 
 def _computed(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    unedited()
     if not x.is_cpu:
         return portable.prologue(x, portable.Prologue(kind, eps, gain, shift)).to(x.dtype)
     result: Tensor = PROLOGUE(x, kind, eps, gain, shift)

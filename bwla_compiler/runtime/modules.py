@@ -16,6 +16,7 @@ from bwla_compiler.runtime.experts import PackedExperts
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
 from bwla_compiler.runtime.online import OnlineTransform
 from bwla_compiler.runtime.portable import GROUP
+from bwla_compiler.runtime.sealed import unedited
 from bwla_compiler.runtime.simulated import SimulatedLinear
 from bwla_compiler.runtime.typed import register_typed, stand_in
 from bwla_compiler.runtime.weight_spec import scale_kind, spec_of_weight
@@ -145,6 +146,7 @@ class PackedLinear(DeviceSigns):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
+        unedited()
         transform = self._modules.get("transform")
         b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
         y: Tensor = LINEAR(

@@ -3,11 +3,12 @@
 from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
+from bwla_compiler.runtime.sealed import Sealed, unedited
 from bwla_compiler.spec import TransformSpec
 
 assert ops.LIBRARY is not None  # defines the operators
@@ -17,7 +18,7 @@ TRANSFORM = torch.ops.bwla.transform.default
 Kind = Literal["none", "folded", "kronecker", "hadamard"]
 
 
-class OnlineTransform(nn.Module):
+class OnlineTransform(Sealed):
     """x -> (x * scale) (left (x) right): X [n1, n2] -> left^T X right for each token; each part may be absent.
 
     Saved: scale [n], left [n1, n1], right [n2, n2], each as int16 float16 bits and an int8 exponent. Arithmetic is
@@ -59,6 +60,7 @@ class OnlineTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x."""
+        unedited()
         b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
         result: Tensor = TRANSFORM(
             x, b["scale"], b["left"], b["right"], b["scale_exponent"], b["left_exponent"], b["right_exponent"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bwla_compiler.backend import entry
 from bwla_compiler.backend.entry import compile_backend
 from bwla_compiler.backend.guards import leave_out_guards
+from bwla_compiler.backend.owner import name_of
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.passes.shared_functions import share_functions
@@ -141,6 +142,55 @@ def test_a_buffer_that_others_read_stays_guarded() -> None:
         for found, want in zip(compiled(x), function(x), strict=True):
             assert found.shape == want.shape
             assert torch.equal(found, want)
+
+
+def test_parts_of_sealed_modules_are_guarded_by_one_guard_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[str, str]] = []
+
+    def noted(gm: Any, inputs: Any) -> int:
+        freed = leave_out_guards(gm, inputs)
+        guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
+        found.extend((name_of(g.originating_source), g.create_fn_name()) for g in guards)
+        return freed
+
+    monkeypatch.setattr(entry, "leave_out_guards", noted)
+    torch._dynamo.reset()
+    logits(torch.compile(packed(), backend=compile_backend, fullgraph=True))
+    assert sum(name.endswith(".EDITS") for name, _ in found) > 0
+    inside = {(name.rpartition("_proj']")[2], kind) for name, kind in found if "_proj']" in name}
+    parts = {(part, kind) for part, kind in inside if "HOOKS" not in kind and kind != "TENSOR_MATCH"}
+    assert {part for part, _ in parts} == {"", ".activation_bits"}
+    assert {kind for part, kind in parts if part == ""} == {"TYPE_MATCH"}
+
+
+def bias(linear: PackedLinear) -> None:
+    linear.bias = torch.ones(linear.out_features)
+
+
+def no_transform(linear: PackedLinear) -> None:
+    linear.transform = None
+
+
+def another_forward(linear: PackedLinear) -> None:
+    plain = type(linear).forward
+    linear.forward = lambda x: 2 * plain(linear, x)  # type: ignore[method-assign]
+
+
+def fewer_bits(linear: PackedLinear) -> None:
+    linear.activation_bits = 3
+
+
+@pytest.mark.parametrize("edit", [bias, no_transform, another_forward, fewer_bits])
+def test_an_edit_of_a_part_compiles_anew(edit: Callable[[PackedLinear], None]) -> None:
+    model = packed()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=compile_backend, fullgraph=True)
+    for _ in range(2):
+        before = logits(compiled)
+    edit(next(m for m in model.modules() if isinstance(m, PackedLinear) and m.transform is not None))
+    after = logits(compiled)
+    torch.testing.assert_close(after, logits(model), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(after, before)
 
 
 def test_nothing_is_left_out_outside_of_tracing() -> None:

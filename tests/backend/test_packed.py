@@ -55,7 +55,8 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
     _, fused, bound = passes["post_grad_custom_pre_pass"].reports
     assert (fused.name, bound.name) == (FuseKernels.name, BindCalls.name)
     assert len(fused.changed) == 8  # two blocks of four calls
-    assert len(bound.changed) == 3  # before, between and behind the two attentions
+    # before, between and behind the two attentions; what phi3 cuts from one result, gate and up, ends a routine too
+    assert len(bound.changed) == (5 if name == "phi3" else 3)
     assert fused.skipped == bound.skipped == []
 
 
