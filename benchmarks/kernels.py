@@ -15,6 +15,7 @@ from benchmarks.budget import Budget
 from benchmarks.ceilings import measure_ceilings, reader
 from benchmarks.contest import Call, Contender, check_result, contest
 from benchmarks.ggml import GgmlLinear, ggml
+from benchmarks.kernel_tables import CEILING, TRANSFORM
 from benchmarks.noise import Noise, pinned
 from benchmarks.timing import copies
 from benchmarks.transforms import transform_rows
@@ -30,9 +31,6 @@ SHAPES = {
     "32B gate": (25600, 5120), "32B down": (5120, 25600),
 }  # fmt: skip
 """[out, in] of linears of Qwen3 models."""
-
-CEILING, TRANSFORM = "ceiling", "transform of"
-"""What stands in a linear's place: what the machine allows, and a change of basis of so many channels."""
 
 ROUNDS = 15
 PEERS = ("Q1_0", "Q4_0", "BF16")

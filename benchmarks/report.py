@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plots, quality
 from benchmarks.blocks import rewrite_file
-from benchmarks.record import RESULTS, latest, newest_device, read
+from benchmarks.record import RESULTS, Row, device, devices, latest, read
 from benchmarks.tables import block_text, same_text
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +27,17 @@ def draw(folder: Path) -> list[Path]:
     """Draw the files of results in a folder; none where matplotlib is not installed."""
     made: list[Path | None] = []
     for path in sorted(folder.glob("quality-*.jsonl")):
-        rows = latest(newest_device(read(path)), by=("way", "table"))
-        rows = [row for row in rows if same_text(row) == same_text(rows[-1])]
-        made.append(quality.plot(rows, path.with_suffix(".svg")))
+        made.append(quality.plot(_fullest(read(path)), path.with_suffix(".svg")))
     kernels = folder / "kernels.jsonl"
     if kernels.is_file():
-        rows = newest_device(read(kernels))
+        rows = next(iter(devices(read(kernels))), [])
         made += [plots.draw_roofline(rows, folder / "roofline.svg"), plots.draw_speed(rows, folder / "speed.svg")]
     return [path for path in made if path is not None]
+
+
+def _fullest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last rows of the text and machine that has the most of them: a Pareto plot is of one text alone."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in latest(rows, by=("model", "files", "fp_perplexity", "way", "table")):
+        found.setdefault((device(row), *same_text(row)), []).append(row)
+    return max(found.values(), key=lambda mine: (len(mine), max(row["when"] for row in mine)), default=[])
