@@ -7,7 +7,7 @@ that measured it. A run that its budget cut short takes no case away that an ear
 from collections.abc import Sequence
 
 from benchmarks.markdown import LESS, Cell, Column, ending, table
-from benchmarks.record import Row, last_runs
+from benchmarks.record import Row, grouped, last_runs
 
 CASE = ("linear", "tokens", "threads")
 CEILING, TRANSFORM = "ceiling", "transform of"
@@ -19,7 +19,12 @@ READ = "pure read"
 
 def timed_linears(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of linears that were timed, of the last run of each case."""
-    return last_runs([r for r in rows if "us" in r and "out" in r and not _is_transform(r)], by=CASE)
+    return [row for row in _of_linears(rows) if "us" in row]
+
+
+def _of_linears(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of linears, those too that say why a contender was not timed."""
+    return last_runs([row for row in rows if "out" in row and not _is_transform(row)], by=CASE)
 
 
 def _timed_transforms(rows: Sequence[Row]) -> list[Row]:
@@ -48,10 +53,15 @@ def kernels_table(rows: Sequence[Row]) -> str:
         cells.append([key[0], shape, key[1], key[2], *times, _best_peer([*found.values()])])
     ceilings = last_runs([row for row in rows if row["linear"] == CEILING], by=("threads",))
     absent = [row for row in rows if not row["linear"] and not any(way.startswith(row["way"]) for way in ways)]
+    absent += [{**row, "way": f"{row['way']}: {_said(row)}"} for row in _of_linears(rows) if "us" not in row]
     unit = "Microseconds a call, weights cold; median of the rounds."
     said = [unit, ceilings_sentence(ceilings), _left_out(rows, linears, transforms=False)]
     said.append(ending([*absent, *linears, *ceilings]))
     return "\n\n".join(filter(None, [table(columns, cells, across=True), *said]))
+
+
+def _said(row: Row) -> str:
+    return f"{row['linear']}, tokens {row['tokens']}, threads {row['threads']}"
 
 
 def _ways(rows: Sequence[Row]) -> list[str]:
@@ -62,12 +72,12 @@ def _ways(rows: Sequence[Row]) -> list[str]:
 
 def _cases(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str], dict[str, Row]]]:
     """Return (linear, tokens, threads) with its rows by way; linears in their order, threads and tokens rising."""
-    found: dict[tuple[str, int, int], dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault((row["linear"], row["threads"], row["tokens"]), {})[row["way"]] = row
-    order = [*dict.fromkeys(row["linear"] for row in rows)]
-    keys = sorted(found, key=lambda key: (key[1], key[2], order.index(key[0])))
-    return [((linear, str(tokens), str(threads)), found[linear, threads, tokens]) for linear, threads, tokens in keys]
+    found = grouped(rows, by=CASE)
+    order = [*dict.fromkeys(linear for linear, _, _ in found)]
+    return [
+        ((linear, str(tokens), str(threads)), {row["way"]: row for row in found[linear, tokens, threads]})
+        for linear, tokens, threads in sorted(found, key=lambda key: (key[2], key[1], order.index(key[0])))
+    ]
 
 
 def _best_peer(rows: Sequence[Row]) -> str | None:

@@ -9,7 +9,8 @@ from benchmarks.record import Row
 
 COLORS = {
     "bwla A6": "tab:red", "bwla A8": "tab:orange", "bwla A4": "tab:pink", "torch bf16": "tab:blue",
-    "torch fp32": "tab:cyan", "ggml Q1_0": "tab:green", "ggml Q4_0": "tab:olive", "ggml BF16": "tab:brown",
+    "torch fp32": "tab:cyan", "inductor bf16": "tab:purple", "torchao int4 weight-only": "black",
+    "ggml Q1_0": "tab:green", "ggml Q4_0": "tab:olive", "ggml BF16": "tab:brown",
 }  # fmt: skip
 SALT = "results"
 

@@ -71,11 +71,20 @@ def last_runs(rows: Sequence[Row], *, by: Sequence[str]) -> list[Row]:
     What is compared within a case was then measured in the same rounds; cases may be of different runs.
     """
 
-    def case(row: Row) -> tuple[Any, ...]:
-        return (device(row), *(row.get(column) for column in by))
+    found: list[Row] = []
+    for mine in devices(rows):
+        for case in grouped(mine, by=by).values():
+            last = max(str(row["when"]) for row in case)
+            found += [row for row in case if row["when"] == last]
+    return found
 
-    last = {case(row): row["when"] for row in rows}
-    return [row for row in rows if row["when"] == last[case(row)]]
+
+def grouped(rows: Sequence[Row], *, by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows of each combination of these columns (None where a row lacks one), in the order of the rows."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(column) for column in by), []).append(row)
+    return found
 
 
 def machine(row: Row) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plots, quality
 from benchmarks.blocks import rewrite_file
-from benchmarks.record import RESULTS, Row, device, devices, latest, read
-from benchmarks.tables import block_text, same_text
+from benchmarks.record import RESULTS, Row, devices, grouped, latest, read
+from benchmarks.tables import SAME_TEXT, block_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "compile.md")
@@ -37,7 +36,9 @@ def draw(folder: Path) -> list[Path]:
 
 def _fullest(rows: Sequence[Row]) -> list[Row]:
     """Return the last rows of the text and machine that has the most of them: a Pareto plot is of one text alone."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in latest(rows, by=("model", "files", "fp_perplexity", "way", "table")):
-        found.setdefault((device(row), *same_text(row)), []).append(row)
-    return max(found.values(), key=lambda mine: (len(mine), max(row["when"] for row in mine)), default=[])
+    found = [
+        text
+        for mine in devices(rows)
+        for text in grouped(latest(mine, by=(*SAME_TEXT, "way", "table")), by=SAME_TEXT).values()
+    ]
+    return max(found, key=lambda mine: (len(mine), max(row["when"] for row in mine)), default=[])

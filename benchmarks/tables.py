@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.kernel_tables import kernels_table, transforms_table
 from benchmarks.markdown import LESS, MORE, Cell, Column, ending, table
-from benchmarks.record import Row, devices, last_runs, latest, machines, read
+from benchmarks.record import Row, devices, grouped, last_runs, latest, machines, read
 from bwla_compiler.inspector.table import size
 
 MIB = 1 << 20
@@ -52,7 +51,7 @@ def models_table(rows: Sequence[Row]) -> str:
     A way that the last run of a model has no figures of keeps those of an earlier run, and says so: its ratio is of its
     own rounds.
     """
-    rows = latest(rows, by=("model", "way", "prompt", "steps", "threads"))
+    case = ("model", "prompt", "steps", "threads")
     columns = [
         Column("way", left=True), Column("decode, tokens/s", MORE, 1), Column("quartiles"), Column("time over bwla's"),
         Column("prefill, tokens/s", MORE, 1), Column("first token, ms", LESS, 1), Column("weights, MiB", LESS, 1),
@@ -60,16 +59,11 @@ def models_table(rows: Sequence[Row]) -> str:
         Column("top-1, %"),
     ]  # fmt: skip
     parts = []
-    for model, prompt, steps, threads in dict.fromkeys(
-        (r["model"], r["prompt"], r["steps"], r["threads"]) for r in rows
-    ):
-        chosen = [
-            r for r in rows if (r["model"], r["prompt"], r["steps"], r["threads"]) == (model, prompt, steps, threads)
-        ]
+    for (model, prompt, steps, threads), chosen in grouped(latest(rows, by=(*case, "way")), by=case).items():
         last = max(row["when"] for row in chosen)
         cells = [_model_cells(row, last=last) for row in chosen if "decode_tokens_per_second" in row]
         title = f"**{model}**, prompt of {prompt}, {steps} tokens decoded, batch 1, {threads} threads"
-        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}")
+        parts += [f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}"] if cells else []
     return "\n\n".join(parts)
 
 
@@ -84,15 +78,18 @@ def _model_cells(row: Row, *, last: str) -> list[Cell]:
     ]  # fmt: skip
 
 
+SAME_TEXT = ("model", "files", "fp_perplexity")
+"""What must be equal for perplexities to be set side by side: the model and the text."""
+
+
 def quality_table(rows: Sequence[Row]) -> str:
     """Return perplexity over the float model's against true bits, a table a model; intervals of 95% over files."""
-    rows = latest(rows, by=("model", "files", "fp_perplexity", "way", "table"))
+    rows = latest(rows, by=(*SAME_TEXT, "way", "table"))
     columns = [Column("way", left=True), Column("table", left=True), Column("true bits")]
     columns += [Column(f"A{bits}", LESS, 3) for bits in (16, 6, 4)]
     columns += [Column("A6, 95%"), Column("A6, code", LESS, 3), Column("fit, s", LESS, 1)]
     parts: list[str] = []
-    for key in dict.fromkeys(same_text(row) for row in rows):
-        mine = [row for row in rows if same_text(row) == key]
+    for (model, files, _), mine in grouped(rows, by=SAME_TEXT).items():
         chosen = sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"])))
         cells = [
             [
@@ -108,7 +105,6 @@ def quality_table(rows: Sequence[Row]) -> str:
             ]
             for r in chosen
         ]
-        model, files, _ = key
         texts = "" if files is None else f", {files} files of held-out text"
         title = f"**{model}**, float perplexity {chosen[0]['fp_perplexity']:.2f}{texts}"
         parts += filter(None, [f"{title}\n\n{table(columns, cells)}", _beside_float(chosen), ending(chosen)])
@@ -142,27 +138,22 @@ def _beside_float(rows: Sequence[Row]) -> str:
 
 def ends_table(rows: Sequence[Row]) -> str:
     """Return perplexity over the float model's by how embedding and head are stored, and bits of the whole model."""
-    rows = latest(rows, by=("model", "files", "fp_perplexity", "way"))
+    rows = latest(rows, by=(*SAME_TEXT, "way"))
     columns = [Column("model", left=True), Column("ends", left=True), Column("bits, whole model"), Column("bytes")]
     columns += [Column(f"A{bits}", LESS, 4) for bits in (16, 6)] + [Column("A16, 95%")]
     cells = [[r["model"], r["way"], r["model_bits"], size(r["n_bytes"]), r["a16"], r["a6"], r["a16_95"]] for r in rows]
     return f"{table(columns, cells)}\n\n{ending(rows)}"
 
 
-def same_text(row: Row) -> tuple[Any, ...]:
-    """Return what must be equal for perplexities to be set side by side: the model and the text."""
-    return row["model"], row.get("files"), row["fp_perplexity"]
-
-
 def quantize_table(rows: Sequence[Row]) -> str:
     """Return seconds and peak memory of quantizing, the whole and the dearest block."""
-    rows = latest(rows, by=("model", "recipe", "settings", "calibration", "block"))
+    case = ("model", "recipe", "settings", "calibration")
+    rows = latest(rows, by=(*case, "block"))
     columns = [Column("model", left=True), Column("recipe", left=True), Column("calibration", left=True)]
     columns += [Column("all, s", decimals=1), Column("dearest block, s", decimals=1), Column("most, MiB", decimals=0)]
     columns += [Column("a block, MiB", decimals=0), Column("true bits", decimals=3)]
     cells: list[list[Cell]] = []
-    for key in dict.fromkeys((r["model"], r["recipe"], r["settings"], r["calibration"]) for r in rows):
-        found = [r for r in rows if (r["model"], r["recipe"], r["settings"], r["calibration"]) == key]
+    for key, found in grouped(rows, by=case).items():
         blocks = [r for r in found if r["block"] != "all"]
         for whole in (r for r in found if r["block"] == "all"):
             most = [max((float(b[name]) for b in blocks), default=None) for name in ("seconds", "peak_mib")]
@@ -175,14 +166,13 @@ def quantize_table(rows: Sequence[Row]) -> str:
 
 def profile_table(rows: Sequence[Row]) -> str:
     """Return where a decode step goes, a table a model and way: microseconds and shares by region."""
-    rows = last_runs(rows, by=("model", "way"))
+    case = ("model", "way", "threads")
     columns = [Column("region", left=True), Column("microseconds", decimals=0), Column("share, %", decimals=1)]
     parts = []
-    for model, way in dict.fromkeys((row["model"], row["way"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
+    for (model, way, threads), chosen in grouped(last_runs(rows, by=case), by=case).items():
         cells = [[row["region"], row["region_us"], 100 * row["share"]] for row in chosen]
         title = f"**{model}, {way}**: {chosen[0]['step_us']:,.0f} microseconds a step, under the profiler "
-        title += f"{chosen[0]['profiled_us']:,.0f}"
+        title += f"{chosen[0]['profiled_us']:,.0f}" + (f"; threads: {threads}" if threads else "")
         parts.append(f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}")
     return "\n\n".join(parts)
 
@@ -213,12 +203,11 @@ def kv_cache_table(rows: Sequence[Row]) -> str:
 
 def gguf_table(rows: Sequence[Row]) -> str:
     """Return perplexities of exported models here and in llama.cpp, a table a model."""
-    rows = latest(rows, by=("model", "recipe", "sequences", "length", "way"))
+    case = ("model", "recipe", "sequences", "length")
     columns = [Column("way", left=True), Column("perplexity", decimals=3), Column("over ours, A16", decimals=4)]
     columns += [Column("over ours, A8", decimals=4), Column("KL to ours, A16"), Column("top-1, %", decimals=1)]
     parts = []
-    for key in dict.fromkeys(tuple(row[name] for name in ("model", "recipe", "sequences", "length")) for row in rows):
-        chosen = [row for row in rows if tuple(row[name] for name in ("model", "recipe", "sequences", "length")) == key]
+    for key, chosen in grouped(latest(rows, by=(*case, "way")), by=case).items():
         cells: list[list[Cell]] = [
             [
                 row["way"], row["perplexity"], row.get("against_a16"), row.get("against_a8"),

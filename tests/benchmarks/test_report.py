@@ -122,12 +122,15 @@ def test_a_run_that_was_cut_short_hides_no_case_of_an_earlier_one(tmp_path: Path
     long = [*kernel_rows("m", "2026-01-01", 100.0), *kernel_rows("m", "2026-01-01", 300.0, linear="8B q")]
     short = kernel_rows("m", "2026-02-01", 90.0, peer="torch fp32")
     over = {"missing": "left out: the time budget was spent", "way": "", "tokens": 1, "threads": 1}
-    short += [{**short[-1], **over, "linear": name} for name in ("8B q", "8B down", "transform of 64")]
+    short += [{**short[0], "way": "torchao", "refused": "wrong by 1"}]
+    del short[-1]["us"]
+    short += [{**short[-2], **over, "linear": name} for name in ("8B q", "8B down", "transform of 64")]
     text = block_text("kernels", kernels_file(tmp_path, long, short))
-    assert "| bwla A6 | torch bf16 | torch fp32 |" in text
-    assert "| 0.6B q | 2048 x 1024 | 1 | 1 | 90 | - | **45** |" in text  # its contenders met in one run
-    assert "| 8B q | 2048 x 1024 | 1 | 1 | 300 | **150** | - |" in text
+    assert "| bwla A6 | torch fp32 | torch bf16 |" in text
+    assert "| 0.6B q | 2048 x 1024 | 1 | 1 | 90 | **45** | - |" in text  # its contenders met in one run
+    assert "| 8B q | 2048 x 1024 | 1 | 1 | 300 | - | **150** |" in text
     assert all(f"`run on m` at abc, {day}" in text for day in ("2026-01-01", "2026-02-01"))
+    assert "torchao: 0.6B q, tokens 1, threads 1 (wrong by 1)" in text
     assert "Left out, the time budget being spent: 8B down (tokens 1, threads 1)." in text
 
 
