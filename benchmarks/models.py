@@ -139,7 +139,7 @@ class Race:
     def _started(self, stack: ExitStack) -> dict[str, Contender]:
         """Return the contenders that load and make their first call, which compiles."""
         started: dict[str, Contender] = {}
-        for done, name in enumerate(self.budget.part(STARTING).within(self._order(self.ways), like=self._compiler)):
+        for done, name in enumerate(self.budget.part(STARTING).within(self._order(self.ways), like=self._compiles)):
             way = self.ways[name]
             self.progress("models: first calls", done, len(self.ways))
             try:
@@ -165,10 +165,9 @@ class Race:
     def _order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
-    def _compiler(self, name: str) -> str:
-        """Return what ways are told apart by that take about as long to start; "" for those that compile nothing."""
-        way = self.ways[name]
-        return "" if way.compiler in ("eager", LLAMA) else f"{way.compiler} {way.options}"
+    def _compiles(self, name: str) -> bool:
+        """Whether a way takes long to start: what a budget tells ways apart by."""
+        return self.ways[name].compiler not in ("eager", LLAMA)
 
     def _caches(self, name: str) -> Path:
         return self.root / f"caches-{list(self.ways).index(name)}"
@@ -229,8 +228,8 @@ class Race:
 
     def _warm(self, names: Sequence[str]) -> None:
         """Start what compiles again, one after another, with the caches that the first start has left."""
-        names = [name for name in self._order(names) if self._compiler(name)]
-        for done, name in enumerate(self.budget.within(names, like=self._compiler)):
+        names = [name for name in self._order(names) if self._compiles(name)]
+        for done, name in enumerate(self.budget.within(names, like=self._compiles)):
             self.progress("models: warm starts", done, len(names))
             with Contender(self._job(self.ways[name]), caches=self._caches(name)) as contender:
                 loaded = contender.answer()
