@@ -1,23 +1,26 @@
-"""A time budget: a measurement stops to begin new cases when the next one would likely not fit."""
+"""A time budget: a measurement begins no case that would likely not fit."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Case = TypeVar("Case")
+
+LEFT_OUT = "left out: the time budget was spent"
+"""What a row says of a case that was not begun."""
 
 
 @dataclass
 class Budget:
     """Wall seconds that may be spent, counted from its making; inf for no limit.
 
-    left_out: how many cases `within` has not begun. clock: seconds, for tests.
+    left_out: the cases that `within` has not begun. clock: seconds, for tests.
     """
 
     seconds: float = float("inf")
     clock: Callable[[], float] = time.monotonic
-    left_out: int = 0
+    left_out: list[Any] = field(default_factory=list)
     _begun: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -28,16 +31,21 @@ class Budget:
         """Seconds that are left, at least 0."""
         return max(0.0, self.seconds - (self.clock() - self._begun))
 
-    def within(self, cases: Iterable[Case]) -> Iterator[Case]:
-        """Yield cases while there is as much time left as the longest so far took; the first one always."""
-        longest, waiting = 0.0, list(cases)
-        while waiting:
-            if longest > self.left:
-                self.left_out += len(waiting)
-                return
+    def within(self, cases: Iterable[Case], *, like: Callable[[Case], Hashable] = lambda case: None) -> Iterator[Case]:
+        """Yield the cases that likely fit: those for which as much time is left as the longest of their like took.
+
+        like: what cases are told apart by. The first of its like is expected to take what the quickest like took; the
+        first case of all is always begun. One that does not fit is left out, and a shorter one after it may yet fit.
+        """
+        longest: dict[Hashable, float] = {}
+        for case in cases:
+            kind = like(case)
+            if longest.get(kind, min(longest.values(), default=0.0)) > self.left:
+                self.left_out.append(case)
+                continue
             start = self.clock()
-            yield waiting.pop(0)
-            longest = max(longest, self.clock() - start)
+            yield case
+            longest[kind] = max(longest.get(kind, 0.0), self.clock() - start)
 
     def part(self, share: float) -> "Budget":
         """Return a budget of this share of what is left."""

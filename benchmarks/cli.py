@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     epilog=examples(
-        "bwla-compile bench kernels --quick",
+        "bwla-compile bench kernels --short",
         "bwla-compile bench models demo:",
         "bwla-compile bench quality --row ours",
         "bwla-compile bench report",
@@ -63,14 +63,33 @@ def _budget(minutes: float) -> Any:
     return Budget(60 * minutes) if minutes else Budget()
 
 
-@app.command(epilog=examples("bwla-compile bench kernels", "bwla-compile bench kernels --minutes 3"))
-def kernels(quick: Quick = False, minutes: Minutes = 0) -> None:
+@app.command(
+    epilog=examples(
+        "bwla-compile bench kernels --minutes 3",
+        "bwla-compile bench kernels --shape '8B gate' --tokens 1 --threads 1 --peer 'ggml Q1_0' --isa avx2",
+    )
+)
+def kernels(
+    shape: Annotated[list[str] | None, typer.Option(help="This linear, or 'transform of N'; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="So many tokens; repeatable.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="On so many threads; repeatable.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Beside this peer alone; repeatable.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Beside the peers of bench all alone.")] = False,
+    isa: Annotated[str, typer.Option(help="Hold our kernels to an instruction set: avx512, avx2, portable.")] = "",
+    minutes: Minutes = 0,
+) -> None:
     """Time linears and transforms by shape, tokens and threads, under the machine's ceilings of the same run."""
     from benchmarks import kernels as kind
+    from benchmarks.forced_isa import held_to
+    from benchmarks.kernel_peers import PEERS, SHORT
 
-    with progress_bars() as progress:
-        rows = kind.measure(progress, quick=quick, budget=_budget(minutes))
-    _kept("kernels", rows)
+    with held_to(isa):
+        with progress_bars() as progress:
+            rows = kind.measure(
+                progress, shapes=shape or (), tokens=tokens or (), threads=threads or (),
+                peers=peer or (SHORT if short else tuple(PEERS)), budget=_budget(minutes),
+            )  # fmt: skip
+        _kept("kernels", rows)
 
 
 @app.command(
@@ -137,10 +156,14 @@ def quality(
     minutes: Minutes = 0,
 ) -> None:
     """Perplexity, divergence, agreement, a task and true bits by recipe; or a model of one's own beside a figure."""
+    from benchmarks.cli_anchors import measured_anchor, print_anchors, tell_verdict
+
     if anchors:
-        _print_anchors()
+        print_anchors()
     elif anchor:
-        _measure_anchor(anchor, model, data, activations)
+        beside = measured_anchor(anchor, model=model, data=data, activations=activations)
+        _kept("anchors", [beside])
+        tell_verdict(beside)
     else:
         from benchmarks import quality as kind
         from benchmarks.record import record
@@ -171,28 +194,6 @@ def raw(
     with progress_bars() as progress:
         rows = kind.measure(progress, quick=quick, outliers=outliers, ways=row or ())
     _kept("raw", rows)
-
-
-def _print_anchors() -> None:
-    from benchmarks.anchors import anchors
-    from benchmarks.shown import anchors_table
-
-    console = stdout_console()
-    console.print(render_table(anchors_table(anchors(), wide=console.width >= 200)))
-
-
-def _measure_anchor(key: str, model: str, data: str, activations: int) -> None:
-    from benchmarks import anchors, protocol
-
-    wanted = anchors.anchor(key)
-    if not model:
-        raise typer.BadParameter(f"which model? give --model with a folder of {wanted.hub_id}")
-    with progress_bars() as progress:
-        row = protocol.measure_anchor(wanted, model=model, data=data, activations=activations, progress=progress)
-    _kept("anchors", [row])
-    stdout_console().print(f"{row['verdict']}: {row['said']}", style="green" if row["verdict"] == "pass" else "red")
-    if row["verdict"] == "fail":
-        raise typer.Exit(1)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.errors import ResultsError
-from benchmarks.record import Row, latest, one_device
+from benchmarks.record import Row, device, devices, latest, one_device
 from benchmarks.timing import quartiles
 
 LEAST_CHANGE = 0.05
@@ -80,11 +80,14 @@ class Change:
 def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     """Return the changes of all rows that both have, those that are worse first.
 
-    Worse, or better: by more than both rows' quartile distances, the peers' own scatter and the metric's least change
-    together. Raises ResultsError for rows of different devices, or where no row is in both.
+    Of a file with rows of several devices those of the device measured last count, and of the other file that device's
+    alone. Worse, or better: by more than both rows' quartile distances, the peers' own scatter and the metric's least
+    change together. Raises ResultsError where the files have no device in common, or no row of it.
     """
-    one_device([*old, *new], what="compare")
-    before, after = (_by_identity(rows) for rows in (old, new))
+    newer = next(iter(devices(new)), [])
+    older = [row for row in old if newer and device(row) == device(newer[0])]
+    one_device([*(older or old), *newer], what="compare")
+    before, after = (_by_identity(rows) for rows in (older, newer))
     pairs = {key: (before[key], after[key]) for key in after if key in before}
     if not pairs:
         raise ResultsError("compare: no row is in both files")

@@ -19,7 +19,7 @@ from transformers import StaticCache
 from benchmarks.llama import LlamaRunner
 from benchmarks.memory import PeakMemory
 from benchmarks.noise import pinned
-from benchmarks.peers import LLAMA, Way, ways
+from benchmarks.peers import LLAMA, Way, named
 from benchmarks.runner import Runner
 from bwla_compiler import api
 from bwla_compiler.backend import compile_backend
@@ -36,7 +36,7 @@ class TorchRunner(Runner):
         start = time.perf_counter()
         self.model = _loaded(way, folder)
         self.cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1])
-        self.call = _compiled(way, self.model)
+        self.call, self.freeze = _compiled(way, self.model), way.freeze
         self.load_seconds = time.perf_counter() - start
         self.n_bytes, self.about = model_bytes(self.model), way.version()
 
@@ -45,7 +45,8 @@ class TorchRunner(Runner):
         """Return the seconds of the first prefill and of the first decoded token, compiling included."""
         # The cache's tensors are made outside the compiled region, by a token that is then forgotten.
         self.model(input_ids=self.ids[:, :1], past_key_values=self.cache, use_cache=True)
-        return super().first()
+        with torch._inductor.config.patch(freezing=self.freeze):
+            return super().first()
 
     def prefill(self) -> Tensor:
         """Return the logits of the prompt, read into an empty cache."""
@@ -99,7 +100,7 @@ def model_bytes(model: nn.Module) -> int:
 
 def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
     """Load the job's way, then answer the commands of the standard input until it ends."""
-    (way,) = [way for way in ways((job["way"],)) if way.name == job["way"]]
+    way = named(job["way"])
     with PeakMemory(mapped=True, seconds=MEMORY_SECONDS) as memory:  # weights that are computed with may be mapped
         _serve(job, way, memory, answer)
 

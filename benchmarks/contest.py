@@ -14,10 +14,15 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """Calls on copies of one weight, and the bytes of a copy."""
+    """Calls on copies of one weight, and the bytes of a copy. products: of a call, each of a copy of its own.
+
+    version: of what computes it, where that is not torch or this package.
+    """
 
     calls: Sequence[Call]
     n_bytes: int
+    products: int = 1
+    version: str = ""
 
 
 def check_result(found: Tensor, expected: Tensor, what: str, *, tolerance: float = 1e-4) -> None:
@@ -31,9 +36,14 @@ def check_result(found: Tensor, expected: Tensor, what: str, *, tolerance: float
 
 
 def contest(contenders: Mapping[str, Contender], *, ours: str, macs: int, rounds: int) -> list[dict[str, Any]]:
-    """Time contenders in turn and return a row for each: see `figures`. macs: multiply-adds of a call."""
-    times = interleaved({label: c.calls for label, c in contenders.items()}, rounds=rounds)
-    return [{"way": label, **figures(times[label], times[ours], c.n_bytes, macs)} for label, c in contenders.items()]
+    """Time contenders in turn and return a row for each: see `figures`. macs: multiply-adds of a product."""
+    calls = interleaved({label: c.calls for label, c in contenders.items()}, rounds=rounds)
+    times = {label: calls[label].over(c.products) for label, c in contenders.items()}
+    return [
+        {"way": label, **figures(times[label], times[ours], c.n_bytes, macs)}
+        | ({"version": c.version} if c.version else {})
+        for label, c in contenders.items()
+    ]
 
 
 def figures(times: Times, ours: Times, n_bytes: int, macs: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import demo_table, kernels, models, quality, quantize
 from benchmarks.budget import Budget
+from benchmarks.kernel_peers import SHORT
 from benchmarks.record import Row
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,10 @@ def measure_everything(progress: Progress, *, budget: Budget) -> Iterator[Part]:
     spendable = budget.part(1 - RESERVE)
     yield _part("demo", "", partial(demo_table.measure, progress))
     yield _part("quantize", "", partial(quantize.measure, progress, changes=(TUNING,)))
-    yield _part("models", "demo:", partial(models.measure, progress, budget=spendable.part(0.35)))
-    wide = partial(models.measure, progress, **WIDE, budget=spendable.part(0.5))
+    yield _part("kernels", "", partial(kernels.measure, progress, peers=SHORT, budget=spendable.part(0.25)))
+    wide = partial(models.measure, progress, **WIDE, budget=spendable.part(0.45))
     yield _part("models", Path(WIDE["model"]).name, wide)
-    yield _part("kernels", "", partial(kernels.measure, progress, budget=spendable.part(0.6)))
+    yield _part("models", "demo:", partial(models.measure, progress, budget=spendable.part(0.6)))
     for way in QUALITY_ROWS:
         if spendable.left > 0:
             yield _part("quality", way, partial(quality.measure, progress, ways=(way,), budget=spendable))

@@ -52,7 +52,7 @@ class Ggml:
         self._function("ggml_blck_size").restype = ctypes.c_int64
         self._function("ggml_type_name").restype = ctypes.c_char_p
         self.backend = self._call("ggml_backend_cpu_init")
-        self.version = importlib.metadata.version("llama-cpp-python")
+        self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
 
     def _function(self, name: str) -> Any:
         for part in self._parts:
@@ -98,17 +98,21 @@ class Ggml:
         )  # fmt: skip
         return packed
 
-    def linear(self, kind: str, weight: Tensor, tokens: int, *, threads: int) -> "GgmlLinear":
-        """Return y = x weight^T with weight [out, in] in a ggml type, for x [tokens, in]."""
-        return GgmlLinear(self, kind, weight, tokens, threads)
+    def linear(
+        self, kind: str, packed: np.ndarray, *, shape: tuple[int, int], tokens: int, threads: int
+    ) -> "GgmlLinear":
+        """Return y = x weight^T with weight [out, in] as `packed` gives it, for x [tokens, in]."""
+        return GgmlLinear(self, kind, packed, shape, tokens, threads)
 
 
 class GgmlLinear:
     """A product of one weight; `run()` computes it on `x`, which is float32 [tokens, in] shared with ggml."""
 
-    def __init__(self, library: Ggml, kind: str, weight: Tensor, tokens: int, threads: int) -> None:
+    def __init__(
+        self, library: Ggml, kind: str, packed: np.ndarray, of: tuple[int, int], tokens: int, threads: int
+    ) -> None:
         self.ggml, self.threads = library, threads
-        out, width = weight.shape
+        out, width = of
         call, kind_number = library._call, ctypes.c_int(TYPES[kind])
         init = library._function("ggml_init")
         shape = (ctypes.c_int64(width), ctypes.c_int64(out))
@@ -116,9 +120,7 @@ class GgmlLinear:
         tensor = call("ggml_new_tensor_2d", self._weights, kind_number, *shape)
         buffer_type = self._repacked(kind) or call("ggml_backend_cpu_buffer_type")
         call("ggml_backend_alloc_ctx_tensors_from_buft", self._weights, buffer_type)
-        packed = library.packed(weight, kind)
         call("ggml_backend_tensor_set", tensor, packed.ctypes.data, ctypes.c_size_t(0), ctypes.c_size_t(packed.nbytes))
-        self.n_bytes = packed.nbytes
         self._context = init(_InitParams((tokens * (width + out)) * 4 + (1 << 20), None, False))
         f32 = ctypes.c_int(0)
         source = call("ggml_new_tensor_2d", self._context, f32, shape[0], ctypes.c_int64(tokens))

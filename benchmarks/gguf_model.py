@@ -20,9 +20,6 @@ from bwla_compiler.checkpoint.gguf_family import family_of
 from bwla_compiler.checkpoint.gguf_file import About, gguf_package, write_gguf
 from bwla_compiler.checkpoint.gguf_floats import float_tensors
 
-KINDS = ("BF16", "F16", "Q8_0", "Q4_0", "TQ2_0", "Q1_0", "IQ1_S")
-"""Types of linears that can be written. IQ1_S alone needs ggml's own code, and takes minutes: it searches a grid."""
-
 ENDS, ENDS_KIND = ("token_embd", "output"), "Q8_0"
 
 
@@ -85,4 +82,4 @@ def lacking(kind: str) -> str:
     library = ggml()
     if library is None or kind in ("F16", "BF16") or library.has(kind):
         return ""
-    return f"ggml of llama-cpp-python {library.version} has no {kind}"
+    return f"ggml of {library.version} has no {kind}"

@@ -4,17 +4,20 @@ Every call finds its weights cold (they rotate beyond the last cache), contender
 checked against a reference in float64 before anything is timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.budget import Budget
+from benchmarks.budget import LEFT_OUT, Budget
 from benchmarks.ceilings import measure_ceilings, reader
 from benchmarks.contest import Call, Contender, check_result, contest
-from benchmarks.ggml import GgmlLinear, ggml
+from benchmarks.errors import RefusedError, ResultsError
+from benchmarks.kernel_peers import PEERS, SHORT, Product
+from benchmarks.kernel_tables import CEILING, TRANSFORM
 from benchmarks.noise import Noise, pinned
 from benchmarks.timing import copies
 from benchmarks.transforms import transform_rows
@@ -23,6 +26,9 @@ from bwla_compiler.runtime.halves import read_half
 from bwla_compiler.runtime.modules import PackedLinear
 
 Progress = Callable[[str, int, int], None]
+Row = dict[str, Any]
+Case = tuple[str, int, int]
+"""(linear, tokens, threads); a transform's or the ceilings' name in place of the linear."""
 
 SHAPES = {
     "0.6B q": (2048, 1024), "0.6B gate": (3072, 1024), "0.6B down": (1024, 3072),
@@ -31,76 +37,113 @@ SHAPES = {
 }  # fmt: skip
 """[out, in] of linears of Qwen3 models."""
 
-CEILING, TRANSFORM = "ceiling", "transform of"
-"""What stands in a linear's place: what the machine allows, and a change of basis of so many channels."""
+WIDTHS = (1024, 3072, 4096, 12288)
+"""Channels of the transforms."""
 
+FIRST_SHAPES, FIRST_TOKENS = ("0.6B gate", "8B gate", "32B gate"), (1, 128)
+"""What decides, and is measured before the rest: a linear of each size of model, decoding and reading a prompt."""
+
+TOKENS, THREADS = (1, 128, 8, 4), (1, 2)
 ROUNDS = 15
-PEERS = ("Q1_0", "Q4_0", "BF16")
 
 
 @torch.no_grad()
-def measure(progress: Progress, *, quick: bool = False, budget: Budget | None = None) -> list[dict[str, Any]]:
+def measure(
+    progress: Progress,
+    *,
+    shapes: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    threads: Sequence[int] = (),
+    peers: Sequence[str] = tuple(PEERS),
+    budget: Budget | None = None,
+) -> list[Row]:
     """Return a row per shape, tokens, threads and contender, rows of transforms, and the ceilings on as many threads.
 
-    quick: two shapes, one and 128 tokens. budget: of wall time; the cases that decide most come first.
-    Raises RefusedError where a kernel's result is wrong.
+    shapes, tokens, threads: these alone; a shape is a name of SHAPES or "transform of N". peers: by name. budget: of
+    wall time; the cases that decide most come first. Rows with "missing" say which peers and cases have no figures.
+    Raises ResultsError for an unknown name, RefusedError where a kernel's result is wrong.
     """
-    rows: list[dict[str, Any]] = []
-    cases = _cases(quick)
-    for done, case in enumerate((budget or Budget()).within(cases)):
+    chosen = _cases(shapes, tokens, threads)
+    if unknown := set(peers) - set(PEERS):
+        raise ResultsError(f"no peer is called {sorted(unknown)[0]!r}; there are: {', '.join(PEERS)}")
+    here = {name: PEERS[name].missing() for name in peers}
+    rows: list[Row] = [{"linear": "", "way": name, "missing": why} for name, why in here.items() if why]
+    if tuple(peers) == SHORT:
+        rows += [{"linear": "", "way": name, "missing": "not in a short run"} for name in PEERS if name not in peers]
+    wanted, left = [name for name, why in here.items() if not why], budget or Budget()
+    for done, case in enumerate(left.within(chosen, like=lambda case: case[:2])):
         noise = Noise()
-        name, tokens, threads = case
-        progress("kernels", done, len(cases))
-        if name == CEILING:
-            found = [{"linear": CEILING, **row} for row in measure_ceilings(threads)]
-        elif name in SHAPES:
-            found = _case(name, SHAPES[name], tokens, threads)
-        else:
-            found = transform_rows(int(name.split()[-1]), tokens, threads, rounds=ROUNDS)
-        rows += [{**row, **noise.fields()} for row in found]
-    progress("kernels", len(cases), len(cases))
-    if ggml() is None:
-        rows.append({"linear": "", "way": "ggml", "missing": "llama-cpp-python is not installed"})
-    return rows
+        progress("kernels", done, len(chosen))
+        rows += [{**row, **noise.fields()} for row in _measured(case, wanted)]
+    progress("kernels", len(chosen), len(chosen))
+    return rows + [
+        {"linear": name, "way": "", "tokens": m, "threads": n, "missing": LEFT_OUT} for name, m, n in left.left_out
+    ]
 
 
-def _cases(quick: bool) -> list[tuple[str, int, int]]:
-    """Return (linear, tokens, threads), or a transform's or the ceilings' name in place of the linear."""
-    shapes = list(SHAPES)[1:4:2] if quick else list(SHAPES)
-    widths = (3072,) if quick else (1024, 3072, 4096, 12288)
-    cases = []
-    for threads in (1, 2):
-        cases.append((CEILING, 0, threads))
-        for tokens in (1, 128) if quick or threads > 1 else (1, 128, 4, 8):
-            cases += [(name, tokens, threads) for name in shapes]
-            if tokens in (1, 128):
-                cases += [(f"{TRANSFORM} {width}", tokens, threads) for width in widths]
-    return cases
+def _cases(shapes: Sequence[str], tokens: Sequence[int], threads: Sequence[int]) -> list[Case]:
+    """Return the cases in their order: ceilings, what decides, transforms, other shapes, other numbers of tokens."""
+    known = [*SHAPES, *(f"{TRANSFORM} {width}" for width in WIDTHS)]
+    for name in shapes:
+        if name not in known:
+            raise ResultsError(f"no shape is called {name!r}; there are: {', '.join(known)}")
+    cases = [
+        (name, m, n)
+        for n in threads or THREADS
+        for m in tokens or TOKENS
+        for name in shapes or known
+        if tokens or m in FIRST_TOKENS or (n == 1 and name in SHAPES)
+    ]
+    return [*((CEILING, 0, n) for n in threads or THREADS), *sorted(cases, key=_rank)]
 
 
-def _case(name: str, shape: tuple[int, int], tokens: int, threads: int) -> list[dict[str, Any]]:
+def _rank(case: Case) -> int:
+    name, tokens, _ = case
+    if tokens not in FIRST_TOKENS:
+        return 3
+    return 0 if name in FIRST_SHAPES else 1 if name not in SHAPES else 2
+
+
+def _measured(case: Case, peers: Sequence[str]) -> list[Row]:
+    name, tokens, threads = case
+    if name == CEILING:
+        return [{"linear": CEILING, **row} for row in measure_ceilings(threads)]
+    if name in SHAPES:
+        return _case(name, SHAPES[name], tokens=tokens, threads=threads, peers=peers)
+    return transform_rows(int(name.split()[-1]), tokens, threads, rounds=ROUNDS)
+
+
+def _case(name: str, shape: tuple[int, int], *, tokens: int, threads: int, peers: Sequence[str]) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     x = torch.randn(tokens, shape[1], generator=generator)
+    about = {"linear": name, "out": shape[0], "in": shape[1], "tokens": tokens, "threads": threads}
     with pinned(threads):
         contenders = {f"bwla A{bits}": _packed(shape, x, bits) for bits in (8, 6, 4)}
-        contenders |= {"torch bf16": _torch(weight.bfloat16(), x.bfloat16()), "torch fp32": _torch(weight, x)}
-        contenders |= _peers(weight, x, threads)
+        product = Product(weight, x, x.double() @ weight.double().T, threads)
+        rows: list[Row] = []
+        for peer in peers:
+            try:
+                contenders[peer] = PEERS[peer].make(product)
+            except RefusedError as error:
+                rows.append({"way": peer, "refused": str(error)})
+            except Exception as error:  # of whatever kind: a peer that fails takes no other one's figures away
+                rows.append({"way": peer, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
         if tokens == 1:
             contenders["pure read"] = _reader(contenders["bwla A6"].n_bytes)
-        rows = contest(contenders, ours="bwla A6", macs=tokens * shape[0] * shape[1], rounds=ROUNDS)
-    about = {"linear": name, "out": shape[0], "in": shape[1], "tokens": tokens, "threads": threads}
+        rows += contest(contenders, ours="bwla A6", macs=tokens * shape[0] * shape[1], rounds=ROUNDS)
+        torch._dynamo.reset()  # compiled peers hold their weights
     return [{**about, **row} for row in rows]
 
 
 def _packed(shape: tuple[int, int], x: Tensor, bits: int) -> Contender:
     out, width = shape
     n_bytes = out * -(-width // 8)
-    linears = [_random_linear(shape, bits, seed) for seed in range(copies(n_bytes))]
-    found = _call(linears[0], x)()
+    first = _random_linear(shape, bits)
+    found = _call(first, x)()
     assert isinstance(found, Tensor)
-    check_result(found, _reference(linears[0], x, bits), f"bwla A{bits} {shape}")
-
+    check_result(found, _reference(first, x, bits), f"bwla A{bits} {shape}")
+    linears = [first, *(deepcopy(first) for _ in range(copies(n_bytes) - 1))]
     return Contender([_call(linear, x) for linear in linears], n_bytes)
 
 
@@ -111,9 +154,9 @@ def _call(linear: PackedLinear, x: Tensor) -> Call:
     return partial(torch.ops.bwla.linear.default, *operands)
 
 
-def _random_linear(shape: tuple[int, int], bits: int, seed: int) -> PackedLinear:
+def _random_linear(shape: tuple[int, int], bits: int) -> PackedLinear:
     """Return a linear of random signs and row scales."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     scale = torch.rand(1, shape[0], 1, generator=generator) + 0.5
     binary = BinaryWeight(torch.ones(1, *shape, dtype=torch.int8), scale)
     linear = PackedLinear.from_binary(binary, activation_bits=bits, dtype=torch.float32)
@@ -129,31 +172,6 @@ def _reference(linear: PackedLinear, x: Tensor, bits: int) -> Tensor:
     scale = x.abs().amax(-1, keepdim=True) / limit
     product: Tensor = ((x / scale).round() * scale).double() @ weight.T
     return product
-
-
-def _torch(weight: Tensor, x: Tensor) -> Contender:
-    weights = [weight.clone() for _ in range(copies(weight.nbytes))]
-    check_result(
-        nn.functional.linear(x, weight), x.double() @ weight.double().T, f"torch {weight.dtype}", tolerance=1e-2
-    )
-    return Contender([partial(nn.functional.linear, x, w) for w in weights], weight.nbytes)
-
-
-def _peers(weight: Tensor, x: Tensor, threads: int) -> dict[str, Contender]:
-    library, found = ggml(), {}
-    for kind in PEERS if library is not None else ():
-        assert library is not None
-        if not library.has(kind) or not library.fits(kind, weight.shape[1]):
-            continue
-        first = library.linear(kind, weight, len(x), threads=threads)
-        linears: list[GgmlLinear] = [first]
-        linears += [library.linear(kind, weight, len(x), threads=threads) for _ in range(copies(first.n_bytes) - 1)]
-        for linear in linears:
-            linear.x.copy_(x)
-        # Weights of one bit are far from the weight itself: what is checked is that the product is one of x.
-        check_result(first.run(), x.double() @ weight.double().T, f"ggml {kind}", tolerance=0.9)
-        found[f"ggml {kind}"] = Contender([linear.run for linear in linears], first.n_bytes)
-    return found
 
 
 def _reader(n_bytes: int) -> Contender:

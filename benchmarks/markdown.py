@@ -71,10 +71,8 @@ def _value(cell: Cell) -> float:
 
 def source_line(rows: Sequence[Row]) -> str:
     """Return where rows are from: commands with commits and days, device, versions, and what else the machine did."""
-    runs: dict[tuple[str, str], str] = {}
-    for row in rows:
-        runs[str(row["command"]), str(row["commit"])] = str(row["when"])[:10]
-    commands = "; ".join(f"`{command}` at {commit}, {day}" for (command, commit), day in runs.items())
+    runs = dict.fromkeys(f"`{row['command']}` at {row['commit']}, {str(row['when'])[:10]}" for row in rows)
+    commands = "; ".join(runs)
     versions = ", ".join(sorted({f"torch {row['torch']}, Python {row['python']}" for row in rows}))
     devices = "; ".join(sorted({device(row) for row in rows}))
     return f"{commands}. {devices}; {versions}; {noise_line(rows)}."
@@ -104,3 +102,8 @@ def peers_line(rows: Sequence[Row]) -> str:
     """Return the versions of the peers that ran, with what they were built for; "" where there are none."""
     found = dict.fromkeys(str(row["version"]) for row in rows if row.get("version"))
     return f"Peers: {'; '.join(found)}." if found else ""
+
+
+def ending(rows: Sequence[Row]) -> str:
+    """Return the lines that end a table: what has no figures, the peers, and where the rows are from."""
+    return "\n\n".join(filter(None, [missing_line(rows), peers_line(rows), source_line(rows)]))

@@ -4,7 +4,7 @@ Each contender has a process of its own, and they compute in turn. Its logits ar
 anything is timed. All read the same tokens, so that all do the same work whatever they predict.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.budget import Budget
+from benchmarks.budget import LEFT_OUT, Budget
 from benchmarks.errors import ContenderError, ResultsError
 from benchmarks.gguf_model import write_float_gguf
 from benchmarks.noise import Noise
-from benchmarks.peers import Way, ways
+from benchmarks.peers import LLAMA, Way, ways
 from benchmarks.subject import Subject, make_subject
 from benchmarks.timing import Times, in_turn, quartiles
 from benchmarks.turns import Contender
@@ -34,11 +34,11 @@ STARTING = 0.7
 """Of the budget: for starting contenders; the rest is for timing them and for warm starts."""
 
 FIRST = (
-    "eager fp32", "bwla, eager", "llama.cpp Q4_0", "llama.cpp Q1_0", "llama.cpp Q8_0", OURS, "inductor bf16",
-    "inductor fp32", "eager bf16",
+    "eager fp32", "bwla, eager", OURS, "inductor bf16", "inductor fp32", "llama.cpp Q4_0", "llama.cpp Q1_0",
+    "torchao int8 dynamic", "torchao int4 weight-only", "eager bf16", "llama.cpp Q8_0", "torchao int8 weight-only",
 )  # fmt: skip
-"""Ways that are started before all others, so that a short budget leaves out what matters least; those that start in
-no time come first, since a budget expects of each what the slowest before it took."""
+"""Ways that are started before all others, so that a short budget leaves out what matters least. What compiles longest
+(max-autotune) is not among them."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,6 @@ class Work:
     rounds: int = 8
     threads: int = 2
     warm: bool = True
-
-
-QUICK = Work(prompt=32, steps=8, rounds=5, warm=False)
 
 
 def measure(
@@ -142,8 +139,7 @@ class Race:
     def _started(self, stack: ExitStack) -> dict[str, Contender]:
         """Return the contenders that load and make their first call, which compiles."""
         started: dict[str, Contender] = {}
-        order = sorted(self.ways, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-        for done, name in enumerate(self.budget.part(STARTING).within(order)):
+        for done, name in enumerate(self.budget.part(STARTING).within(self._order(self.ways), like=self._compiles)):
             way = self.ways[name]
             self.progress("models: first calls", done, len(self.ways))
             try:
@@ -162,9 +158,16 @@ class Race:
             started[name] = contender
         for name, row in self.rows.items():
             if name not in started and not {"missing", "failed"} & row.keys():
-                row["missing"] = "left out: the time budget was spent"
+                row["missing"] = LEFT_OUT
         self.progress("models: first calls", len(self.ways), len(self.ways))
         return started
+
+    def _order(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+    def _compiles(self, name: str) -> bool:
+        """Whether a way takes long to start: what a budget tells ways apart by."""
+        return self.ways[name].compiler not in ("eager", LLAMA)
 
     def _caches(self, name: str) -> Path:
         return self.root / f"caches-{list(self.ways).index(name)}"
@@ -224,8 +227,9 @@ class Race:
         }
 
     def _warm(self, names: Sequence[str]) -> None:
-        """Start again, one after another, with the caches that the first start has left."""
-        for done, name in enumerate(self.budget.within(names)):
+        """Start what compiles again, one after another, with the caches that the first start has left."""
+        names = [name for name in self._order(names) if self._compiles(name)]
+        for done, name in enumerate(self.budget.within(names, like=self._compiles)):
             self.progress("models: warm starts", done, len(names))
             with Contender(self._job(self.ways[name]), caches=self._caches(name)) as contender:
                 loaded = contender.answer()

@@ -16,6 +16,7 @@ from benchmarks.gguf_model import lacking
 Source = Literal["float", "packed"]
 
 LLAMA: Literal["llama.cpp"] = "llama.cpp"
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 MODULES = {"llama-cpp-python": "llama_cpp"}
 """Packages that are imported under another name."""
 
@@ -26,7 +27,9 @@ class Way:
 
     source: which folder it loads. compiler: who compiles it. tolerance: the relative error of its logits, against those
     of `reference` (another way's name, "" for none), above which it is not timed. quantize: edits the loaded model.
-    needs: packages. ggml: the type of the linears in the file that llama.cpp reads. default: whether it is run unasked.
+    options: the mode of torch.compile. freeze: whether Inductor may take weights for constants, and pack them as it
+    likes (its setting `freezing`). needs: packages. ggml: the type of the linears in the file that llama.cpp reads.
+    default: whether it is run unasked.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Way:
     tolerance: float = 0.1
     needs: tuple[str, ...] = ()
     options: str = ""
+    freeze: bool = False
     ggml: str = ""
     default: bool = True
     quantize: Callable[[nn.Module], None] | None = None
@@ -86,17 +90,17 @@ WAYS = (
     Way("eager bf16", BF16, "eager"),
     Way("inductor fp32", FP32, "inductor", tolerance=1e-3),
     Way("inductor bf16", BF16, "inductor"),
-    Way("inductor bf16, max-autotune", BF16, "inductor", options="max-autotune-no-cudagraphs", default=False),
+    Way("inductor bf16, max-autotune", BF16, "inductor", options=MAX_AUTOTUNE, freeze=True),
     Way(
-        "torchao int8 dynamic", BF16, "inductor", tolerance=0.3, needs=("torchao",),
+        "torchao int8 dynamic", BF16, "inductor", tolerance=0.3, freeze=True, needs=("torchao",),
         quantize=_torchao("torchao.quantization.Int8DynamicActivationInt8WeightConfig"),
     ),
     Way(
-        "torchao int8 weight-only", BF16, "inductor", tolerance=0.3, needs=("torchao",),
+        "torchao int8 weight-only", BF16, "inductor", tolerance=0.3, freeze=True, needs=("torchao",),
         quantize=_torchao("torchao.quantization.Int8WeightOnlyConfig"),
     ),
     Way(
-        "torchao int4 weight-only", BF16, "inductor", tolerance=0.7, needs=("torchao",),
+        "torchao int4 weight-only", BF16, "inductor", tolerance=0.7, freeze=True, needs=("torchao",),
         quantize=_torchao("torchao.prototype.quantization.int4.PrototypeInt4WeightOnlyConfig", group_size=128),
     ),
     _llama("BF16", tolerance=0.05),
@@ -115,12 +119,19 @@ may fall to either side when sums are ordered otherwise."""
 DEFAULT_WAYS = tuple(way.name for way in WAYS if way.default)
 
 
-def ways(names: tuple[str, ...] = ()) -> list[Way]:
-    """Return ways by name, the default ones for none. Raises ResultsError for a name that there is not."""
+def named(name: str) -> Way:
+    """Return the way of this name. Raises ResultsError where there is none."""
     known = {way.name: way for way in WAYS}
-    for name in names:
-        if name not in known:
-            raise ResultsError(f"no way is called {name!r}; there are: {', '.join(known)}")
-    chosen = [known[name] for name in names or DEFAULT_WAYS]
-    references = [known[way.reference] for way in chosen if way.reference]
+    if name not in known:
+        raise ResultsError(f"no way is called {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+def ways(names: tuple[str, ...] = ()) -> list[Way]:
+    """Return ways by name with what they are held against, the default ones for none; in the order of the tables.
+
+    Raises ResultsError for a name that there is not.
+    """
+    chosen = [named(name) for name in names or DEFAULT_WAYS]
+    references = [named(way.reference) for way in chosen if way.reference]
     return [way for way in WAYS if way in chosen or way in references]

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Row, latest
+from benchmarks.kernel_tables import CEILING, timed_linears
+from benchmarks.record import Row
 
 COLORS = {
     "bwla A6": "tab:red", "bwla A8": "tab:orange", "bwla A4": "tab:pink", "torch bf16": "tab:blue",
-    "torch fp32": "tab:cyan", "ggml Q1_0": "tab:green", "ggml Q4_0": "tab:olive", "ggml BF16": "tab:brown",
+    "torch fp32": "tab:cyan", "inductor bf16": "tab:purple", "torchao int4 weight-only": "black",
+    "ggml Q1_0": "tab:green", "ggml Q4_0": "tab:olive", "ggml BF16": "tab:brown",
 }  # fmt: skip
 SALT = "results"
 
@@ -30,16 +32,10 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def linears(rows: Sequence[Row]) -> list[Row]:
-    """Return the last rows of timed linears."""
-    chosen = [row for row in rows if "out" in row and not str(row["linear"]).startswith("transform")]
-    return latest(chosen, by=("linear", "tokens", "threads", "way"))
-
-
 def ceiling(rows: Sequence[Row], way: str, threads: int) -> float | None:
     """Return a ceiling's rate as it was measured last on so many threads, in 1e9 bytes or multiply-adds a second."""
     for row in reversed(rows):
-        if row.get("linear") == "ceiling" and row["way"] == way and row["threads"] == threads:
+        if row["linear"] == CEILING and row["way"] == way and row["threads"] == threads:
             return float(row.get("gb_per_second") or row["gmac_per_second"])
     return None
 
@@ -66,7 +62,7 @@ def draw_roofline(rows: Sequence[Row], path: Path, *, threads: int = 1) -> Path 
     axes.annotate(
         f"pure read: {read:.1f} GB/s", (span[0], span[0] * read), (6, 2), textcoords="offset points", fontsize=7
     )
-    chosen = [r for r in linears(rows) if r["threads"] == threads and r["way"] in COLORS]
+    chosen = [r for r in timed_linears(rows) if r["threads"] == threads and r["way"] in COLORS]
     for way, color in COLORS.items():
         mine = [r for r in chosen if r["way"] == way]
         if mine:
@@ -81,7 +77,7 @@ def draw_roofline(rows: Sequence[Row], path: Path, *, threads: int = 1) -> Path 
 
 def draw_speed(rows: Sequence[Row], path: Path, *, threads: int = 1) -> Path | None:
     """Draw microseconds against tokens, a panel a linear. None without matplotlib, or where nothing is timed."""
-    chosen = [r for r in linears(rows) if r["threads"] == threads and r["way"] in COLORS]
+    chosen = [r for r in timed_linears(rows) if r["threads"] == threads and r["way"] in COLORS]
     names = list(dict.fromkeys(r["linear"] for r in chosen))
     figure = new_figure(3.4 * max(1, min(4, len(names))), 3.2 * max(1, -(-len(names) // 4)))
     if figure is None or not names:

@@ -15,7 +15,7 @@ import transformers
 
 import bwla_compiler
 from benchmarks.errors import ResultsError
-from bwla_compiler.codegen.isa import best_isa
+from bwla_compiler.codegen.isa import ISAS, best_isa
 from bwla_compiler.inspector.machine import cpu_model
 
 HERE = Path(__file__).parent
@@ -53,14 +53,49 @@ def read(path: Path) -> list[Row]:
 
 
 def latest(rows: Sequence[Row], *, by: Sequence[str]) -> list[Row]:
-    """Return the last row of each combination of these columns and of the device, in the order of the first ones."""
-    return [*{(device(row), *(row.get(column) for column in by)): row for row in rows}.values()]
+    """Return the last row of each combination of these columns and of the device, in the order of the first ones.
+
+    A row that says why there are no figures ("missing") does not hide an earlier one that has them.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (device(row), *(row.get(column) for column in by))
+        if "missing" not in row or "missing" in found.get(key, row):
+            found[key] = row
+    return [*found.values()]
+
+
+def last_runs(rows: Sequence[Row], *, by: Sequence[str]) -> list[Row]:
+    """Return of each combination of these columns and of the device all rows of the run that recorded it last.
+
+    What is compared within a case was then measured in the same rounds; cases may be of different runs.
+    """
+
+    found: list[Row] = []
+    for mine in devices(rows):
+        for case in grouped(mine, by=by).values():
+            last = max(str(row["when"]) for row in case)
+            found += [row for row in case if row["when"] == last]
+    return found
+
+
+def grouped(rows: Sequence[Row], *, by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows of each combination of these columns (None where a row lacks one), in the order of the rows."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(column) for column in by), []).append(row)
+    return found
+
+
+def machine(row: Row) -> str:
+    """Return the machine that a row was measured on, whatever instruction set its kernels were held to."""
+    gpu = f", {row['gpu']}" if row.get("gpu") else ""
+    return f"{row['cpu']}, {row['cores']} cores{gpu}"
 
 
 def device(row: Row) -> str:
     """Return what a row was measured on: figures of different devices are never set side by side."""
-    gpu = f", {row['gpu']}" if row.get("gpu") else ""
-    return f"{row['cpu']}, {row['cores']} cores, {row['isa']}{gpu}"
+    return f"{machine(row)}, {row['isa']}"
 
 
 def one_device(rows: Sequence[Row], *, what: str) -> str:
@@ -72,12 +107,23 @@ def one_device(rows: Sequence[Row], *, what: str) -> str:
     return found[0]
 
 
-def newest_device(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the device that was measured last."""
-    if not rows:
-        return []
-    wanted = device(max(rows, key=lambda row: str(row["when"])))
-    return [row for row in rows if device(row) == wanted]
+def machines(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each machine, the one that was measured last first."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row["when"]), reverse=True):
+        found.setdefault(machine(row), [])
+    for row in rows:
+        found[machine(row)].append(row)
+    return [*found.values()]
+
+
+def devices(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each device: machine by machine as `machines` has them, the best instruction set first."""
+    found: dict[str, list[Row]] = {}
+    for mine in machines(rows):
+        for row in sorted(mine, key=lambda row: ISAS.index(row["isa"]) if row["isa"] in ISAS else len(ISAS)):
+            found.setdefault(device(row), []).append(row)
+    return [*found.values()]
 
 
 def context(command: Sequence[str]) -> Row:

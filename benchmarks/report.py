@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks import plots, quality
 from benchmarks.blocks import rewrite_file
-from benchmarks.record import RESULTS, latest, newest_device, read
-from benchmarks.tables import block_text, same_text
+from benchmarks.record import RESULTS, Row, devices, grouped, latest, read
+from benchmarks.tables import SAME_TEXT, block_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "compile.md")
@@ -26,11 +26,19 @@ def draw(folder: Path) -> list[Path]:
     """Draw the files of results in a folder; none where matplotlib is not installed."""
     made: list[Path | None] = []
     for path in sorted(folder.glob("quality-*.jsonl")):
-        rows = latest(newest_device(read(path)), by=("way", "table"))
-        rows = [row for row in rows if same_text(row) == same_text(rows[-1])]
-        made.append(quality.plot(rows, path.with_suffix(".svg")))
+        made.append(quality.plot(_fullest(read(path)), path.with_suffix(".svg")))
     kernels = folder / "kernels.jsonl"
     if kernels.is_file():
-        rows = newest_device(read(kernels))
+        rows = next(iter(devices(read(kernels))), [])
         made += [plots.draw_roofline(rows, folder / "roofline.svg"), plots.draw_speed(rows, folder / "speed.svg")]
     return [path for path in made if path is not None]
+
+
+def _fullest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last rows of the text and machine that has the most of them: a Pareto plot is of one text alone."""
+    found = [
+        text
+        for mine in devices(rows)
+        for text in grouped(latest(mine, by=(*SAME_TEXT, "way", "table")), by=SAME_TEXT).values()
+    ]
+    return max(found, key=lambda mine: (len(mine), max(row["when"] for row in mine)), default=[])

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.contender import TorchRunner
 from benchmarks.errors import ResultsError
 from benchmarks.noise import pinned
-from benchmarks.peers import LLAMA, ways
+from benchmarks.peers import LLAMA, named
 from benchmarks.subject import Subject
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +49,7 @@ class StepProfile:
     """One way's decode step. us: of a step without the profiler, which itself takes time; profiled_us: with it."""
 
     way: str
+    threads: int
     us: float
     profiled_us: float
     kernels: tuple[Kernel, ...]
@@ -65,6 +66,7 @@ class StepProfile:
         about = {
             "model": model,
             "way": self.way,
+            "threads": self.threads,
             "step_us": round(self.us, 1),
             "profiled_us": round(self.profiled_us, 1),
         }
@@ -97,7 +99,7 @@ def profile_step(
     Raises ResultsError for an unknown way, or one that cannot run here.
     """
     tell = progress or (lambda label, done, total: None)
-    (chosen,) = [found for found in ways((way,)) if found.name == way]
+    chosen = named(way)
     folder = subject.folder(chosen.source)
     if chosen.compiler == LLAMA:
         raise ResultsError(f"{way} cannot be profiled: torch's profiler does not see its kernels")
@@ -123,7 +125,7 @@ def profile_step(
     if trace is not None:
         seen.export_chrome_trace(str(trace))
     kernels = _kernels(seen.key_averages(group_by_input_shape=True), steps)
-    return StepProfile(way, seconds * 1e6, profiled * 1e6, kernels)
+    return StepProfile(way, threads, seconds * 1e6, profiled * 1e6, kernels)
 
 
 def _kernels(events: Sequence[Any], steps: int) -> tuple[Kernel, ...]:

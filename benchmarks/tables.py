@@ -1,11 +1,12 @@
 """The tables of README.md and docs/benchmarks.md, each from the rows of one file of results."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.markdown import LESS, MORE, Cell, Column, missing_line, peers_line, source_line, table
-from benchmarks.record import Row, latest, newest_device, read
+from benchmarks.kernel_tables import kernels_table, transforms_table
+from benchmarks.markdown import LESS, MORE, Cell, Column, ending, table
+from benchmarks.record import Row, devices, grouped, last_runs, latest, machines, read
 from bwla_compiler.inspector.table import size
 
 MIB = 1 << 20
@@ -13,10 +14,6 @@ MIB = 1 << 20
 
 def _mib(n_bytes: float | None) -> float | None:
     return None if n_bytes is None else n_bytes / MIB
-
-
-def _ending(rows: Sequence[Row]) -> str:
-    return "\n\n".join(filter(None, [missing_line(rows), peers_line(rows), source_line(rows)]))
 
 
 def demo_tables(rows: Sequence[Row]) -> str:
@@ -38,7 +35,7 @@ def demo_tables(rows: Sequence[Row]) -> str:
         speeds = [[row["way"], row["tokens_per_second"]] for row in timed]
         parts.append(table([Column("greedy decode", left=True), Column("tokens/s", MORE, 1)], speeds))
         parts.append(f"{timed[0]['method']}; rounds: {timed[0]['rounds']}.")
-    return "\n\n".join([*parts, _ending(rows)])
+    return "\n\n".join([*parts, ending(rows)])
 
 
 def _demo_cells(row: Row) -> list[Cell]:
@@ -49,8 +46,12 @@ def _demo_cells(row: Row) -> list[Cell]:
 
 
 def models_table(rows: Sequence[Row]) -> str:
-    """Return speed, memory and compile time, a table a model."""
-    rows = latest(rows, by=("model", "way", "prompt", "steps", "threads"))
+    """Return speed, memory and compile time, a table a model.
+
+    A way that the last run of a model has no figures of keeps those of an earlier run, and says so: its ratio is of its
+    own rounds.
+    """
+    case = ("model", "prompt", "steps", "threads")
     columns = [
         Column("way", left=True), Column("decode, tokens/s", MORE, 1), Column("quartiles"), Column("time over bwla's"),
         Column("prefill, tokens/s", MORE, 1), Column("first token, ms", LESS, 1), Column("weights, MiB", LESS, 1),
@@ -58,97 +59,37 @@ def models_table(rows: Sequence[Row]) -> str:
         Column("top-1, %"),
     ]  # fmt: skip
     parts = []
-    for model, prompt, steps, threads in dict.fromkeys(
-        (r["model"], r["prompt"], r["steps"], r["threads"]) for r in rows
-    ):
-        chosen = [
-            r for r in rows if (r["model"], r["prompt"], r["steps"], r["threads"]) == (model, prompt, steps, threads)
-        ]
-        cells = [_model_cells(row) for row in chosen if "decode_tokens_per_second" in row]
+    for (model, prompt, steps, threads), chosen in grouped(latest(rows, by=(*case, "way")), by=case).items():
+        last = max(row["when"] for row in chosen)
+        cells = [_model_cells(row, last=last) for row in chosen if "decode_tokens_per_second" in row]
         title = f"**{model}**, prompt of {prompt}, {steps} tokens decoded, batch 1, {threads} threads"
-        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+        parts += [f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}"] if cells else []
     return "\n\n".join(parts)
 
 
-def _model_cells(row: Row) -> list[Cell]:
+def _model_cells(row: Row, *, last: str) -> list[Cell]:
     top1 = row.get("top1_fp32")
+    way = row["way"] if row["when"] == last else f"{row['way']} (earlier, at {row['commit']})"
     return [
-        row["way"], row["decode_tokens_per_second"], f"{row['decode_low']:.1f}-{row['decode_high']:.1f}",
+        way, row["decode_tokens_per_second"], f"{row['decode_low']:.1f}-{row['decode_high']:.1f}",
         row.get("times_ours"), row["prefill_tokens_per_second"], row["first_token_ms"], _mib(row.get("n_bytes")),
         row.get("recent_mib"), row.get("compile_cold_seconds"), row.get("compile_warm_seconds"),
         None if top1 is None else f"{top1:.1%}".rstrip("%"),
     ]  # fmt: skip
 
 
-WAYS = ("bwla A8", "bwla A6", "bwla A4", "torch bf16", "torch fp32")
-
-
-def kernels_table(rows: Sequence[Row]) -> str:
-    """Return microseconds of linears by shape, tokens and threads; the fastest of a row is bold."""
-    rows = latest(rows, by=("linear", "tokens", "threads", "way"))
-    linears = [row for row in rows if "out" in row and not row["linear"].startswith("transform")]
-    seen = list(dict.fromkeys(row["way"] for row in linears))
-    ways = [*(way for way in WAYS if way in seen), *(way for way in seen if way not in WAYS and way != "pure read")]
-    columns = [
-        Column("linear", left=True), Column("out x in"), Column("tokens"), Column("threads"),
-        *(Column(way, LESS, 0) for way in ways), Column("pure read", decimals=0), Column("best peer, times A6"),
-    ]  # fmt: skip
-    cells: list[list[Cell]] = []
-    for key in dict.fromkeys((r["linear"], r["tokens"], r["threads"]) for r in linears):
-        found = {r["way"]: r for r in linears if (r["linear"], r["tokens"], r["threads"]) == key}
-        any_row = next(iter(found.values()))
-        shape = f"{any_row['out']} x {any_row['in']}"
-        times = [found[way]["us"] if way in found else None for way in (*ways, "pure read")]
-        cells.append([key[0], shape, str(key[1]), str(key[2]), *times, _best_peer(list(found.values()))])
-    unit = "Microseconds a call, weights cold; median of the rounds."
-    parts = [table(columns, cells, across=True), unit, ceilings_sentence(rows), _ending(rows)]
-    return "\n\n".join(filter(None, parts))
-
-
-def _best_peer(rows: Sequence[Row]) -> str | None:
-    """Return the fastest peer with its time over ours of the same round, and the quartiles of that."""
-    peers = [row for row in rows if not row["way"].startswith("bwla") and row["way"] != "pure read"]
-    if not peers:
-        return None
-    best = min(peers, key=lambda row: float(row["us"]))
-    return f"{best['way']}: {best['times_ours']:.2f} ({best['times_low']:.2f}-{best['times_high']:.2f})"
-
-
-def ceilings_sentence(rows: Sequence[Row]) -> str:
-    """Return what the machine allows, as measured in the same run; "" where that is not among the rows."""
-    said = []
-    for row in rows:
-        if row["linear"] == "ceiling":
-            rate = (
-                f"{row['gb_per_second']:.1f} GB/s" if "gb_per_second" in row else f"{row['gmac_per_second']:,.0f} G/s"
-            )
-            said.append(f"{row['way']} {rate} on {row['threads']}")
-    return f"Ceilings by threads: {', '.join(said)}." if said else ""
-
-
-def transforms_table(rows: Sequence[Row]) -> str:
-    """Return microseconds of changes of basis by width, tokens and threads."""
-    rows = latest(
-        [r for r in rows if str(r["linear"]).startswith("transform")], by=("linear", "tokens", "threads", "way")
-    )
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    columns = [Column("channels"), Column("tokens"), Column("threads"), *(Column(way, LESS, 1) for way in ways)]
-    cells: list[list[Cell]] = []
-    for key in dict.fromkeys((r["out"], r["tokens"], r["threads"]) for r in rows):
-        found = {r["way"]: r["us"] for r in rows if (r["out"], r["tokens"], r["threads"]) == key}
-        cells.append([str(key[0]), str(key[1]), str(key[2]), *(found.get(way) for way in ways)])
-    return f"{table(columns, cells, across=True)}\n\nMicroseconds a call.\n\n{_ending(rows)}"
+SAME_TEXT = ("model", "files", "fp_perplexity")
+"""What must be equal for perplexities to be set side by side: the model and the text."""
 
 
 def quality_table(rows: Sequence[Row]) -> str:
     """Return perplexity over the float model's against true bits, a table a model; intervals of 95% over files."""
-    rows = latest(rows, by=("model", "files", "fp_perplexity", "way", "table"))
+    rows = latest(rows, by=(*SAME_TEXT, "way", "table"))
     columns = [Column("way", left=True), Column("table", left=True), Column("true bits")]
     columns += [Column(f"A{bits}", LESS, 3) for bits in (16, 6, 4)]
     columns += [Column("A6, 95%"), Column("A6, code", LESS, 3), Column("fit, s", LESS, 1)]
     parts: list[str] = []
-    for key in dict.fromkeys(same_text(row) for row in rows):
-        mine = [row for row in rows if same_text(row) == key]
+    for (model, files, _), mine in grouped(rows, by=SAME_TEXT).items():
         chosen = sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"])))
         cells = [
             [
@@ -164,10 +105,9 @@ def quality_table(rows: Sequence[Row]) -> str:
             ]
             for r in chosen
         ]
-        model, files, _ = key
         texts = "" if files is None else f", {files} files of held-out text"
         title = f"**{model}**, float perplexity {chosen[0]['fp_perplexity']:.2f}{texts}"
-        parts += filter(None, [f"{title}\n\n{table(columns, cells)}", _beside_float(chosen), _ending(chosen)])
+        parts += filter(None, [f"{title}\n\n{table(columns, cells)}", _beside_float(chosen), ending(chosen)])
     return "\n\n".join(parts)
 
 
@@ -198,27 +138,22 @@ def _beside_float(rows: Sequence[Row]) -> str:
 
 def ends_table(rows: Sequence[Row]) -> str:
     """Return perplexity over the float model's by how embedding and head are stored, and bits of the whole model."""
-    rows = latest(rows, by=("model", "files", "fp_perplexity", "way"))
+    rows = latest(rows, by=(*SAME_TEXT, "way"))
     columns = [Column("model", left=True), Column("ends", left=True), Column("bits, whole model"), Column("bytes")]
     columns += [Column(f"A{bits}", LESS, 4) for bits in (16, 6)] + [Column("A16, 95%")]
     cells = [[r["model"], r["way"], r["model_bits"], size(r["n_bytes"]), r["a16"], r["a6"], r["a16_95"]] for r in rows]
-    return f"{table(columns, cells)}\n\n{_ending(rows)}"
-
-
-def same_text(row: Row) -> tuple[Any, ...]:
-    """Return what must be equal for perplexities to be set side by side: the model and the text."""
-    return row["model"], row.get("files"), row["fp_perplexity"]
+    return f"{table(columns, cells)}\n\n{ending(rows)}"
 
 
 def quantize_table(rows: Sequence[Row]) -> str:
     """Return seconds and peak memory of quantizing, the whole and the dearest block."""
-    rows = latest(rows, by=("model", "recipe", "settings", "calibration", "block"))
+    case = ("model", "recipe", "settings", "calibration")
+    rows = latest(rows, by=(*case, "block"))
     columns = [Column("model", left=True), Column("recipe", left=True), Column("calibration", left=True)]
     columns += [Column("all, s", decimals=1), Column("dearest block, s", decimals=1), Column("most, MiB", decimals=0)]
     columns += [Column("a block, MiB", decimals=0), Column("true bits", decimals=3)]
     cells: list[list[Cell]] = []
-    for key in dict.fromkeys((r["model"], r["recipe"], r["settings"], r["calibration"]) for r in rows):
-        found = [r for r in rows if (r["model"], r["recipe"], r["settings"], r["calibration"]) == key]
+    for key, found in grouped(rows, by=case).items():
         blocks = [r for r in found if r["block"] != "all"]
         for whole in (r for r in found if r["block"] == "all"):
             most = [max((float(b[name]) for b in blocks), default=None) for name in ("seconds", "peak_mib")]
@@ -226,20 +161,19 @@ def quantize_table(rows: Sequence[Row]) -> str:
             cells.append(
                 [key[0], recipe, key[3], whole["seconds"], most[0], whole["peak_mib"], most[1], whole["true_bits"]]
             )
-    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+    return f"{table(columns, cells)}\n\n{ending(rows)}"
 
 
 def profile_table(rows: Sequence[Row]) -> str:
     """Return where a decode step goes, a table a model and way: microseconds and shares by region."""
-    rows = latest(rows, by=("model", "way", "region"))
+    case = ("model", "way", "threads")
     columns = [Column("region", left=True), Column("microseconds", decimals=0), Column("share, %", decimals=1)]
     parts = []
-    for model, way in dict.fromkeys((row["model"], row["way"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["way"]) == (model, way)]
+    for (model, way, threads), chosen in grouped(last_runs(rows, by=case), by=case).items():
         cells = [[row["region"], row["region_us"], 100 * row["share"]] for row in chosen]
         title = f"**{model}, {way}**: {chosen[0]['step_us']:,.0f} microseconds a step, under the profiler "
-        title += f"{chosen[0]['profiled_us']:,.0f}"
-        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+        title += f"{chosen[0]['profiled_us']:,.0f}" + (f"; threads: {threads}" if threads else "")
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}")
     return "\n\n".join(parts)
 
 
@@ -248,7 +182,7 @@ def compile_time_table(rows: Sequence[Row]) -> str:
     rows = latest(rows, by=("way",))
     columns = [Column("way", left=True), Column("first call cold, s", LESS, 1), Column("warm, s", LESS, 1)]
     cells = [[r["way"], r["first_call_cold_seconds"], r["first_call_warm_seconds"]] for r in rows]
-    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+    return f"{table(columns, cells)}\n\n{ending(rows)}"
 
 
 def kv_cache_table(rows: Sequence[Row]) -> str:
@@ -264,17 +198,16 @@ def kv_cache_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    return f"{table(columns, cells)}\n\n{_ending(rows)}"
+    return f"{table(columns, cells)}\n\n{ending(rows)}"
 
 
 def gguf_table(rows: Sequence[Row]) -> str:
     """Return perplexities of exported models here and in llama.cpp, a table a model."""
-    rows = latest(rows, by=("model", "recipe", "sequences", "length", "way"))
+    case = ("model", "recipe", "sequences", "length")
     columns = [Column("way", left=True), Column("perplexity", decimals=3), Column("over ours, A16", decimals=4)]
     columns += [Column("over ours, A8", decimals=4), Column("KL to ours, A16"), Column("top-1, %", decimals=1)]
     parts = []
-    for key in dict.fromkeys(tuple(row[name] for name in ("model", "recipe", "sequences", "length")) for row in rows):
-        chosen = [row for row in rows if tuple(row[name] for name in ("model", "recipe", "sequences", "length")) == key]
+    for key, chosen in grouped(latest(rows, by=(*case, "way")), by=case).items():
         cells: list[list[Cell]] = [
             [
                 row["way"], row["perplexity"], row.get("against_a16"), row.get("against_a8"),
@@ -283,31 +216,45 @@ def gguf_table(rows: Sequence[Row]) -> str:
             for row in chosen
         ]  # fmt: skip
         title = f"**{key[0]}**, {key[1]}, {key[2]} sequences of {key[3]} tokens"
-        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{_ending(chosen)}")
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}")
     return "\n\n".join(parts)
 
 
-Maker = Callable[[Sequence[Row]], str]
+@dataclass(frozen=True)
+class Block:
+    """A marked block: the files of results that it is made from, what makes a device's table ("" where its rows have no
+    figures for it), and the command that measures it. every: tables of all machines, not of that measured last alone.
+    """
 
-BLOCKS: dict[str, tuple[str, Maker]] = {
-    "demo": ("demo", demo_tables),
-    "models": ("models", models_table),
-    "kernels": ("kernels", kernels_table),
-    "transforms": ("kernels", transforms_table),
-    "profile": ("profile", profile_table),
-    "quality": ("quality-*", quality_table),
-    "ends": ("ends-*", ends_table),
-    "quantize": ("quantize", quantize_table),
-    "gguf": ("gguf", gguf_table),
-    "compile_time": ("compile_time", compile_time_table),
-    "kv_cache": ("kv_cache", kv_cache_table),
+    files: str
+    make: Callable[[Sequence[Row]], str]
+    command: str
+    every: bool = False
+
+
+BLOCKS = {
+    "demo": Block("demo", demo_tables, "demo"),
+    "models": Block("models", models_table, "models"),
+    "kernels": Block("kernels", kernels_table, "kernels"),
+    "transforms": Block("kernels", transforms_table, "kernels"),
+    "profile": Block("profile", profile_table, "profile"),
+    "quality": Block("quality-*", quality_table, "quality", every=True),  # perplexities do not depend on the machine
+    "ends": Block("ends-*", ends_table, "quality --ends"),
+    "quantize": Block("quantize", quantize_table, "quantize"),
+    "gguf": Block("gguf", gguf_table, "gguf"),
+    "compile_time": Block("compile_time", compile_time_table, "compile-time"),
+    "kv_cache": Block("kv_cache", kv_cache_table, "kv-cache"),
 }
-"""A marked block's name, the files of results that it is made from, and what makes it."""
+"""Blocks by the name of their marks."""
 
 
 def block_text(name: str, folder: Path) -> str:
-    """Return the Markdown of a block from the results in a folder: those of the device that was measured last."""
-    pattern, make = BLOCKS[name]
-    rows = newest_device([row for path in sorted(folder.glob(f"{pattern}.jsonl")) for row in read(path)])
-    kind = "quality --ends" if name == "ends" else pattern.rstrip("-*").replace("_", "-")
-    return make(rows) if rows else f"Not measured yet: `python -m benchmarks {kind}`."
+    """Return the Markdown of a block from the results in a folder: of the machine that such figures were last measured
+    on, a table for each instruction set that its kernels were held to; never of two devices in one table.
+    """
+    block = BLOCKS[name]
+    rows = [row for path in sorted(folder.glob(f"{block.files}.jsonl")) for row in read(path)]
+    by_machine = ([block.make(found) for found in devices(mine)] for mine in machines(rows))
+    made = [text for texts in by_machine if (text := "\n\n".join(filter(None, texts)))]
+    shown = made if block.every else made[:1]
+    return "\n\n".join(shown) or f"Not measured yet: `python -m benchmarks {block.command}`."

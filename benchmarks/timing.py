@@ -11,6 +11,9 @@ from typing import TypeVar
 Measured = TypeVar("Measured")
 
 LEAST_COLD_BYTES = 96 << 20
+TURN_SECONDS = 0.02
+"""Long enough for every copy where weights are read once a call; where calls compute for longer, few of them say it."""
+
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -35,6 +38,10 @@ class Times:
         """Half the distance of the quartiles over the median."""
         low, high = self.quartiles
         return (high - low) / 2 / self.median
+
+    def over(self, n: int) -> "Times":
+        """Return the times of the n-th part of a call."""
+        return Times(tuple(seconds / n for seconds in self.seconds))
 
     def ratios(self, other: "Times") -> tuple[float, ...]:
         """Return how many times longer the other takes, round by round."""
@@ -69,20 +76,36 @@ def in_turn(contenders: Mapping[str, Callable[[], Measured]], *, rounds: int) ->
 
 
 def interleaved(contenders: Mapping[str, Sequence[Callable[[], object]]], *, rounds: int) -> dict[str, Times]:
-    """Time contenders in turn. Each is a sequence of calls, one per copy of its weights; a round makes every call once.
+    """Time contenders in turn. Each is a sequence of calls, one per copy of its weights.
 
-    The first round warms up and is not counted.
+    Every call is made once before, and the first round is not counted: no call that is timed is its first.
     """
-    timed = {name: functools.partial(_seconds, calls) for name, calls in contenders.items()}
+    for calls in contenders.values():
+        for call in calls:
+            call()
+    timed = {name: Rotation(calls) for name, calls in contenders.items()}
     return {name: Times(tuple(seconds)) for name, seconds in in_turn(timed, rounds=rounds).items()}
 
 
-def _seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Return the mean seconds of these calls, made one after another."""
-    start = time.perf_counter()
-    for call in calls:
-        call()
-    return (time.perf_counter() - start) / len(calls)
+class Rotation:
+    """Calls that a contender makes in a circle, a turn at a time; each finds its weights cold.
+
+    A turn is one call at least, every call at most, and over after TURN_SECONDS; the next one goes on from there.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self.calls, self._next = calls, 0
+
+    def __call__(self) -> float:
+        """Take a turn and return the mean seconds of its calls."""
+        made, start = 0, time.perf_counter()
+        now = start
+        while not made or (made < len(self.calls) and now - start < TURN_SECONDS):
+            self.calls[self._next]()
+            self._next = (self._next + 1) % len(self.calls)
+            made += 1
+            now = time.perf_counter()
+        return (now - start) / made
 
 
 @functools.cache

@@ -28,7 +28,18 @@ def test_cases_are_begun_while_the_longest_would_fit_again() -> None:
         done.append(case)
         clock.now += case
     assert done == [4, 1, 3]  # 8 seconds are gone, and a fourth case may take as long as the first: 4
-    assert budget.left_out == 1
+    assert budget.left_out == [3]
+
+
+def test_cases_of_a_kind_are_expected_to_take_what_their_like_took() -> None:
+    clock = Clock()
+    budget = Budget(21, clock=clock)
+    done = []
+    for case in budget.within([9, 1, 9, 1, 9, 1], like=lambda case: case > 5):
+        done.append(case)
+        clock.now += case
+    assert done == [9, 1, 9, 1, 1]  # a second is left: too little for another 9, and enough for another 1
+    assert budget.left_out == [9]
 
 
 def test_the_first_case_always_runs_and_no_limit_runs_all() -> None:

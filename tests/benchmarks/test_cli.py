@@ -13,6 +13,7 @@ from benchmarks.budget import Budget
 from benchmarks.demo_table import rows_of
 from benchmarks.errors import ResultsError
 from benchmarks.everything import measure_everything
+from benchmarks.kernel_peers import SHORT
 from bwla_compiler import cli as face
 from bwla_compiler.cli_bench import harness
 from bwla_compiler.errors import HarnessError
@@ -56,6 +57,8 @@ def test_every_kind_has_help_with_an_example(kind: str, capsys: pytest.CaptureFi
     [
         (("kernel",), 2, "kernel"),
         (("models", "demo:", "--rounds", "x"), 2, "--rounds"),
+        (("kernels", "--shape", "9B"), 1, "no shape is called '9B'"),
+        (("kernels", "--peer", "fast"), 1, "no peer is called 'fast'"),
         (("models", "demo:", "--way", "fast"), 1, "no way is called 'fast'"),
         (("quality", "--row", "best"), 1, "no row is called best"),
         (("quality", "--anchor", "nothing"), 1, "no published figure is called 'nothing'"),
@@ -137,12 +140,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]
 
 def test_all_kinds_are_measured_within_the_budget(measured: dict[str, list[dict[str, Any]]]) -> None:
     parts = list(measure_everything(lambda *_: None, budget=Budget(900)))
-    assert [part.kind for part in parts] == ["demo", "quantize", "models", "models", "kernels", "quality", "quality"]
+    assert [part.kind for part in parts] == ["demo", "quantize", "kernels", "models", "models", "quality", "quality"]
     assert not any(part.failed for part in parts)
     assert parts[-1].label == "quality-demo"
-    demo, wide = measured["models"]
-    assert 270 < demo["budget"].seconds < 284  # 35% of what is left of 810 seconds
+    wide, demo = measured["models"]
+    assert 350 < wide["budget"].seconds < 365  # 45% of what is left of 810 seconds
     assert Path(wide["model"]).is_file()
+    assert "model" not in demo
+    assert measured["kernels"][0]["peers"] == SHORT
     assert [call["ways"] for call in measured["quality"]] == [("ours",), ("rounding",)]
     list(measure_everything(lambda *_: None, budget=Budget(0)))
     assert len(measured["quality"]) == 2  # nothing that is left out is begun
@@ -168,7 +173,7 @@ def test_a_kind_that_fails_loses_neither_the_others_nor_the_report(
     monkeypatch.setattr(f"benchmarks.everything.{module}.measure", fails)
     code, _, err = call(capsys, "all")
     assert code == 1
-    everything = ["demo", "quantize", "models", "models", "kernels", "quality-demo", "quality-demo", "report"]
+    everything = ["demo", "quantize", "kernels", "models", "models", "quality-demo", "quality-demo", "report"]
     assert kept == [name for name in everything if name.removesuffix("-demo") != kind]
     last = err.splitlines()[-1]
     assert last.startswith(f"error: failed: {kind} ")

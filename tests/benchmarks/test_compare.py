@@ -108,6 +108,10 @@ def test_other_devices_and_other_rows_are_refused() -> None:
     old = run(EVEN)
     with pytest.raises(ResultsError, match="different devices cannot be compared: x, 2 cores, avx2; y, 2 cores, avx2"):
         compare(old, [{**row, "cpu": "y"} for row in old])
+    later = [{**row, "cpu": "y", "when": "2026-02-01"} for row in old]
+    assert not any(change.worse for change in compare([*later, *old], [*old, *later]))
+    with pytest.raises(ResultsError, match="different devices"):
+        compare(old, [*old, *later])
     with pytest.raises(ResultsError, match="no row is in both"):
         compare(old, [{**row, "linear": "other"} for row in old])
 

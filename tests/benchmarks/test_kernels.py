@@ -1,22 +1,52 @@
 """Timing of kernels: turns and ratios, cold copies, and that a wrong kernel is not timed."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, kernels, transforms
-from benchmarks.errors import RefusedError
+from benchmarks import ceilings, forced_isa, kernel_peers, kernels, timing, transforms
+from benchmarks.budget import LEFT_OUT, Budget
+from benchmarks.contest import Contender, contest
+from benchmarks.errors import RefusedError, ResultsError
+from benchmarks.ggml import ggml
+from benchmarks.record import context
 from benchmarks.timing import Times, cold_bytes, copies, in_turn, interleaved, last_cache_bytes, quartiles
+from bwla_compiler.codegen.isa import best_isa
 
 
 def test_every_contender_runs_every_copy_each_round_and_takes_turns_to_start() -> None:
     seen: list[str] = []
     calls = {name: [lambda n=name, i=i: seen.append(f"{n}{i}") for i in range(2)] for name in "ab"}
     times = interleaved(calls, rounds=3)
-    assert seen == ["a0", "a1", "b0", "b1", "b0", "b1", "a0", "a1"] * 2
+    assert seen == ["a0", "a1", "b0", "b1"] + ["a0", "a1", "b0", "b1", "b0", "b1", "a0", "a1"] * 2
     assert all(len(t.seconds) == 3 for t in times.values())  # the first round warms up
+
+
+def test_a_turn_ends_in_time_and_the_next_goes_on_with_the_next_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], list[int]()
+
+    def call(i: int, seconds: float) -> None:
+        seen.append(i)
+        now[0] += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    turn = timing.Rotation([partial(call, i, 0.015) for i in range(3)])
+    assert [turn(), turn()] == pytest.approx([0.015, 0.015])
+    assert seen == [0, 1, 2, 0]
+    long = timing.Rotation([partial(call, 9, 1.0)] * 2)
+    assert long() == 1  # one call at least
+
+
+def test_a_call_of_several_products_is_shared_among_them() -> None:
+    calls = {"one": Contender([lambda: None], 8), "ten": Contender([lambda: None], 8, products=10, version="v")}
+    one, ten = contest(calls, ours="one", macs=1, rounds=2)
+    assert ten["us"] <= one["us"]
+    assert (ten["version"], "version" in one) == ("v", False)
 
 
 def test_ratios_are_of_one_round_and_not_of_two() -> None:
@@ -55,9 +85,9 @@ def test_a_case_holds_ours_torch_and_the_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
     monkeypatch.setattr(kernels, "ROUNDS", 3)
     with torch.no_grad():
-        rows = kernels._case("tiny", (24, 64), tokens=1, threads=1)
+        rows = kernels._case("tiny", (24, 64), tokens=1, threads=1, peers=("torch bf16", "torch fp32"))
     found = {row["way"]: row for row in rows}
-    assert {"bwla A8", "bwla A6", "bwla A4", "torch bf16", "torch fp32", "pure read"} <= set(found)
+    assert set(found) == {"bwla A8", "bwla A6", "bwla A4", "torch bf16", "torch fp32", "pure read"}
     assert found["bwla A6"]["times_ours"] == 1
     assert all(0 < row["us_low"] <= row["us"] <= row["us_high"] for row in rows)
 
@@ -73,26 +103,75 @@ def test_a_wrong_kernel_is_not_timed(bits: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "_call", slightly_wrong)
     monkeypatch.setattr(kernels, "contest", lambda contenders, **_: timed.append(contenders))
     with torch.no_grad(), pytest.raises(RefusedError, match=rf"bwla A{bits}.*is wrong by 1\.0e-03.*not timed"):
-        kernels._case("tiny", (24, 64), tokens=2, threads=1)
+        kernels._case("tiny", (24, 64), tokens=2, threads=1, peers=())
     assert not timed
 
 
-def test_a_peer_whose_product_is_wrong_is_not_timed_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_wrong_or_fails_is_not_timed_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(product: kernel_peers.Product) -> Contender:
+        raise ValueError("no\ntemplate")
+
     monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
-    x = torch.ones(2, 64)
-    monkeypatch.setattr(kernels.nn.functional, "linear", lambda x, weight: x @ weight.T + torch.nan)
-    with pytest.raises(RefusedError, match=r"torch torch\.float32 is wrong by nan.*not timed"):
-        kernels._torch(torch.ones(24, 64), x)
+    monkeypatch.setattr(kernels, "ROUNDS", 2)
+    monkeypatch.setattr(kernel_peers.nn.functional, "linear", lambda x, weight: x @ weight.T + torch.nan)
+    monkeypatch.setitem(kernels.PEERS, "torch bf16", kernel_peers.Peer(broken))
+    with torch.no_grad():
+        rows = kernels._case("tiny", (24, 64), tokens=2, threads=1, peers=("torch bf16", "torch fp32"))
+    said = {row["way"]: row for row in rows if "us" not in row}
+    assert said["torch bf16"]["failed"] == "ValueError: no template"
+    assert "torch.float32 is wrong by nan" in said["torch fp32"]["refused"]
+    assert {row["way"] for row in rows if "us" in row} == {"bwla A8", "bwla A6", "bwla A4"}
 
 
-def test_without_ggml_a_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_cases", lambda quick: [])
-    monkeypatch.setattr(kernels, "ggml", lambda: None)
-    assert kernels.measure(lambda *_: None) == [
-        {"linear": "", "way": "ggml", "missing": "llama-cpp-python is not installed"}
-    ]
-    monkeypatch.setattr(kernels, "ggml", object)
-    assert kernels.measure(lambda *_: None) == []
+@pytest.mark.slow
+def test_inductor_computes_all_copies_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
+    weight, x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((32, 64), (3, 64)))
+    with torch.no_grad():
+        product = kernel_peers.Product(weight, x, x.double() @ weight.double().T, 1)
+        found = kernel_peers.PEERS["inductor bf16"].make(product)
+        assert (len(found.calls), found.products, found.n_bytes) == (1, 2, 2 * 32 * 64)
+        result: Any = found.calls[0]()
+        assert len(result) == 2
+        with pytest.raises(RefusedError, match="inductor bf16 is wrong"):
+            kernel_peers.PEERS["inductor bf16"].make(replace(product, y=-product.y))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(ggml() is None, reason="llama-cpp-python is not installed")
+def test_ggml_computes_with_copies_of_what_it_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
+    weight, x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((8, 256), (2, 256)))
+    product = kernel_peers.Product(weight, x, x.double() @ weight.double().T, 1)
+    found = kernel_peers.by_ggml(product, kind="Q4_0")
+    first, second = (call() for call in found.calls)
+    assert isinstance(first, torch.Tensor)
+    assert isinstance(second, torch.Tensor)
+    assert torch.equal(first, second)
+    assert found.n_bytes == 8 * 256 * 18 // 32
+    with pytest.raises(ResultsError, match="rows of 40 are no whole blocks"):
+        kernel_peers.by_ggml(replace(product, weight=weight[:, :40]), kind="Q4_0")
+
+
+def test_peers_that_are_not_there_or_not_asked_for_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_cases", lambda *_: [])
+    monkeypatch.setattr(kernel_peers, "ggml", lambda: None)
+    rows = kernels.measure(lambda *_: None, peers=kernel_peers.SHORT)
+    said = {row["way"]: row["missing"] for row in rows}
+    assert said["ggml Q1_0"] == "llama-cpp-python is not installed"
+    assert said["ggml BF16"] == said["torch fp32"] == "not in a short run"
+    assert not {"torch bf16", "inductor bf16"} & said.keys()
+    assert kernels.measure(lambda *_: None, peers=("torch bf16",)) == []
+
+
+def test_cases_that_a_budget_leaves_out_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 4))
+    monkeypatch.setattr(kernels, "_measured", lambda case, peers: [{"linear": case[0], "us": 1.0}])
+    budget = Budget(16, clock=lambda: float(next(now)))
+    rows = kernels.measure(lambda *_: None, shapes=("8B gate",), tokens=(1,), peers=tuple(kernels.PEERS), budget=budget)
+    left = [row for row in rows if row.get("missing") == LEFT_OUT]
+    assert left
+    assert {"linear": "8B gate", "way": "", "tokens": 1, "threads": 2, "missing": LEFT_OUT} in left
 
 
 def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +191,37 @@ def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.Mo
             transforms.transform_rows(96, 2, 1, rounds=2)
 
 
-def test_cases_measure_the_ceilings_first_on_each_number_of_threads() -> None:
-    for quick in (True, False):
-        cases = kernels._cases(quick)
-        for threads in (1, 2):
-            assert next(c for c in cases if c[2] == threads)[0] == kernels.CEILING
-        assert len(cases) == len(set(cases))
+def test_what_decides_comes_first_under_ceilings_of_the_same_run() -> None:
+    cases = kernels._cases((), (), ())
+    assert len(cases) == len(set(cases))
+    assert [case[2] for case in cases[:2]] == [1, 2]
+    assert {case[0] for case in cases[:2]} == {kernels.CEILING}
+    deciding = {(name, m, n) for name in kernels.FIRST_SHAPES for m in (1, 128) for n in (1, 2)}
+    assert set(cases[2:14]) == deciding
+    assert cases[14][0].startswith(kernels.TRANSFORM)
+    assert cases[-1] == ("32B down", 4, 1)
+
+
+def test_shapes_tokens_and_threads_can_be_chosen() -> None:
+    assert kernels._cases(("8B gate",), (16,), (2,)) == [(kernels.CEILING, 0, 2), ("8B gate", 16, 2)]
+    assert kernels._cases(("transform of 4096",), (1,), (1,))[1:] == [("transform of 4096", 1, 1)]
+    with pytest.raises(ResultsError, match=r"no shape is called '9B'; there are: 0\.6B q"):
+        kernels._cases(("9B",), (), ())
+
+
+def test_kernels_are_held_to_an_instruction_set_that_this_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forced_isa.load, "cache_info", lambda: SimpleNamespace(currsize=0))
+    best = best_isa()
+    with forced_isa.held_to("portable"):
+        assert context([])["isa"] == "portable"
+    with forced_isa.held_to(""):
+        assert best_isa() == best
+    assert best_isa() == best
+    with (
+        pytest.raises(ResultsError, match=r"no instruction set 'sse' here; there are: .*portable"),
+        forced_isa.held_to("sse"),
+    ):
+        pass
+    monkeypatch.setattr(forced_isa.load, "cache_info", lambda: SimpleNamespace(currsize=1))
+    with pytest.raises(ResultsError, match="needs a process of its own"), forced_isa.held_to("portable"):
+        pass

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.blocks import MARK, OPENING, rewrite_file, rewritten
 from benchmarks.errors import ResultsError
 from benchmarks.markdown import LESS, MORE, Column, missing_line, table
-from benchmarks.record import RESULTS, context, latest, newest_device, one_device, read, record
+from benchmarks.record import RESULTS, context, devices, latest, machines, one_device, read, record
 from benchmarks.report import PAGES, draw
 from benchmarks.tables import BLOCKS, block_text
 
@@ -76,12 +76,14 @@ def test_missing_ways_are_said_with_their_reasons() -> None:
     assert missing_line(rows[1:2]) == ""
 
 
-def kernel_rows(cpu: str, when: str, us: float) -> list[dict[str, Any]]:
+def kernel_rows(
+    cpu: str, when: str, us: float, *, linear: str = "0.6B q", isa: str = "avx2", peer: str = "torch bf16"
+) -> list[dict[str, Any]]:
     """Return rows as the kind `kernels` records them."""
-    about = {"linear": "0.6B q", "out": 2048, "in": 1024, "tokens": 1, "threads": 1}
-    device = {"cpu": cpu, "cores": 2, "isa": "avx2", "when": when, "command": f"run on {cpu}", "commit": "abc",
+    about = {"linear": linear, "out": 2048, "in": 1024, "tokens": 1, "threads": 1}
+    device = {"cpu": cpu, "cores": 2, "isa": isa, "when": when, "command": f"run on {cpu}", "commit": "abc",
               "torch": "2", "python": "3", "load_before": 0.5, "load_after": 1.5, "steal": 0.01}  # fmt: skip
-    ways = {"bwla A6": 1.0, "torch bf16": 0.5, "pure read": 0.4}
+    ways = {"bwla A6": 1.0, peer: 0.5, "pure read": 0.4}
     rows = [
         {**about, "way": way, "us": us * factor, "us_low": us * factor, "us_high": us * factor, "gb_per_second": 5.0,
          "gmac_per_second": 40.0, "times_ours": factor, "times_low": factor, "times_high": factor, **device}
@@ -110,6 +112,49 @@ def test_a_table_is_of_one_device_and_says_where_it_is_from(results: Path) -> No
     assert "pure read 9.5 GB/s on 1" in text
 
 
+def kernels_file(folder: Path, *runs: list[dict[str, Any]]) -> Path:
+    """Write runs of kernels as a file of results and return its folder."""
+    (folder / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for rows in runs for row in rows))
+    return folder
+
+
+def test_a_run_that_was_cut_short_hides_no_case_of_an_earlier_one(tmp_path: Path) -> None:
+    long = [*kernel_rows("m", "2026-01-01", 100.0), *kernel_rows("m", "2026-01-01", 300.0, linear="8B q")]
+    short = kernel_rows("m", "2026-02-01", 90.0, peer="torch fp32")
+    over = {"missing": "left out: the time budget was spent", "way": "", "tokens": 1, "threads": 1}
+    short += [{**short[0], "way": "torchao", "refused": "wrong by 1"}]
+    del short[-1]["us"]
+    short += [{**short[-2], **over, "linear": name} for name in ("8B q", "8B down", "transform of 64")]
+    text = block_text("kernels", kernels_file(tmp_path, long, short))
+    assert "| bwla A6 | torch fp32 | torch bf16 |" in text
+    assert "| 0.6B q | 2048 x 1024 | 1 | 1 | 90 | **45** | - |" in text  # its contenders met in one run
+    assert "| 8B q | 2048 x 1024 | 1 | 1 | 300 | - | **150** |" in text
+    assert all(f"`run on m` at abc, {day}" in text for day in ("2026-01-01", "2026-02-01"))
+    assert "torchao: 0.6B q, tokens 1, threads 1 (wrong by 1)" in text
+    assert "Left out, the time budget being spent: 8B down (tokens 1, threads 1)." in text
+
+
+def test_a_block_without_rows_of_its_own_says_so_and_one_with_older_ones_keeps_them(tmp_path: Path) -> None:
+    rows = kernel_rows("m", "2026-02-01", 90.0)
+    assert block_text("transforms", kernels_file(tmp_path, rows)) == "Not measured yet: `python -m benchmarks kernels`."
+    older = kernel_rows("before", "2026-01-01", 50.0, linear="transform of 64", peer="torch dense fp32")
+    text = block_text("transforms", kernels_file(tmp_path, older, rows))
+    assert "| 64 | 1 | 1 | 50.0 | **25.0** | 20.0 |".replace("**", "") in text.replace("**", "")
+    assert "before, 2 cores" in text
+    assert "before" not in block_text("kernels", tmp_path)
+
+
+def test_instruction_sets_of_one_machine_have_a_table_each_the_best_first(tmp_path: Path) -> None:
+    best, forced = (
+        kernel_rows("m", when, us, isa=isa)
+        for when, us, isa in (("2026-01-01", 10.0, "avx512"), ("2026-02-01", 30.0, "avx2"))
+    )
+    first, second = block_text("kernels", kernels_file(tmp_path, best, forced)).split("cores, avx512")
+    assert "| 10 | **5** |" in first
+    assert "| 30 | **15** |" in second
+    assert "cores, avx2" in second
+
+
 def test_every_block_says_how_it_is_made_where_there_are_no_results(tmp_path: Path) -> None:
     for name in BLOCKS:
         kind = {"transforms": "kernels", "ends": "quality --ends"}.get(name, name.replace("_", "-"))
@@ -132,7 +177,10 @@ def test_results_are_appended_with_their_context_and_read_again(tmp_path: Path) 
     assert rows[0]["command"] == "python -m benchmarks kind --row 'two words'"
     assert set(context([])) <= set(rows[0])
     assert [row["us"] for row in latest(rows, by=("way",))] == [2.0]
-    assert newest_device(rows) == rows
+    assert machines(rows) == devices(rows) == [rows]
+    unmeasured = {**rows[1], "missing": "the time budget was spent"}
+    assert [row["us"] for row in latest([*rows, unmeasured], by=("way",))] == [2.0]
+    assert latest([unmeasured, {**unmeasured, "missing": "b"}], by=("way",))[0]["missing"] == "b"
     assert one_device(rows, what="test")
     with pytest.raises(ResultsError, match="no such file"):
         read(tmp_path / "absent.jsonl")
@@ -210,6 +258,13 @@ def test_a_model_without_text_of_another_kind_is_shown(tmp_path: Path) -> None:
     assert "| 1.050-1.070 | - | **70.0** |" in quality_text(tmp_path, rows)
 
 
+def test_perplexities_are_shown_of_every_machine_each_in_a_table_of_its_own(tmp_path: Path) -> None:
+    new = [{**row, "cpu": "y", "when": "2026-02-01"} for row in quality_rows()]
+    text = quality_text(tmp_path, [*quality_rows(), *new])
+    assert text.count("| old |") == text.count("| new |") == 2
+    assert text.index("y, 2 cores") < text.index("x, 2 cores")
+
+
 def test_models_are_shown_with_what_is_missing(tmp_path: Path) -> None:
     about = {"model": "m", "prompt": 8, "steps": 4, "threads": 1, "cpu": "x", "cores": 2, "isa": "avx2", "torch": "2",
              "when": "2026-01-01", "command": "models m", "commit": "abc", "python": "3"}  # fmt: skip
@@ -226,3 +281,10 @@ def test_models_are_shown_with_what_is_missing(tmp_path: Path) -> None:
     assert "| inductor bf16 | **12.0** | 9.0-11.0 | - | **50.0** |" in text
     assert "| 50.0 |" in text
     assert "Without figures: torchao (not installed); broken (wrong by 1)." in text
+    later = [{**row, "when": "2026-02-01", "commit": "def", "decode_tokens_per_second": 13.0} for row in rows[:1]]
+    later += [{**about, "when": "2026-02-01", "commit": "def", "way": "inductor bf16", "missing": "no time"}]
+    (tmp_path / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *later]))
+    text = block_text("models", tmp_path)
+    assert "| bwla | **13.0** |" in text
+    assert "| inductor bf16 (earlier, at abc) | 12.0 |" in text
+    assert "no time" not in text
