@@ -75,12 +75,20 @@ def _without_sealed(guards: list[Any]) -> list[Any]:
         source = guard.originating_source
         if guard.create_fn_name() in _OF_PARTS and name_of(source).rpartition(".")[2] not in WATCHED:
             of_itself = guard.create_fn_name() == "NOT_PRESENT_IN_GENERIC_DICT"  # no `forward` of its own, say
-            module = module_of(source if of_itself else getattr(source, "base", None))
+            module = module_of(source if of_itself else _around(source))
             if module is not None:
                 rely_on(module)
                 continue
         left.append(guard)
     return left
+
+
+def _around(source: Any) -> Any:
+    """Return the source of what holds what this one names; None for an outermost one."""
+    name = name_of(source)
+    while source is not None and name_of(source) == name:  # sources of one thing may be wrapped in each other
+        source = getattr(source, "base", None)
+    return source
 
 
 def _is_free(node: Node) -> bool:
