@@ -3,8 +3,9 @@
 A packed linear has some seven tensors, each checked before every call: a tenth of the time of a small model's step. Of
 the integers that our operators read, only the signs decide a shape: the operators look at all the others at every call,
 whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
-Guards on signs, on floats (which may ask for a gradient) and on what others read stay. What is no tensor of a sealed
-module (which buffers are None, which attributes there are) the module tells of when it is edited: one guard is for all.
+Signs of another shape are told by their sealed module, like which buffers are None and which attributes there are: one
+guard is for all of these. Signs that took another shape in place `Program` refuses. Guards on floats (which may ask a
+gradient) and on what others read stay.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from bwla_compiler.runtime.sealed import WATCHED, Sealed, rely_on
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
 _FREE: dict[Any, frozenset[int]] = {
-    _OPS.linear.default: frozenset((2, 3, 4, 5, 6, 9, 10, 11)),
+    _OPS.linear.default: frozenset((1, 2, 3, 4, 5, 6, 9, 10, 11)),
     _OPS.transform.default: frozenset((1, 2, 3, 4, 5, 6)),
 }
-"""Operands, by place, that decide no shape: all but x, signs and bias."""
+"""Operands, by place, that need no guard: all but x and bias."""
+_SIGNS = 1
 
 
 def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
@@ -44,6 +46,16 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]
     guards.inner = type(guards.inner)(_without_sealed(left))
     return len(free)
+
+
+def shapes_of_signs(gm: GraphModule) -> dict[int, torch.Size]:
+    """Return the shapes of signs among a graph's inputs, by number of the input; they decide those of results."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {
+        i: node.meta["example_value"].shape
+        for i, node in enumerate(placeholders)
+        if any(user.target is _OPS.linear.default and user.args[_SIGNS] is node for user in node.users)
+    }
 
 
 _OF_PARTS = frozenset(

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bwla_compiler.errors import BwlaError
+from bwla_compiler.errors import BwlaError, ShapeError
 from bwla_compiler.runtime import native
 from bwla_compiler.runtime.routines import Place, Routine, one_or_all, parsed
 from bwla_compiler.spec import PROLOGUES
@@ -93,11 +94,15 @@ class Table:
 
 @dataclass
 class Frame:
-    """One call of a program. tensors: those of the graph's module by name. bound: made when the first routine is."""
+    """One call of a program. tensors: those of the graph's module by name. bound: made when the first routine is.
+
+    shapes: that the graph was compiled for, of arguments by number.
+    """
 
     arguments: Sequence[Any]
     tensors: Mapping[str, Tensor]
     bound: Bound | None
+    shapes: Mapping[int, torch.Size]
 
     def weight(self, place: str) -> Tensor:
         """Return a weight by its place in a routine. Raises BwlaError where it is none any more."""
@@ -121,21 +126,26 @@ _RUNNING = _Running()
 class Program:
     """A compiled graph that may hold routines, as a function of the graph's arguments.
 
-    run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name.
+    run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name. shapes: of
+    signs among the arguments, by number; others are refused, at each call or, of those bound, where C++ sees the edit.
     """
 
-    def __init__(self, run: Callable[..., Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, run: Callable[..., Any], tensors: Mapping[str, Tensor], *, shapes: Mapping[int, torch.Size] | None = None
+    ) -> None:
         self._run, self._tensors = run, tensors
+        self._shapes = self._loose = shapes or {}  # all, and those that C++ does not look at
         self._table = Table()
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run the graph."""
+        """Run the graph. Raises ShapeError where signs have another shape than it was compiled for."""
         table = self._table
         bound = table.bounds.get(table.key(arguments))
+        _check_shapes(arguments, self._shapes if bound is None else self._loose)
         outer = _RUNNING.frame
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
-        frame = Frame(arguments, self._tensors, bound)
+        frame = Frame(arguments, self._tensors, bound, self._shapes)
         before = None
         try:
             _RUNNING.frame = frame
@@ -154,6 +164,7 @@ class Program:
         with self._lock:
             if self._table.positions != tuple(bound.positions):
                 self._table = Table(tuple(bound.positions))
+                self._loose = {i: shape for i, shape in self._shapes.items() if i not in bound.positions}
             table = self._table
             while len(table.bounds) >= MOST_BOUND:
                 table.bounds.pop(next(iter(table.bounds)), None)
@@ -161,6 +172,15 @@ class Program:
             dead = functools.partial(_drop, weakref.ref(self), key)
             bound.owners = [weakref.ref(arguments[position], dead) for position in table.positions]
             table.bounds[key] = bound
+
+
+def _check_shapes(arguments: Sequence[Any], shapes: Mapping[int, torch.Size]) -> None:
+    for i, shape in shapes.items():
+        if arguments[i].shape != shape:
+            raise ShapeError(
+                f"signs of a compiled linear are {list(arguments[i].shape)} by now; compiled for {list(shape)}: call "
+                "torch._dynamo.reset() after such an edit"
+            )
 
 
 def _drop(program: "weakref.ref[Program]", key: tuple[int, ...], dead: object) -> None:
@@ -177,6 +197,7 @@ def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
     frame = _RUNNING.frame
     if frame is None:
         raise BwlaError("a routine runs inside its compiled graph alone: call what torch.compile returned")
+    _check_shapes(frame.arguments, frame.shapes)
     routine = parsed(text)
     results = routine.run(inputs, frame.weight)
     if frame.bound is None and native.wanted() and (library := native.operators()) is not None:

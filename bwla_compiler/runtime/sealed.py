@@ -15,6 +15,9 @@ EDITS = "0"
 WATCHED = frozenset({"training", "activation_bits"})
 """Attributes that make no edit: what compiled code does not read, and what it checks itself."""
 
+SHAPED = "signs"
+"""The tensor whose shape decides that of a result: another one of the same shape makes no edit."""
+
 _RELIED_ON = "_relied_on"
 _ABSENT = object()
 
@@ -25,7 +28,7 @@ class Sealed(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         before = _attribute(self, name)
         super().__setattr__(name, value)
-        if not _alike(before, value):
+        if not _alike(before, value) or (name == SHAPED and _shape(before) != _shape(value)):
             _edited(self, name)
 
     def __delattr__(self, name: str) -> None:
@@ -74,6 +77,10 @@ def _attribute(module: nn.Module, name: str) -> Any:
         if name in (held := module.__dict__.get(place, {})):
             return held[name]
     return module.__dict__.get(name, _ABSENT)
+
+
+def _shape(value: Any) -> Any:
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def _alike(before: Any, after: Any) -> bool:

@@ -16,6 +16,7 @@ class Module(Sealed):
         self.kind, self.activation_bits = "rms_norm", 6
         self.register_buffer("scale", torch.ones(2))
         self.register_buffer("pair", None)
+        self.register_buffer("signs", torch.zeros(1, 2, 2, dtype=torch.uint8))
         self.register_parameter("weight", nn.Parameter(torch.ones(2)))
         self.part = nn.Identity()
 
@@ -38,6 +39,7 @@ EDITS: dict[str, Callable[[Module], object]] = {
     "a parameter is registered": lambda m: m.register_parameter("bias", nn.Parameter(torch.ones(1))),
     "a module changes": lambda m: setattr(m, "part", nn.Identity()),
     "a module is added": lambda m: m.add_module("more", nn.Identity()),
+    "signs of another shape": lambda m: setattr(m, "signs", torch.zeros(2, 2, 2, dtype=torch.uint8)),
     "a value changes": lambda m: setattr(m, "kind", "layer_norm"),
     "a method is covered": lambda m: setattr(m, "forward", print),
 }
@@ -52,6 +54,7 @@ def test_an_edit_is_told(name: str) -> None:
 OTHERS: dict[str, Callable[[Module], object]] = {
     "a buffer is another": lambda m: setattr(m, "scale", torch.zeros(3)),
     "a parameter is another": lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(3))),
+    "signs of one shape": lambda m: setattr(m, "signs", m.signs.clone()),
     "the same value": lambda m: setattr(m, "kind", "rms_norm"),
     "training": lambda m: m.train(not m.training),
     "bits, which Dynamo checks": lambda m: setattr(m, "activation_bits", 8),
