@@ -3,7 +3,8 @@
 A packed linear has some seven tensors, each checked before every call: a tenth of the time of a small model's step. Of
 the integers that our operators read, only the signs decide a shape: the operators look at all the others at every call,
 whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
-Guards on signs, on floats (which may ask for a gradient) and on what others read stay.
+Guards on signs, on floats (which may ask for a gradient) and on what others read stay; so do all on a GPU, where
+kernels in the graph read the tensors with no operator to look at them.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,11 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     free = {
         node.meta["grapharg"].source
         for node, value in zip(placeholders, example_inputs, strict=True)
-        if "grapharg" in node.meta and isinstance(value, Tensor) and not value.is_floating_point() and _is_free(node)
+        if "grapharg" in node.meta
+        and isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and value.is_cpu
+        and _is_free(node)
     }
     guards = context.guards_context.dynamo_guards
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]
