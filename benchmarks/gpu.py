@@ -101,7 +101,7 @@ def models(bench: Bench, left_out: list[str]) -> Iterator[dict[str, Any]]:
         config = gpu_models.config_of(name, layers=layers)
         for way, make in (("bf16", gpu_models.float_model), ("bwla", gpu_models.packed_model)):
             title = f"{name}, {layers or 'all'} layers, {way}"
-            if bench.late:
+            if bench.late_for_models:
                 left_out.append(title)
                 continue
             say(title)
@@ -126,7 +126,7 @@ def _steps(
     """Yield the rows of one model; a batch of 0 stands for the prompt."""
     size, way = bench.size, about["way"]
     for batch in batches:
-        if bench.late:
+        if bench.late_for_models:
             left_out.append(f"{about}, batch {batch}")
         elif batch:
             yield _decode(bench, model, about, batch=batch, cache_bits=FLOAT_BITS)

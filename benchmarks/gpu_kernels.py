@@ -155,10 +155,12 @@ def contenders(
         linears = [random_linear(shape, rank, bench.device, seed=s) for s in range(_copies(n_bytes, bench))]
         calls: list[Call] = [functools.partial(on_triton.linears, x, [linear], None, 6) for linear in linears]
         found[way] = calls, n_bytes + rank * (out + columns)
+    plain = [random_linear(shape, 0, bench.device, seed=s) for s in range(_copies(n_bytes, bench))]
+    found["bwla A6, of codes"] = [_of_codes(x, linear) for linear in plain], n_bytes
     floats = [torch.randn(shape, device=bench.device, dtype=x.dtype) for _ in range(_copies(2 * out * columns, bench))]
     found["bf16"] = [functools.partial(torch.nn.functional.linear, x, w) for w in floats], 2 * out * columns
     if x.shape[0] > 16 and not bench.dry:  # torch._int_mm takes no fewer
-        codes, whole = x.char(), [w.char().T for w in floats[:2]]
+        codes, whole = x.char(), [w.char().T for w in floats]
         found["int8 _int_mm"] = [functools.partial(torch._int_mm, codes, w) for w in whole], out * columns
     for way, make in (("torchao int4", _torchao), ("gemlite int4", _gemlite)):
         if importlib.util.find_spec(way.split()[0]) and not bench.dry:
@@ -167,6 +169,12 @@ def contenders(
             except Exception as error:  # other projects' versions differ in what they take: told, and left out
                 left_out.append(f"{way} {shape}: {type(error).__name__} {error}"[:300])
     return found
+
+
+def _of_codes(x: Tensor, linear: Linear) -> Call:
+    """Return the call of a linear's own kernels, its input rounded before: what memory and matrix units bound."""
+    codes = on_triton._rounded(x, Prologue(), None, 6)
+    return functools.partial(on_triton._members, x, codes, [linear], [None], 6)
 
 
 def _torchao(weight: Tensor, x: Tensor) -> Call:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Qwen3Config, StaticCache
 
 from bwla_compiler.backend import compile_backend
@@ -123,11 +124,15 @@ def compiled(model: nn.Module, way: str, *, dry: bool) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Seconds of a step, the median of many; of the first call, which compiles; bytes of the model's tensors."""
+    """Seconds of a step, the median of many; of the first call, which compiles; bytes of the model's tensors.
+
+    graph_skips: how often Inductor refused to record a CUDA graph, which it only logs: a step is then no fair one.
+    """
 
     seconds: float
     first_seconds: float
     n_bytes: int
+    graph_skips: int
 
 
 @torch.no_grad()
@@ -157,6 +162,7 @@ def time_prefill(model: nn.Module, way: str, *, tokens: int, rounds: int, dry: b
 
 
 def _timed(step: Callable[[], object], model: nn.Module, rounds: int) -> Steps:
+    skips = counters["inductor"]["cudagraph_skips"]
     start = time.perf_counter()
     step()
     _wait(model)
@@ -171,7 +177,8 @@ def _timed(step: Callable[[], object], model: nn.Module, rounds: int) -> Steps:
         _wait(model)
         seconds.append(time.perf_counter() - start)
     n_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    return Steps(statistics.median(seconds), first, n_bytes)
+    skips = counters["inductor"]["cudagraph_skips"] - skips
+    return Steps(statistics.median(seconds), first, n_bytes, skips)
 
 
 def _wait(model: nn.Module) -> None:

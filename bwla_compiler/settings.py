@@ -20,6 +20,7 @@ class Settings:
     verify: check every compiled region against its reference (BWLA_VERIFY).
     compiler: the C++ compiler (BWLA_CXX, else CXX, else g++); an empty string means "none".
     kernels: who computes (BWLA_KERNELS). tune: time tiles of GPU kernels when they are first met (BWLA_TUNE, on).
+    inline: put GPU kernels into compiled graphs, where Inductor sees them (BWLA_INLINE, on); else operators stay calls.
     """
 
     cache: Path
@@ -29,10 +30,11 @@ class Settings:
     compiler: str
     kernels: Kernels
     tune: bool = True
+    inline: bool = True
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
+def _flag(name: str, default: str = "") -> bool:
+    return os.environ.get(name, default).lower() not in ("", "0", "false", "no")
 
 
 def chosen_kernels() -> Kernels:
@@ -60,5 +62,6 @@ def settings() -> Settings:
         verify=_flag("BWLA_VERIFY"),
         compiler=os.environ.get("BWLA_CXX", os.environ.get("CXX", "g++")),
         kernels=chosen_kernels(),
-        tune=os.environ.get("BWLA_TUNE", "1").lower() not in ("", "0", "false", "no"),
+        tune=_flag("BWLA_TUNE", "1"),
+        inline=_flag("BWLA_INLINE", "1"),
     )

@@ -5,7 +5,8 @@ the integers that our operators read, only the signs decide a shape: the operato
 whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
 Signs of another shape are told by their sealed module, like which buffers are None and which attributes there are: one
 guard is for all of these. Signs that took another shape in place `Program` refuses. Guards on floats (which may ask a
-gradient) and on what others read stay.
+gradient) and on what others read stay; so do all on tensors of a GPU, where kernels in the graph read them with no
+operator to look at them.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,11 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     free = {
         node.meta["grapharg"].source
         for node, value in zip(placeholders, example_inputs, strict=True)
-        if "grapharg" in node.meta and isinstance(value, Tensor) and not value.is_floating_point() and _is_free(node)
+        if "grapharg" in node.meta
+        and isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and value.is_cpu
+        and _is_free(node)
     }
     guards = context.guards_context.dynamo_guards
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]

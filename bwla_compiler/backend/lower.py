@@ -1,6 +1,6 @@
 """Hand-over to Inductor: everything that is not ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -30,19 +30,19 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
     shapes = shapes_of_signs(gm)
-    prepare(gm, example_inputs)
+    prepared = prepare(gm, example_inputs)
     tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     chosen = torch._inductor.list_mode_options(mode) if mode else {}
-    patches = {**UNCHECKED, **chosen, **inductor_passes(tuple(tensors))}
+    patches = {**UNCHECKED, **chosen, **inductor_passes(tuple(tensors), prepared.exact)}
     compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
-    return Program(compiled, tensors, shapes=shapes)
+    return Program(prepared.watching(compiled), tensors, shapes=shapes)
 
 
-def inductor_passes(names: Sequence[str] = ()) -> dict[str, Any]:
+def inductor_passes(names: Sequence[str] = (), exact: Collection[str] = ()) -> dict[str, Any]:
     """Return the passes of ours that Inductor runs, as config_patches of compile_fx; each holds its reports.
 
-    names: of the tensors of the graph's module, in order.
+    names: of the tensors of the graph's module, in order. exact: of those, factors that are exact in tf32.
     """
     from bwla_compiler.passes.inductor_pass import InductorFusion  # imports Inductor
 
-    return {"post_grad_custom_pre_pass": InductorFusion(names)}
+    return {"post_grad_custom_pre_pass": InductorFusion(names, exact)}

@@ -56,7 +56,7 @@ def linear_gemv({names}):
 {choice}    row = (tile - first) * ROWS + tl.arange(0, ROWS)
     word = tl.arange(0, 4)
     live_row = row < outputs
-    codes += token * (STRIDE // 4)
+    codes = (codes + token * STRIDE).to(tl.pointer_type(tl.int32))
 {zeros}    for start in tl.range(0, GROUPS, SPLIT, num_stages=STAGES):
         group = start + tl.arange(0, SPLIT)
 {live}{loads}        for bit in tl.static_range(8):
@@ -72,11 +72,11 @@ def linear_gemv({names}):
 def emit_linear_gemv(spec: LinearKernel) -> Emitted:
     """Return the kernel `linear_gemv`. Grid (tiles of all members, tokens).
 
-    codes [tokens, columns padded to groups] int8, seen as int32; code_sum [tokens] int32, their sums (for row
+    codes [tokens, columns padded to groups] int8, read four at a time; code_sum [tokens] int32, their sums (for row
     scales); all else as for `linear_dot`.
     """
     assert spec.rounds, "floats have no dp4a: linear_dot serves them"
-    parameters = [("codes", "*i32"), ("token_scale", "*fp32")]
+    parameters = [("codes", "*i8"), ("token_scale", "*fp32")]
     parameters += [] if spec.grouped else [("code_sum", "*i32")]
     parameters += [("mixed", "*fp32")] if spec.ranked else []
     parameters += member_parameters(spec)

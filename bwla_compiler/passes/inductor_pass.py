@@ -2,26 +2,28 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
+from bwla_compiler.codegen import triton_spec
 from bwla_compiler.graph.dump import GraphDump, graph_text
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.bind_calls import BindCalls
+from bwla_compiler.passes.expose_kernels import ExposeKernels
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.keep_sines import KeepSines
 from bwla_compiler.passes.unrepeat_heads import UnrepeatHeads
-from bwla_compiler.runtime import routines
+from bwla_compiler.runtime import routines, triton_tuner
 from bwla_compiler.settings import settings
 
 log = logging.getLogger(__name__)
 
 _SOURCES = (
-    "bind_calls", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations", "match_graph",
-    "match_norms", "match_prologue", "packed_calls", "unrepeat_heads",
+    "bind_calls", "expose_kernels", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations",
+    "match_graph", "match_norms", "match_prologue", "packed_calls", "unrepeat_heads",
 )  # fmt: skip
 
 
@@ -35,13 +37,14 @@ def _dump() -> GraphDump | None:
 
 
 class InductorFusion(CustomGraphPass):
-    """Runs our passes on each graph. names: of the tensors of the graph's module, which routines are written with.
+    """Runs our passes on each graph.
 
-    `reports` holds what UnrepeatHeads, FuseKernels and BindCalls said; nothing of graphs from Inductor's cache.
+    names: of the tensors of the graph's module, which routines are written with. exact: of those, factors of a change
+    of basis that are exact in tf32. `reports` holds what the passes said; nothing of graphs from Inductor's cache.
     """
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self._names = tuple(names)
+    def __init__(self, names: Sequence[str] = (), exact: Collection[str] = ()) -> None:
+        self._names, self._exact = tuple(names), frozenset(exact)
         self.reports: list[PassReport] = []
 
     def __call__(self, graph: Graph) -> None:
@@ -49,7 +52,8 @@ class InductorFusion(CustomGraphPass):
         dump = _dump()
         if dump is not None:
             dump.add("decomposed", graph_text(graph))
-        for step in (UnrepeatHeads(), FuseKernels(), BindCalls()):
+        last = (ExposeKernels(self._exact),) if settings().inline else ()
+        for step in (UnrepeatHeads(), FuseKernels(), BindCalls(), *last):
             report = step.run(graph)
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
             log.info("%s: %d changed, %d left alone", report.name, len(report.changed), len(report.skipped))
@@ -61,11 +65,20 @@ class InductorFusion(CustomGraphPass):
         KeepSines().run(graph)
 
     def uuid(self) -> bytes:
-        """Return a hash of the source of every file that decides what the pass does, and of the tensors' names.
+        """Return a hash of the source of every file that decides what the pass does, and of all else that does.
 
-        Inductor's own key holds the order of a graph's inputs, and not what they are called.
+        That is the tensors' names, since Inductor's own key holds the order of a graph's inputs and not what they are
+        called; and for kernels in the graph, the settings and the tiles that were timed until now.
         """
         home = Path(__file__).parent
-        files = (*(str(home / f"{name}.py") for name in _SOURCES), routines.__file__)
+        kernels = (*Path(triton_spec.__file__).parent.glob("triton_*.py"), *Path(routines.__file__).parent.glob("*.py"))
+        files = (*(str(home / f"{name}.py") for name in _SOURCES), *sorted(map(str, kernels)))
         key: bytes = get_hash_for_files(files)
-        return key + hashlib.blake2b("\n".join(self._names).encode(), digest_size=16).digest()
+        words = (*self._names, "", *sorted(self._exact), "", *_kernel_choices())
+        return key + hashlib.blake2b("\n".join(words).encode(), digest_size=16).digest()
+
+
+def _kernel_choices() -> tuple[str, ...]:
+    """Return, in words, what the choice of kernels depends on beside their sources."""
+    chosen = settings()
+    return str(chosen.inline), chosen.kernels, triton_tuner.table_text()

@@ -45,6 +45,8 @@ class Derived(Generic[V]):
     def __init__(self, name: str) -> None:
         self._name = name
         self._entries: dict[int, _Entry[V]] = {}
+        self.forgotten = 0
+        """How often `forget` was called: what holds derived values elsewhere looks at it."""
 
     def get(self, tensor: Tensor, make: Callable[[], V], *, beside: Tensor | None = None) -> V:
         """Return make() for this state of `tensor`, called once a state.
@@ -71,6 +73,7 @@ class Derived(Generic[V]):
     def forget(self, tensor: Tensor) -> None:
         """Drop what was derived from this tensor."""
         self._entries.pop(id(tensor), None)
+        self.forgotten += 1
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -59,7 +59,7 @@ def decoded(bits: Tensor, exponent: Tensor) -> Tensor:
     Eagerly the same tensor as long as the two are unchanged, so that what is derived from it is kept too;
     in a compiled graph the decoding is part of the graph.
     """
-    if torch.compiler.is_compiling() or bits.is_meta or type(bits) is not Tensor:
+    if torch.compiler.is_dynamo_compiling() or bits.is_meta or type(bits) is not Tensor:
         return _decode(bits, exponent)
     return DECODED.get(bits, lambda: _decode(bits, exponent), beside=exponent)
 

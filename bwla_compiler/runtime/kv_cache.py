@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,6 +32,11 @@ KINDS: dict[type, Callable[[Any], Any]] = {
     StaticSlidingWindowLayer: lambda layer: StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len),
 }
 """The kinds of layer that can hold codes, each with how an empty one like another is made: all only move tokens."""
+
+_EMPTY_KINDS: tuple[type, ...] = tuple(
+    getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)
+)
+"""Kinds of layer that keep nothing, which newer versions of transformers have."""
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,7 @@ def int8_cache(cache: Any) -> Any:
 
 
 def _int8_layer(layer: Any, *, place: int) -> Any:
-    if isinstance(layer, (Int8Layer, DummyLayer)):
+    if isinstance(layer, (Int8Layer, *_EMPTY_KINDS)):
         return layer
     _check_kind(type(layer), f"layer {place} of the cache")
     if layer.is_initialized and int(layer.get_seq_length()) > 0:

@@ -270,7 +270,7 @@ def _run_linears(spec: LinearKernel, tensors: dict[str, Any], tile: Tile) -> Non
         tensors = {**tensors, "mixed": _low_rank(spec, tensors)}
     grid = spec.first_tiles(spec.out_features, tile.rows)[-1], -(-tokens // tile.tokens)
     if is_decode(spec, tokens) and tile.tokens == 1:
-        launch(linear_gemv_of(spec), grid, {**tensors, "codes": codes.view(torch.int32)})
+        launch(linear_gemv_of(spec), grid, tensors)
     elif tile.parts == 1:
         launch(linear_dot_of(spec), grid, tensors)
     else:

@@ -231,23 +231,29 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "int4_linear": _installing("int4_linear", end_ops.int4_linear_with(True)),
     "int4_embedding": _installing("int4_embedding", end_ops.int4_embedding),
 }
+ELSEWHERE: dict[str, Callable[..., Any]] = {
+    "transform": _transform,
+    "linear": _linear_with(False),
+    "linear_group": _group_with(False),
+    "fused_group": _fused_group,
+    "prologue": _prologue,
+    "int8_linear": end_ops.int8_linear_with(False),
+    "int8_embedding": end_ops.int8_embedding,
+    "int4_linear": end_ops.int4_linear_with(False),
+    "int4_embedding": end_ops.int4_embedding,
+}
+"""Operators by what they do on other devices, of which a GPU's compiled graph can be made: kernels and torch's own."""
+
 for _name, _implementation in ON_CPU.items():
     LIBRARY.impl(_name, _implementation, "CPU")
-LIBRARY.impl("linear", _linear_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("linear_group", _group_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("fused_group", _fused_group, "CompositeExplicitAutograd")
-LIBRARY.impl("prologue", _prologue, "CompositeExplicitAutograd")
+for _name, _implementation in ELSEWHERE.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 for _n in ROUTINE_RESULTS:
     LIBRARY.impl(f"routine{_n}", programs.run_routine, "CompositeExplicitAutograd")
     LIBRARY.impl(f"routine{_n}", torch.library.fallthrough_kernel, "Autograd")  # the calls inside see to gradients
 for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
     LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("int8_linear", end_ops.int8_linear_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("int4_linear", end_ops.int4_linear_with(False), "CompositeExplicitAutograd")
-LIBRARY.impl("transform", _transform, "CompositeExplicitAutograd")
-LIBRARY.impl("int8_embedding", end_ops.int8_embedding, "CompositeExplicitAutograd")
-LIBRARY.impl("int4_embedding", end_ops.int4_embedding, "CompositeExplicitAutograd")
 LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
 
 

@@ -1,7 +1,9 @@
 """Launches of emitted Triton kernels: one jit function a source, arguments by name, on the device of the tensors."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ int8_linear_of = functools.cache(emit_int8_linear)
 int4_linear_of = functools.cache(emit_int4_linear)
 function_of = functools.cache(triton_module.load)
 
+_EXACT: ContextVar[bool] = ContextVar("whether factors of a traced call are exact in tf32", default=False)
+
 
 def launch(emitted: Emitted, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """Run a kernel on the arguments that it names, on the device of its tensors."""
     own = {name: arguments[name] for name, _ in emitted.parameters}
     first = next(value for value in own.values() if isinstance(value, Tensor))
-    if torch.compiler.is_compiling() or not _is_plain(first):
+    if not _is_plain(first):
         _launch_traced(emitted, grid, own)
         return
     with torch.cuda.device_of(first):
@@ -54,7 +58,21 @@ def precision_of(x: Tensor, *factors: Tensor | None) -> Precision:
     """Return how float products with these factors run, on matrix units where there are any for it."""
     if not x.is_cuda or torch.version.hip is not None:
         return "ieee"
-    return "tf32x2" if all(exact_in_tf32(f) for f in factors if f is not None) else "tf32x3"
+    return "tf32x2" if all(_is_exact(f) for f in factors if f is not None) else "tf32x3"
+
+
+def _is_exact(factor: Tensor) -> bool:
+    return exact_in_tf32(factor) if _is_plain(factor) else _EXACT.get()
+
+
+@contextmanager
+def factors_are_exact(exact: bool) -> Iterator[None]:
+    """Say, while a call is traced, whether its factors are exact in tf32: they have no values to be asked."""
+    before = _EXACT.set(exact)
+    try:
+        yield
+    finally:
+        _EXACT.reset(before)
 
 
 def has_dp4a(x: Tensor) -> bool:

@@ -69,9 +69,13 @@ def bytes_of(words: Tensor, columns: int) -> Tensor:
 
 
 def packed_scale(scale: Tensor) -> Tensor:
-    """Return scale [planes, out, groups] as float32 [planes, groups, out]: lanes of a program read rows."""
-    if scale.shape[2] == 1 and scale.dtype == torch.float32 and scale.is_contiguous():
-        return scale
+    """Return scale [planes, out, groups] as float32 [planes, groups, out], in which lanes of a program read rows.
+
+    One scale a row [planes, out, 1] has the same memory, and stays. A view where the memory lies so already.
+    """
+    rows = scale if scale.shape[2] == 1 else scale.transpose(1, 2)
+    if scale.dtype == torch.float32 and rows.is_contiguous():
+        return rows
     return PACKED_SCALES.get(scale, lambda: scale.float().transpose(1, 2).contiguous())
 
 

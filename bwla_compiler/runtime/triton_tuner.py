@@ -143,6 +143,14 @@ def _table() -> dict[str, Choice]:
         return {}
 
 
+def table_text() -> str:
+    """Return the table as it stands on the disk, empty where there is none: what is compiled with its tiles."""
+    try:
+        return _path().read_text("utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def _keep(key: str, choice: Choice) -> None:
     """Add a tile to the table, with what other processes have added; a folder that is not writable is no error."""
     _table.cache_clear()

@@ -42,7 +42,7 @@ def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
 @pytest.mark.parametrize("name", ["gpt2", *wider("llama-tied", "llama", "qwen2", "qwen3", "mistral", "phi3", "opt")])
 def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = inductor_passes()
-    monkeypatch.setattr(lower, "inductor_passes", lambda names: passes)
+    monkeypatch.setattr(lower, "inductor_passes", lambda *_: passes)
     model = packed(name)
     torch._dynamo.reset()
     uncached = (inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False))
@@ -52,7 +52,7 @@ def test_compiled_logits_are_those_of_the_packed_model(name: str, monkeypatch: p
     # norms, activation functions and sines have the same code on both sides; with another order of sums some
     # activation at the edge of two codes would round the other way, and move logits by a hundredth
     assert torch.equal(found, expected)
-    _, fused, bound = passes["post_grad_custom_pre_pass"].reports
+    _, fused, bound, _ = passes["post_grad_custom_pre_pass"].reports
     assert (fused.name, bound.name) == (FuseKernels.name, BindCalls.name)
     assert len(fused.changed) == 8  # two blocks of four calls
     # before, between and behind the two attentions; what phi3 cuts from one result, gate and up, ends a routine too
@@ -82,7 +82,7 @@ class Attended(CustomGraphPass):
 
 def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = {**inductor_passes(), "post_grad_custom_post_pass": (seen := Attended())}
-    monkeypatch.setattr(lower, "inductor_passes", lambda names: passes)
+    monkeypatch.setattr(lower, "inductor_passes", lambda *_: passes)
     model, ids = tiny.make("llama", layers=1), tiny.ids()
     quantize_model(model, load_recipe("hadamard-rtn"), None)
     share_functions(model)

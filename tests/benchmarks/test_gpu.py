@@ -30,7 +30,7 @@ def test_a_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert max(row["error"] for row in found["correctness"]) < 2e-5
     expected = {(way, step) for way in ("bf16", "bwla") for step in ("decode", "prefill")}
     assert {(row["way"], row["step"]) for row in found["models"]} == expected | {("bwla, int8 cache", "decode")}
-    assert {"bf16", "bwla A6"} <= {row["way"] for row in found["kernels"]}
+    assert {"bf16", "bwla A6", "bwla A6, of codes"} <= {row["way"] for row in found["kernels"]}
     assert {choice["how"] for choice in found["tiles"].values()} == {"modelled"}
 
 

@@ -16,12 +16,15 @@ from triton.runtime.errors import OutOfResources
 from bwla_compiler.backend.prepare import prepare
 from bwla_compiler.codegen import triton_spec
 from bwla_compiler.codegen.triton_spec import Emitted, Kind, Tile
-from bwla_compiler.errors import ShapeError
+from bwla_compiler.errors import BwlaError, ShapeError
 from bwla_compiler.numerics.planes import pack_signs, unpack_signs
 from bwla_compiler.runtime import native, on_triton, ops, portable, triton_layout
 from bwla_compiler.runtime.compiled import Linear
+from bwla_compiler.runtime.halves import DECODED
+from bwla_compiler.runtime.modules import PackedLinear
 from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.runtime.reference import int4_weight
+from bwla_compiler.spec import LinearSpec, TransformSpec
 from tests.wider import wider
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/runtime/test_on_triton.py instead"
@@ -483,10 +486,36 @@ def test_a_graph_prepared_derives_nothing_when_it_runs(monkeypatch: pytest.Monke
     double = [t.double() for t in (member.scale, member.low_rank[2], torch.ones(5))]  # float32 copies are derived
     inputs = (torch.randn(1, 60), member.signs, double[0], *member.low_rank[:2], double[1], member.bias,
               torch.ones(5, 20, dtype=torch.int8), double[2], torch.eye(6))  # fmt: skip
-    assert prepare(gm, inputs) == 3
+    prepared = prepare(gm, inputs)
+    assert len(prepared) == 4  # signs, and what is float64: the bias and the factor are read as they are
     for cache in (triton_layout.PACKED_SIGNS, triton_layout.PACKED_SCALES, triton_layout.FLOATS):
         monkeypatch.setattr(cache, "get", only_known(cache))
-    assert gm(*inputs).isfinite().all()
+    found = gm(*inputs)
+    assert found.isfinite().all()
+    monkeypatch.undo()
+    double[2].mul_(2)
+    assert torch.equal(gm(*inputs), found), "the buffer is as it was"
+    prepared.renew(inputs)
+    assert torch.equal(gm(*inputs), 2 * found)
+    other = [*inputs]
+    other[8] = torch.ones(5, dtype=torch.float64)  # another tensor in its place
+    prepared.watching(gm)(*other)
+    assert torch.equal(gm(*inputs), found)
+    other[8] = torch.ones(6, dtype=torch.float64)
+    with pytest.raises(BwlaError, match=r"is \[6\] on cpu by now, and was \[5\] on cpu: call torch._dynamo.reset"):
+        prepared.renew(other)
+
+
+def test_a_module_that_a_graph_calls_derives_nothing_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LinearSpec(60, (20,), rank=2, transform=TransformSpec("kronecker", 6, 10, left=True), bias=True)
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("linear", (x,)))
+    gm = GraphModule(torch.nn.ModuleDict({"linear": PackedLinear(spec)}), graph)
+    assert len(prepare(gm, [torch.randn(1, 60)])) == 0
+    for cache in (triton_layout.PACKED_SIGNS, triton_layout.PACKED_SCALES, triton_layout.FLOATS, DECODED):
+        monkeypatch.setattr(cache, "get", only_known(cache))
+    assert not gm(torch.randn(1, 60)).any()
 
 
 def only_known(cache: Any) -> Callable[..., Any]:

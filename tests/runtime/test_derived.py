@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.runtime.derived import Derived
+from bwla_compiler.runtime.halves import decoded
 
 
 def counted(tensor: Tensor) -> tuple[Callable[[], float], list[int]]:
@@ -82,3 +83,11 @@ def test_inference_tensors_are_never_cached_and_warn() -> None:
         with pytest.warns(RuntimeWarning, match="inference_mode"):
             after = cache.get(x, make)
     assert (before, after) == (3, 6)
+
+
+def test_scales_decoded_while_torch_compiles_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    # newer versions of torch call a whole compilation "compiling", backends included, where real tensors are at hand
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    bits, exponent = torch.ones(3).half().view(torch.int16), torch.tensor(1, dtype=torch.int8)
+    assert decoded(bits, exponent).tolist() == [2.0] * 3
+    assert decoded(bits, exponent) is decoded(bits, exponent)

@@ -1,6 +1,7 @@
 """The int8 KV cache: what is rounded, what attention reads, what generate makes, and what is refused."""
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from bwla_compiler import api
 from bwla_compiler.errors import CacheError
+from bwla_compiler.runtime import kv_cache
 from bwla_compiler.runtime.kv_cache import Int8Layer, int8_cache, restored, rounded, set_cache_bits
 from tests import tiny
 
@@ -153,3 +155,15 @@ def test_recurrent_layers_are_refused_before_anything_is_done() -> None:
     with pytest.raises(CacheError, match=r"layer 0 of the cache is a LinearAttentionLayer.*use cache\.bits = 16"):
         api.quantize(model, recipe="rtn", settings={"cache.bits": 8})
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_versions_of_transformers_without_layers_that_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.cache_utils, "DummyLayer", raising=False)  # 5.17 has none
+    assert kv_cache.__file__ is not None
+    spec = importlib.util.spec_from_file_location("kv_cache_of_an_older_transformers", kv_cache.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    cache = again.int8_cache(DynamicCache())
+    assert type(cache.layer_class_to_replicate()) is again.Int8Layer

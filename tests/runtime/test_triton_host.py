@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.codegen.triton_spec import Emitted
 from bwla_compiler.errors import BwlaError
-from bwla_compiler.runtime import derived, on_triton, ops, triton_launch, triton_tuner
+from bwla_compiler.runtime import derived, on_triton, ops, triton_tuner
 from bwla_compiler.runtime.compiled import Linear
 from bwla_compiler.runtime.derived import Derived
 from bwla_compiler.runtime.portable import Prologue
@@ -37,7 +37,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
     monkeypatch.setattr(on_triton, "launch", record)
     monkeypatch.setattr(on_triton, "packed_signs", packed)  # kept by tensor, as `prepare` has them derived before
-    monkeypatch.setattr(triton_launch, "exact_in_tf32", lambda factor: True)
     triton_tuner.forget_choices()
     with FakeTensorMode(), torch.device("cuda"):
         yield seen
