@@ -1,6 +1,7 @@
 """The command line of the harness: `bwla-compile bench KIND`, or `python -m benchmarks KIND`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,14 +83,16 @@ def kernels(
     from benchmarks import kernels as kind
     from benchmarks.forced_isa import held_to
     from benchmarks.kernel_peers import PEERS, SHORT
+    from benchmarks.record import record
 
     with held_to(isa):
-        with progress_bars() as progress:
+        with progress_bars() as progress:  # a run takes long: each case is written as soon as it is there
             rows = kind.measure(
                 progress, shapes=shape or (), tokens=tokens or (), threads=threads or (),
                 peers=peer or (SHORT if short else tuple(PEERS)), budget=_budget(minutes),
+                keep=partial(record, "kernels", command=_asked),
             )  # fmt: skip
-        _kept("kernels", rows)
+        _shown("kernels", rows)
 
 
 @app.command(

@@ -6,6 +6,7 @@ compiled function, so all of them are products of one graph, and a call computes
 holds no call from Python, as within a model, where all other contenders are called one by one.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,15 @@ def compiled(product: Product, *, way: Way) -> Contender:
     for y in (found[0], found[-1]):
         check_result(y, product.y, way.name, tolerance=way.tolerance)
     return Contender([partial(call, x)], n_bytes, products=n, version=way.version())
+
+
+def release() -> None:
+    """Let go of compiled peers, whose code holds their frozen weights: those of large linears fill a memory soon."""
+    from torch._inductor.codecache import PyCodeCache  # imports Inductor: only where something was compiled
+
+    torch._dynamo.reset()
+    PyCodeCache.cache_clear()
+    gc.collect()
 
 
 def _bytes(weight: Tensor, way: Way) -> int:

@@ -16,7 +16,7 @@ from benchmarks.budget import LEFT_OUT, Budget
 from benchmarks.ceilings import measure_ceilings, reader
 from benchmarks.contest import Call, Contender, check_result, contest
 from benchmarks.errors import RefusedError, ResultsError
-from benchmarks.kernel_peers import PEERS, SHORT, Product
+from benchmarks.kernel_peers import PEERS, SHORT, Product, release
 from benchmarks.kernel_tables import CEILING, TRANSFORM
 from benchmarks.noise import Noise, pinned
 from benchmarks.timing import copies
@@ -56,11 +56,13 @@ def measure(
     threads: Sequence[int] = (),
     peers: Sequence[str] = tuple(PEERS),
     budget: Budget | None = None,
+    keep: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
     """Return a row per shape, tokens, threads and contender, rows of transforms, and the ceilings on as many threads.
 
     shapes, tokens, threads: these alone; a shape is a name of SHAPES or "transform of N". peers: by name. budget: of
-    wall time; the cases that decide most come first. Rows with "missing" say which peers and cases have no figures.
+    wall time; the cases that decide most come first. keep: gets the rows of each case as soon as they are there, and
+    those without figures at the end. Rows with "missing" say which peers and cases have no figures.
     Raises ResultsError for an unknown name, RefusedError where a kernel's result is wrong.
     """
     chosen = _cases(shapes, tokens, threads)
@@ -74,11 +76,17 @@ def measure(
     for done, case in enumerate(left.within(chosen, like=lambda case: case[:2])):
         noise = Noise()
         progress("kernels", done, len(chosen))
-        rows += [{**row, **noise.fields()} for row in _measured(case, wanted)]
+        found = [{**row, **noise.fields()} for row in _measured(case, wanted)]
+        rows += found
+        if keep is not None:
+            keep(found)
     progress("kernels", len(chosen), len(chosen))
-    return rows + [
+    absent = [
         {"linear": name, "way": "", "tokens": m, "threads": n, "missing": LEFT_OUT} for name, m, n in left.left_out
     ]
+    if keep is not None and (without := [row for row in rows if "missing" in row] + absent):
+        keep(without)
+    return rows + absent
 
 
 def _cases(shapes: Sequence[str], tokens: Sequence[int], threads: Sequence[int]) -> list[Case]:
@@ -132,7 +140,8 @@ def _case(name: str, shape: tuple[int, int], *, tokens: int, threads: int, peers
         if tokens == 1:
             contenders["pure read"] = _reader(contenders["bwla A6"].n_bytes)
         rows += contest(contenders, ours="bwla A6", macs=tokens * shape[0] * shape[1], rounds=ROUNDS)
-        torch._dynamo.reset()  # compiled peers hold their weights
+        contenders.clear()
+        release()
     return [{**about, **row} for row in rows]
 
 
