@@ -323,6 +323,7 @@ def train(
     steps: Annotated[int, typer.Option(min=0, help="In place of minutes.")] = 0,
     hidden: Annotated[int, typer.Option(min=16, help="Width.")] = 384,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 6,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step, of 256 tokens.")] = 8,
     seed: Seed = 0,
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
@@ -331,7 +332,7 @@ def train(
 
     if family not in FAMILIES:
         raise typer.BadParameter(f"no family is called {family!r}; there are {', '.join(FAMILIES)}")
-    job = Job(family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), seed=seed)
+    job = Job(family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), batch=batch, seed=seed)
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)
     stdout_console().print(

@@ -98,3 +98,22 @@ def test_an_unfinished_folder_is_no_subject(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has finished"):
         quality_folder.from_folder(tmp_path, None, files=2)
     assert replace(job(tmp_path), minutes=5).fixed() == job(tmp_path).fixed()
+
+
+def test_products_of_bfloat16_train_as_well_and_leave_the_weights_float32(tmp_path: Path) -> None:
+    losses = {}
+    for products in ("bfloat16", "float32"):
+        facts = train_family(job(tmp_path / products, steps=40, products=products), progress=quiet, documents=DOCUMENTS)
+        assert facts["products"] == products
+        losses[products] = facts["loss"]
+    weights = load_file(tmp_path / "bfloat16" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)  # 8 bits of mantissa, 40 steps of them
+    with pytest.raises(ModelError, match="holds another training"):  # it would go on to other weights
+        train_family(job(tmp_path / "float32", steps=50, products="bfloat16"), progress=quiet)
+
+
+def test_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, products in (({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert training.native_products() == products
