@@ -1,4 +1,4 @@
-"""`bench train`: a model of another family from the embedded model's text, until its time is up; resumable.
+"""`bench train`: a model of another family from the embedded model's text, or more, until its time is up; resumable.
 
 FOLDER holds tokenizer, tokens and `checkpoint.pt` while it is trained, and the model itself when it is done. The same
 command goes on from the checkpoint. Which sequences a step reads follows from the seed and the step's number, so that
@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.families import Size, new_model
-from benchmarks.quality_model import TOKENS, texts
+from benchmarks.package_text import package_version
+from benchmarks.quality_model import FACTS, TOKENS, texts
 from bwla_compiler.demo.config import DemoConfig
 from bwla_compiler.demo.corpus import Document
 from bwla_compiler.demo.muon import Muon
@@ -34,7 +35,7 @@ Products = Literal["bfloat16", "float32"]
 
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 """Processor's capabilities, as torch names them, with which products of bfloat16 are faster than those of float32."""
-CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
+CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 60.0
 WARMUP, DECAY = 0.02, 0.3
 """Shares of the run: in which the rate rises, and in which it falls to nothing."""
@@ -50,7 +51,8 @@ def native_products() -> Products:
 class Job:
     """What is trained. minutes: of training, all runs together; steps: in their place where above 0.
 
-    batch: sequences a step; products: type of the factors of matrix products, by default the processor's fastest.
+    packages: installed ones, whose docstrings are read beside the standard library's; batch: sequences a step;
+    products: type of the factors of matrix products, by default what the processor multiplies fastest.
     """
 
     family: str
@@ -59,6 +61,7 @@ class Job:
     steps: int = 0
     size: Size = field(default_factory=Size)
     vocab_size: int = 4096
+    packages: tuple[str, ...] = ()
     batch: int = 8
     length: int = 256
     seed: int = 0
@@ -97,7 +100,8 @@ def _text(job: Job, documents: list[Document] | None) -> tuple[PreTrainedTokeniz
         return tokenizer, load_file(job.folder / TOKENS)["train"].to(torch.int64)
     parts = {"train": documents or []}
     if documents is None:
-        parts = dict(zip(("train", "test", "ood"), texts(job.seed, fraction=DemoConfig().held_out), strict=True))
+        found = texts(job.seed, fraction=DemoConfig().held_out, packages=job.packages)
+        parts = dict(zip(("train", "test", "ood"), found, strict=True))
     job.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(parts["train"], job.vocab_size)
     tokenizer.save_pretrained(job.folder)
@@ -172,13 +176,14 @@ class _Trainer:
                     saved = time.monotonic()
         self.save()
         self.model.eval()
-        count = sum(p.numel() for p in self.model.parameters())
         facts = {"steps": self.step, "seconds": round(self.seconds, 1), "loss": round(self.loss, 4)}
         return {
             **self.job.fixed(),
             **facts,
-            "n_parameters": count,
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
             "n_tokens": self.step * self.job.batch * self.job.length,
+            "n_tokens_of_text": stream.numel(),
+            "versions": {name: package_version(name) for name in self.job.packages},
         }
 
     def _step(self, batch: Tensor) -> None:

@@ -11,6 +11,7 @@ from benchmarks import endings, quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
 from benchmarks.record import latest, read
 from bwla_compiler.demo.corpus import Document
+from bwla_compiler.demo.outliers import Tails
 from bwla_compiler.recipe import load_recipe
 from tests import tiny
 
@@ -106,3 +107,15 @@ def test_of_rows_measured_again_the_last_counts(tmp_path: Path) -> None:
         "".join(json.dumps({"way": way, "a6": value, **device}) + "\n" for way, value in ("a1", "b2", "a3"))
     )
     assert [(row["way"], row["a6"]) for row in latest(read(path), by=("way",))] == [("a", "3"), ("b", "2")]
+
+
+@pytest.mark.parametrize("tails", ["pca", "heavy"])
+def test_a_subject_with_tails_computes_the_same_and_says_so(tails: Tails) -> None:
+    windows, files = tiny.ids(batch=4, length=17), torch.arange(4)
+    stream = tiny.ids(batch=1, length=4000)[0]
+    subject = quality_model.Subject("tiny", lambda: tiny.make("llama"), stream, windows, files, windows, files)
+    changed = quality_model.with_tails(subject, tails)
+    assert changed.label == {"pca": "tiny-pca", "heavy": "tiny-outliers"}[tails]
+    with torch.no_grad():
+        before, after = (made.load()(windows).logits for made in (subject, changed))
+    assert (before - after).norm() / before.norm() < 1e-4  # float32 between channels of very different size

@@ -78,7 +78,7 @@ def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path
 
 def test_what_a_seed_holds_out_is_kept_for_the_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [Document(f"f{i}", f"held out {i} words and numbers in a file of text. " * 200) for i in range(4)]
-    monkeypatch.setattr(training, "texts", lambda seed, *, fraction: (DOCUMENTS, long[:2], long[2:]))
+    monkeypatch.setattr(training, "texts", lambda seed, *, fraction, packages: (DOCUMENTS, long[:2], long[2:]))
     train_family(job(tmp_path, steps=1), progress=quiet)
     subject = quality_folder.from_folder(tmp_path, None, files=2)
     assert subject.files.unique().tolist() == [0, 1]
