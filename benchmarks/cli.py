@@ -124,6 +124,7 @@ def quality(
     fair: Annotated[bool, typer.Option("--fair", help="The same help for all, at equal true bits.")] = False,
     ends: Annotated[bool, typer.Option("--ends", help="Embedding and head in 8 and 4 bits.")] = False,
     calibration_seed: Annotated[int, typer.Option(help="Of the calibration's draw; the model's by default.")] = -1,
+    sequences: Annotated[int, typer.Option(min=1, help="Of calibration, of 256 tokens.")] = 96,
     model: Annotated[
         str, typer.Option(metavar="DIR", help="A folder of bench train, or any other with --tokens or --anchor.")
     ] = "",
@@ -153,8 +154,8 @@ def quality(
         with progress_bars() as progress:
             rows = kind.measure(
                 progress, seed=None if seed < 0 else seed, quick=quick, outliers=outliers, pca=pca, ways=row or (),
-                fair=fair, ends=ends, calibration_seed=None if calibration_seed < 0 else calibration_seed,
-                model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
+                fair=fair, ends=ends, calibration_seed=None if calibration_seed < 0 else calibration_seed, keep=keep,
+                model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), sequences=sequences,
             )  # fmt: skip
         _shown("ends" if ends else "quality", rows)
 

@@ -46,6 +46,7 @@ def measure(
     ways: Sequence[str] = (),
     fair: bool = False,
     ends: bool = False,
+    sequences: int = SEQUENCES,
     calibration_seed: int | None = None,
     model: Path | None = None,
     tokens: Path | None = None,
@@ -55,12 +56,11 @@ def measure(
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
     outliers: rewritten as demo:outliers is; pca: in its PCA basis, without heavy channels. ways: rows by name, none for
-    all (or, where quick, for a few on less text).
-    fair: the rows of the fair table; ends: those that differ in embedding and head. calibration_seed: of the
-    calibration's draw and of the fit, by default the model's. model, tokens: a folder, of `bench train` or any other,
-    and its text in place of these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of
-    wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has, and what
-    `quality_folder` raises.
+    all (or, where quick, for a few on less text). fair: the rows of the fair table; ends: those that differ in
+    embedding and head. sequences: of calibration; calibration_seed: of their draw and of the fit, by default the
+    model's. model, tokens: a folder, of `bench train` or any other, and its text in place of these models (see
+    `quality_folder`). keep: gets each row as soon as it is there. budget: of wall time; rows that do not fit are not
+    begun. Raises ResultsError for a name that no row has, and what `quality_folder` raises.
     """
     rows = fair_rows() if fair else ENDS if ends else ROWS
     if unknown := set(ways) - {row.way for row in rows}:
@@ -70,7 +70,7 @@ def measure(
     )
     chosen = ways or (QUICK if quick and not fair and not ends else [row.way for row in rows])
     drawn = (seed or 0) if calibration_seed is None else calibration_seed
-    table = Table(subject, sequences=SEQUENCES, seed=drawn, progress=progress)
+    table = Table(subject, sequences=sequences, seed=drawn, progress=progress)
     return table.run([row for row in rows if row.way in chosen], budget=budget, keep=keep)
 
 
@@ -144,6 +144,7 @@ class Table:
             "n_parameters": sum(parameter.numel() for parameter in self.float_model.parameters()),
             "trained_tokens": self.subject.trained_tokens,
             "seed": self.seed,
+            "calibration_sequences": len(self.calibration),
             "files": int(self.subject.files.unique().numel()),
             "true_bits": round(report.bits.linears, 4),
             "model_bits": round(report.bits.model, 4),
