@@ -69,6 +69,8 @@ def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = table.run([Row("rounding", "rtn", "as published"), Row("BiLLM-like", "billm-like", "fair")])
     assert [row["way"] for row in rows] == ["rounding", "BiLLM-like"]
     assert rows[0].keys() == rows[1].keys()
+    assert rows[0]["n_parameters"] == sum(parameter.numel() for parameter in tiny.make("llama").parameters())
+    assert (rows[0]["trained_tokens"], rows[0]["calibration_sequences"]) == (None, 8)
     assert all(row["a16"] > 0 and row["true_bits"] > 1 for row in rows)
     for row in rows:
         assert [row[f"a{bits}_kl"] > 0 and 0 < row[f"a{bits}_top1"] <= 1 for bits in quality.BITS] == [True] * 3

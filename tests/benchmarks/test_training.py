@@ -85,6 +85,7 @@ def test_what_a_seed_holds_out_is_kept_for_the_quality_table(tmp_path: Path, mon
     assert subject.ood_files.unique().tolist() == [0, 1]
     assert torch.equal(subject.train, load_file(tmp_path / "tokens.safetensors")["train"])
     assert subject.load().config.model_type == "llama"
+    assert subject.trained_tokens == 2 * 16
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
