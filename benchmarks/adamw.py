@@ -3,6 +3,7 @@
 DIR then holds the model and its tokens, for `python -m benchmarks quality --model DIR`.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.quality_model import FACTS
 from bwla_compiler.demo import DemoConfig
 from bwla_compiler.demo.model import TOKENS, text_path
 from bwla_compiler.demo.train import new_model
@@ -39,6 +41,7 @@ def main(folder: Path) -> None:
     for part in (model, tokenizer):
         part.save_pretrained(folder)
     save_file(streams, folder / TOKENS)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     print(facts)
 
 

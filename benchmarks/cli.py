@@ -141,10 +141,12 @@ def models(
 def quality(
     seed: Annotated[int, typer.Option(help="A fresh model of this seed and split; else the embedded one.")] = -1,
     outliers: Annotated[bool, typer.Option("--outliers", help="The model with heavy-tailed activations.")] = False,
+    pca: Annotated[bool, typer.Option("--pca", help="The model in its PCA basis, with its own tails.")] = False,
     row: Annotated[list[str] | None, typer.Option(metavar="WAY", help="This row alone; repeatable.")] = None,
     fair: Annotated[bool, typer.Option("--fair", help="The same help for all, at equal true bits.")] = False,
     ends: Annotated[bool, typer.Option("--ends", help="Embedding and head in 8 and 4 bits.")] = False,
     calibration_seed: Annotated[int, typer.Option(help="Of the calibration's draw; the model's by default.")] = -1,
+    sequences: Annotated[int, typer.Option(min=1, help="Of calibration, of 256 tokens.")] = 96,
     model: Annotated[
         str, typer.Option(metavar="DIR", help="A folder of bench train, or any other with --tokens or --anchor.")
     ] = "",
@@ -177,10 +179,9 @@ def quality(
 
         with progress_bars() as progress:
             rows = kind.measure(
-                progress, seed=None if seed < 0 else seed, quick=quick, outliers=outliers, ways=row or (), fair=fair,
-                ends=ends,
-                calibration_seed=None if calibration_seed < 0 else calibration_seed,
-                model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), keep=keep,
+                progress, seed=None if seed < 0 else seed, quick=quick, outliers=outliers, pca=pca, ways=row or (),
+                fair=fair, ends=ends, calibration_seed=None if calibration_seed < 0 else calibration_seed, keep=keep,
+                model=Path(model) if model else None, tokens=tokens, budget=_budget(minutes), sequences=sequences,
             )  # fmt: skip
         _shown("ends" if ends else "quality", rows)
 
@@ -327,6 +328,8 @@ def train(
     steps: Annotated[int, typer.Option(min=0, help="In place of minutes.")] = 0,
     hidden: Annotated[int, typer.Option(min=16, help="Width.")] = 384,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 6,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step, of 256 tokens.")] = 8,
+    package: Annotated[list[str] | None, typer.Option(help="Read its docstrings too; installed; repeatable.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
@@ -335,7 +338,10 @@ def train(
 
     if family not in FAMILIES:
         raise typer.BadParameter(f"no family is called {family!r}; there are {', '.join(FAMILIES)}")
-    job = Job(family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), seed=seed)
+    job = Job(
+        family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), packages=tuple(package or ()),
+        batch=batch, seed=seed,
+    )  # fmt: skip
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)
     stdout_console().print(

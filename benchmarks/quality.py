@@ -19,7 +19,7 @@ from benchmarks.errors import ResultsError
 from benchmarks.noise import Noise
 from benchmarks.plots import new_figure, save
 from benchmarks.quality_folder import from_folder
-from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_outliers
+from benchmarks.quality_model import LENGTH, Subject, embedded, fresh, with_tails
 from benchmarks.quality_rows import ENDS, QUICK, ROWS, Row, fair_rows
 from bwla_compiler.calibrate.quantize import BATCH, quantize_model
 from bwla_compiler.graph.capture import capture
@@ -42,9 +42,11 @@ def measure(
     seed: int | None = None,
     quick: bool = False,
     outliers: bool = False,
+    pca: bool = False,
     ways: Sequence[str] = (),
     fair: bool = False,
     ends: bool = False,
+    sequences: int = SEQUENCES,
     calibration_seed: int | None = None,
     model: Path | None = None,
     tokens: Path | None = None,
@@ -53,28 +55,45 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a row per recipe. seed: of a fresh model and split (trained once, then cached); None: the embedded one.
 
-    outliers: rewritten as demo:outliers is. ways: rows by name, none for all (or, where quick, for a few on less text).
-    fair: the rows of the fair table; ends: those that differ in embedding and head. calibration_seed: of the
-    calibration's draw and of the fit, by default the model's. model, tokens: a folder, of `bench train` or any other,
-    and its text in place of these models (see `quality_folder`). keep: gets each row as soon as it is there. budget: of
-    wall time; rows that do not fit are not begun. Raises ResultsError for a name that no row has, and what
-    `quality_folder` raises.
+    outliers: rewritten as demo:outliers is; pca: in its PCA basis, without heavy channels. ways: rows by name, none for
+    all (or, where quick, for a few on less text). fair: the rows of the fair table; ends: those that differ in
+    embedding and head. sequences: of calibration; calibration_seed: of their draw and of the fit, by default the
+    model's. model, tokens: a folder, of `bench train` or any other, and its text in place of these models (see
+    `quality_folder`). keep: gets each row as soon as it is there. budget: of wall time; rows that do not fit are not
+    begun. Raises ResultsError for a name that no row has, and what `quality_folder` raises.
     """
     rows = fair_rows() if fair else ENDS if ends else ROWS
     if unknown := set(ways) - {row.way for row in rows}:
         raise ResultsError(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(r.way for r in rows)}")
-    files = 8 if quick else FILES
+    subject = _subject(
+        model, tokens, seed=seed, outliers=outliers, pca=pca, files=8 if quick else FILES, progress=progress
+    )
+    chosen = ways or (QUICK if quick and not fair and not ends else [row.way for row in rows])
+    drawn = (seed or 0) if calibration_seed is None else calibration_seed
+    table = Table(subject, sequences=sequences, seed=drawn, progress=progress)
+    return table.run([row for row in rows if row.way in chosen], budget=budget, keep=keep)
+
+
+def _subject(
+    model: Path | None,
+    tokens: Path | None,
+    *,
+    seed: int | None,
+    outliers: bool,
+    pca: bool,
+    files: int,
+    progress: Progress,
+) -> Subject:
+    """Return the model of a folder, of a seed, or the embedded one, rewritten where that is asked for."""
+    if model is None and seed is None and outliers:
+        return embedded("demo:outliers", files=files)  # it is kept as it is
     if model is not None:
         subject = from_folder(model, tokens, files=files)
     elif seed is None:
-        subject = embedded("demo:outliers" if outliers else "demo:", files=files)
+        subject = embedded("demo:", files=files)
     else:
         subject = fresh(seed, files=files, progress=progress)
-        subject = with_outliers(subject) if outliers else subject
-    chosen = ways or (QUICK if quick and not fair and not ends else [row.way for row in rows])
-    drawn = (seed or 0) if calibration_seed is None else calibration_seed
-    table = Table(subject, sequences=SEQUENCES, seed=drawn, progress=progress)
-    return table.run([row for row in rows if row.way in chosen], budget=budget, keep=keep)
+    return with_tails(subject, "heavy" if outliers else "pca") if outliers or pca else subject
 
 
 class Table:
@@ -122,7 +141,10 @@ class Table:
             "recipe": row.recipe,
             "settings": str(row.settings),
             "model": self.subject.label,
+            "n_parameters": sum(parameter.numel() for parameter in self.float_model.parameters()),
+            "trained_tokens": self.subject.trained_tokens,
             "seed": self.seed,
+            "calibration_sequences": len(self.calibration),
             "files": int(self.subject.files.unique().numel()),
             "true_bits": round(report.bits.linears, 4),
             "model_bits": round(report.bits.model, 4),

@@ -1,6 +1,7 @@
 """A subject of the quality table from any model folder and any file of tokens or text."""
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks.quality_model import LENGTH, TOKENS, WINDOWS_A_FILE, Subject, floats
+from benchmarks.quality_model import FACTS, LENGTH, TOKENS, WINDOWS_A_FILE, Subject, floats
 from bwla_compiler.errors import ModelError
 from bwla_compiler.tokens import from_file
 
@@ -37,7 +38,14 @@ def from_folder(folder: Path, tokens: Path | None, *, files: int) -> Subject:
     windows, owners = windows_of(found["test"], end=end, files=files)
     nothing = torch.zeros(0, LENGTH + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     ood = windows_of(found["ood"], end=end, files=files) if "ood" in found else nothing
-    return Subject(folder.resolve().name, lambda: floats(folder), found["train"], windows, owners, *ood)
+    name, trained = folder.resolve().name, _trained_tokens(folder)
+    return Subject(name, lambda: floats(folder), found["train"], windows, owners, *ood, trained_tokens=trained)
+
+
+def _trained_tokens(folder: Path) -> int | None:
+    """Return how many tokens the model of a folder was trained on; None where the folder does not tell."""
+    path = folder / FACTS
+    return json.loads(path.read_text("utf-8"))["n_tokens"] if path.is_file() else None
 
 
 def _own_streams(folder: Path) -> dict[str, Tensor]:

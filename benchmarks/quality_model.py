@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.package_text import package_documents, package_sources
 from bwla_compiler.demo import DemoConfig, load_demo
 from bwla_compiler.demo.corpus import Document, read_corpus, source_files
 from bwla_compiler.demo.model import PCA_SEQUENCES
-from bwla_compiler.demo.outliers import add_outliers
-from bwla_compiler.demo.store import ensure
+from bwla_compiler.demo.outliers import Tails, add_outliers
+from bwla_compiler.demo.store import ensure, facts
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.demo.train import new_model, train
 from bwla_compiler.settings import settings
@@ -28,6 +29,8 @@ WINDOWS_A_FILE = 6
 """At most, so that one long file does not decide."""
 TOKENS = "tokens.safetensors"
 """A model's text as streams of ids: "train", and perhaps "test" and "ood"."""
+FACTS = "training.json"
+"""How a model was trained, where its folder tells: "n_tokens" and more."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Subject:
     """A float model and its texts.
 
     load(): a new copy. train: stream of tokens int64. windows, files: of held-out prose, [n, LENGTH + 1] int64 and the
-    number of each one's file [n]; ood: the same of code.
+    number of each one's file [n]; ood: the same of code. trained_tokens: how many it learned from, where told.
     """
 
     label: str
@@ -45,6 +48,7 @@ class Subject:
     files: Tensor
     ood: Tensor
     ood_files: Tensor
+    trained_tokens: int | None = None
 
     def calibration(self, sequences: int, *, seed: int) -> Tensor:
         """Return sequences drawn from the training text, [sequences, LENGTH] int64."""
@@ -58,7 +62,8 @@ def embedded(name: str, *, files: int) -> Subject:
     loaded, corpus = load_demo(name), read_corpus()
     windows = _held_out(loaded.tokenizer, corpus.test, corpus.ood, files=files)
     stream = encode_documents(loaded.tokenizer, corpus.train)
-    return Subject(name.strip(":").replace(":", "-"), lambda: load_demo(name).model, stream, *windows)
+    label, trained = name.strip(":").replace(":", "-"), loaded.facts["n_tokens"]
+    return Subject(label, lambda: load_demo(name).model, stream, *windows, trained_tokens=trained)
 
 
 def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
@@ -71,15 +76,24 @@ def fresh(seed: int, *, files: int, progress: Progress) -> Subject:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     stream = load_file(folder / TOKENS)["train"].to(torch.int64)
     windows = _held_out(tokenizer, held_out, code, files=files)
-    return Subject(f"seed{seed}", lambda: floats(folder), stream, *windows)
+    return Subject(f"seed{seed}", lambda: floats(folder), stream, *windows, trained_tokens=facts(folder)["n_tokens"])
 
 
-def texts(seed: int, *, fraction: float) -> tuple[list[Document], list[Document], list[Document]]:
-    """Return the embedded model's documents split by a seed: to train on, held out, and the code of those held out."""
+def texts(
+    seed: int, *, fraction: float, packages: Sequence[str] = ()
+) -> tuple[list[Document], list[Document], list[Document]]:
+    """Return the embedded model's documents split by a seed: to train on, held out, and the code of those held out.
+
+    packages: installed ones, whose docstrings are added. Raises DemoError for one that is not installed.
+    """
     corpus = read_corpus()
-    held_out, kept = split([*corpus.train, *corpus.test], seed, fraction=fraction)
+    documents, sources = [*corpus.train, *corpus.test], dict(source_files())
+    for name in packages:
+        documents += package_documents(name)
+        sources |= package_sources(name)
+    held_out, kept = split(documents, seed, fraction=fraction)
     held = {document.name for document in held_out}
-    code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in source_files() if name in held]
+    code = [Document(name, path.read_text("utf-8", errors="replace")) for name, path in sources.items() if name in held]
     return kept, held_out, code
 
 
@@ -89,18 +103,20 @@ def floats(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def with_outliers(subject: Subject) -> Subject:
-    """Return the subject with its model's activations made heavy-tailed, its function unchanged."""
+def with_tails(subject: Subject, tails: Tails) -> Subject:
+    """Return the subject with its model's activations made heavy-tailed, its function unchanged.
+
+    Its name ends in "pca", or in "outliers" where channels are heavy too. Raises DemoError, once it is loaded, where
+    the model is of a family that `add_outliers` does not know.
+    """
     tokens = subject.calibration(PCA_SEQUENCES, seed=0)
 
     def load() -> nn.Module:
-        model = subject.load()
-        qwen: Any = model
-        assert isinstance(qwen, Qwen3ForCausalLM), "outliers are written into Qwen3's own parts"
-        add_outliers(qwen, tokens)
-        return model
+        model: Any = subject.load()
+        add_outliers(model, tokens, tails=tails)
+        return model  # type: ignore[no-any-return]
 
-    return replace(subject, label=f"{subject.label}-outliers", load=load)
+    return replace(subject, label=f"{subject.label}-{'pca' if tails == 'pca' else 'outliers'}", load=load)
 
 
 def split(documents: Sequence[Document], seed: int, *, fraction: float) -> tuple[list[Document], list[Document]]:

@@ -48,6 +48,8 @@ ROWS = (
     Row("ours, folded alone", "bwla-folded", "ours"),
     Row("ours, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0}),
     Row("ours", "bwla-w1a6", "ours"),
+    Row("ours, 1.18 planes, no pair", "bwla-mixed-a6", "ours"),
+    Row("ours, 288 steps", "bwla-w1a6", "ours", {"tuning.steps": 288}),
     Row("ours, not tuned", "bwla-w1a6", "ours", {"tuning.steps": 0}),
     Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
     Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),

@@ -1,9 +1,10 @@
-"""`bench train`: a model of another family from the embedded model's text, until its time is up; resumable.
+"""`bench train`: a model of another family from the embedded model's text, or more, until its time is up; resumable.
 
 FOLDER holds tokenizer, tokens and `checkpoint.pt` while it is trained, and the model itself when it is done. The same
 command goes on from the checkpoint. Which sequences a step reads follows from the seed and the step's number, so that
 a run that was stopped reads what it would have read. How many steps fit into the minutes does depend on the machine;
-`steps` in their place makes a run of a fixed length.
+`steps` in their place makes a run of a fixed length. Where the processor multiplies bfloat16 natively, products are of
+bfloat16 (autocast); weights, optimizers' states and the loss are float32 everywhere.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.families import Size, new_model
-from benchmarks.quality_model import TOKENS, texts
+from benchmarks.package_text import package_version
+from benchmarks.quality_model import FACTS, TOKENS, texts
 from bwla_compiler.demo.config import DemoConfig
 from bwla_compiler.demo.corpus import Document
 from bwla_compiler.demo.muon import Muon
@@ -29,16 +31,29 @@ from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.errors import ModelError
 
 Progress = Callable[[str, int, int], None]
+Products = Literal["bfloat16", "float32"]
 
-CHECKPOINT, FACTS = "checkpoint.pt", "training.json"
+NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
+"""Processor's capabilities, as torch names them, with which products of bfloat16 are faster than those of float32."""
+CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 60.0
 WARMUP, DECAY = 0.02, 0.3
 """Shares of the run: in which the rate rises, and in which it falls to nothing."""
 
 
+def native_products() -> Products:
+    """Return the type in which this processor multiplies fastest."""
+    found = torch.cpu.get_capabilities()
+    return "bfloat16" if any(found.get(name) for name in NATIVE_BFLOAT16) else "float32"
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is trained. minutes: of training, all runs together; steps: in their place where above 0."""
+    """What is trained. minutes: of training, all runs together; steps: in their place where above 0.
+
+    packages: installed ones, whose docstrings are read beside the standard library's; batch: sequences a step;
+    products: type of the factors of matrix products, by default what the processor multiplies fastest.
+    """
 
     family: str
     folder: Path
@@ -46,11 +61,13 @@ class Job:
     steps: int = 0
     size: Size = field(default_factory=Size)
     vocab_size: int = 4096
+    packages: tuple[str, ...] = ()
     batch: int = 8
     length: int = 256
     seed: int = 0
     learning_rate: float = 4e-3
     matrix_rate: float = 0.02
+    products: Products = field(default_factory=native_products)
 
     def fixed(self) -> dict[str, Any]:
         """Return what may not change between the runs of one training."""
@@ -83,7 +100,8 @@ def _text(job: Job, documents: list[Document] | None) -> tuple[PreTrainedTokeniz
         return tokenizer, load_file(job.folder / TOKENS)["train"].to(torch.int64)
     parts = {"train": documents or []}
     if documents is None:
-        parts = dict(zip(("train", "test", "ood"), texts(job.seed, fraction=DemoConfig().held_out), strict=True))
+        found = texts(job.seed, fraction=DemoConfig().held_out, packages=job.packages)
+        parts = dict(zip(("train", "test", "ood"), found, strict=True))
     job.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(parts["train"], job.vocab_size)
     tokenizer.save_pretrained(job.folder)
@@ -134,6 +152,10 @@ class _Trainer:
         torch.save(state, beside)
         beside.replace(self.job.folder / CHECKPOINT)
 
+    def _autocast(self) -> torch.autocast:
+        """Return a context in which matrix products are the job's."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.job.products == "bfloat16")
+
     @property
     def share(self) -> float:
         """How much of the run is done, 0 to 1."""
@@ -154,18 +176,20 @@ class _Trainer:
                     saved = time.monotonic()
         self.save()
         self.model.eval()
-        count = sum(p.numel() for p in self.model.parameters())
         facts = {"steps": self.step, "seconds": round(self.seconds, 1), "loss": round(self.loss, 4)}
         return {
             **self.job.fixed(),
             **facts,
-            "n_parameters": count,
+            "n_parameters": sum(p.numel() for p in self.model.parameters()),
             "n_tokens": self.step * self.job.batch * self.job.length,
+            "n_tokens_of_text": stream.numel(),
+            "versions": {name: package_version(name) for name in self.job.packages},
         }
 
     def _step(self, batch: Tensor) -> None:
-        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with self._autocast():
+            logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         self.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -176,7 +200,8 @@ class _Trainer:
         for group in self.adamw.param_groups:
             group["lr"] = rate * self.job.learning_rate
         self.adamw.step()
-        self.muon.step(rate * self.job.matrix_rate)
+        with self._autocast():  # its polar factor as well
+            self.muon.step(rate * self.job.matrix_rate)
         self.loss = value if math.isnan(self.loss) else 0.97 * self.loss + 0.03 * value
         self.step += 1
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from bwla_compiler.demo import corpus, muon, outliers, store, tokenizer, train
+from bwla_compiler.demo import corpus, muon, outliers, parts, store, tokenizer, train
 from bwla_compiler.demo.config import DemoConfig
 from bwla_compiler.errors import DemoError
 from bwla_compiler.settings import settings
@@ -153,14 +153,14 @@ def _save(folder: Path, model: Qwen3ForCausalLM, bpe: PreTrainedTokenizerFast) -
 def _folder(kind: Literal["text", "base", "outliers"], config: DemoConfig) -> Path:
     """Return where an artifact lies: its key is a hash of the text, of the config and of the code that makes it."""
     text = (corpus.sources_sha256(None, config.n_files), config.n_files, config.held_out, config.vocab_size)
-    parts: list[Any] = [kind, text, code_sha256(corpus), code_sha256(tokenizer)]
+    key_parts: list[Any] = [kind, text, code_sha256(corpus), code_sha256(tokenizer)]
     if kind != "text":
         wanted = asdict(config)
         del wanted["second_limit"]  # it says how long to wait, not which model is wanted
-        parts += [wanted, code_sha256(train), code_sha256(muon)]
+        key_parts += [wanted, code_sha256(train), code_sha256(muon)]
     if kind == "outliers":
-        parts += [PCA_SEQUENCES, code_sha256(outliers)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        key_parts += [PCA_SEQUENCES, code_sha256(outliers), code_sha256(parts)]
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     return settings().cache / "demo" / f"{kind}-{key}"
 
 

@@ -11,6 +11,7 @@ from benchmarks import endings, quality, quality_model
 from benchmarks.quality import ROWS, Row, Table, ratio
 from benchmarks.record import latest, read
 from bwla_compiler.demo.corpus import Document
+from bwla_compiler.demo.outliers import Tails
 from bwla_compiler.recipe import load_recipe
 from tests import tiny
 
@@ -68,6 +69,8 @@ def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = table.run([Row("rounding", "rtn", "as published"), Row("BiLLM-like", "billm-like", "fair")])
     assert [row["way"] for row in rows] == ["rounding", "BiLLM-like"]
     assert rows[0].keys() == rows[1].keys()
+    assert rows[0]["n_parameters"] == sum(parameter.numel() for parameter in tiny.make("llama").parameters())
+    assert (rows[0]["trained_tokens"], rows[0]["calibration_sequences"]) == (None, 8)
     assert all(row["a16"] > 0 and row["true_bits"] > 1 for row in rows)
     for row in rows:
         assert [row[f"a{bits}_kl"] > 0 and 0 < row[f"a{bits}_top1"] <= 1 for bits in quality.BITS] == [True] * 3
@@ -106,3 +109,15 @@ def test_of_rows_measured_again_the_last_counts(tmp_path: Path) -> None:
         "".join(json.dumps({"way": way, "a6": value, **device}) + "\n" for way, value in ("a1", "b2", "a3"))
     )
     assert [(row["way"], row["a6"]) for row in latest(read(path), by=("way",))] == [("a", "3"), ("b", "2")]
+
+
+@pytest.mark.parametrize("tails", ["pca", "heavy"])
+def test_a_subject_with_tails_computes_the_same_and_says_so(tails: Tails) -> None:
+    windows, files = tiny.ids(batch=4, length=17), torch.arange(4)
+    stream = tiny.ids(batch=1, length=4000)[0]
+    subject = quality_model.Subject("tiny", lambda: tiny.make("llama"), stream, windows, files, windows, files)
+    changed = quality_model.with_tails(subject, tails)
+    assert changed.label == {"pca": "tiny-pca", "heavy": "tiny-outliers"}[tails]
+    with torch.no_grad():
+        before, after = (made.load()(windows).logits for made in (subject, changed))
+    assert (before - after).norm() / before.norm() < 1e-4  # float32 between channels of very different size

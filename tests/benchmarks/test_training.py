@@ -78,13 +78,14 @@ def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path
 
 def test_what_a_seed_holds_out_is_kept_for_the_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [Document(f"f{i}", f"held out {i} words and numbers in a file of text. " * 200) for i in range(4)]
-    monkeypatch.setattr(training, "texts", lambda seed, *, fraction: (DOCUMENTS, long[:2], long[2:]))
+    monkeypatch.setattr(training, "texts", lambda seed, *, fraction, packages: (DOCUMENTS, long[:2], long[2:]))
     train_family(job(tmp_path, steps=1), progress=quiet)
     subject = quality_folder.from_folder(tmp_path, None, files=2)
     assert subject.files.unique().tolist() == [0, 1]
     assert subject.ood_files.unique().tolist() == [0, 1]
     assert torch.equal(subject.train, load_file(tmp_path / "tokens.safetensors")["train"])
     assert subject.load().config.model_type == "llama"
+    assert subject.trained_tokens == 2 * 16
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
@@ -98,3 +99,22 @@ def test_an_unfinished_folder_is_no_subject(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has finished"):
         quality_folder.from_folder(tmp_path, None, files=2)
     assert replace(job(tmp_path), minutes=5).fixed() == job(tmp_path).fixed()
+
+
+def test_products_of_bfloat16_train_as_well_and_leave_the_weights_float32(tmp_path: Path) -> None:
+    losses = {}
+    for products in ("bfloat16", "float32"):
+        facts = train_family(job(tmp_path / products, steps=40, products=products), progress=quiet, documents=DOCUMENTS)
+        assert facts["products"] == products
+        losses[products] = facts["loss"]
+    weights = load_file(tmp_path / "bfloat16" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)  # 8 bits of mantissa, 40 steps of them
+    with pytest.raises(ModelError, match="holds another training"):  # it would go on to other weights
+        train_family(job(tmp_path / "float32", steps=50, products="bfloat16"), progress=quiet)
+
+
+def test_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, products in (({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert training.native_products() == products
