@@ -226,7 +226,7 @@ def packed_skeleton(folder: Path, *, check: bool = False) -> Any:
 
 
 def _align_floats(model: nn.Module) -> None:
-    """Copy floats that lie across cache lines, as those of a mapped file do, to where an allocation would have put them.
+    """Copy floats that lie across cache lines, as those of a mapped file do, to where an allocation puts them.
 
     Products of some libraries add up in another order there, and a model is to answer like the one that was saved.
     """
