@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import plots, quality
 from benchmarks.blocks import rewrite_file
 from benchmarks.record import RESULTS, Row, devices, grouped, latest, read
-from benchmarks.tables import SAME_TEXT, block_text
+from benchmarks.tables import SAME_FIT, SAME_TEXT, block_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "compile.md")
@@ -39,6 +39,6 @@ def _fullest(rows: Sequence[Row]) -> list[Row]:
     found = [
         text
         for mine in devices(rows)
-        for text in grouped(latest(mine, by=(*SAME_TEXT, "way", "table")), by=SAME_TEXT).values()
+        for text in grouped(latest(mine, by=(*SAME_TEXT, *SAME_FIT)), by=SAME_TEXT).values()
     ]
     return max(found, key=lambda mine: (len(mine), max(row["when"] for row in mine)), default=[])

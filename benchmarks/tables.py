@@ -79,18 +79,19 @@ def _model_cells(row: Row, *, last: str) -> list[Cell]:
 
 
 SAME_TEXT = ("model", "files", "fp_perplexity")
+SAME_FIT = ("way", "table", "seed", "calibration_sequences")
 """What must be equal for perplexities to be set side by side: the model and the text."""
 
 
 def quality_table(rows: Sequence[Row]) -> str:
     """Return perplexity over the float model's against true bits, a table a model; intervals of 95% over files."""
-    rows = latest(rows, by=(*SAME_TEXT, "way", "table"))
+    rows = latest(rows, by=(*SAME_TEXT, *SAME_FIT))
     columns = [Column("way", left=True), Column("table", left=True), Column("true bits")]
     columns += [Column(f"A{bits}", LESS, 3) for bits in (16, 6, 4)]
     columns += [Column("A6, 95%"), Column("A6, code", LESS, 3), Column("fit, s", LESS, 1)]
     parts: list[str] = []
     for (model, files, _), mine in grouped(rows, by=SAME_TEXT).items():
-        chosen = sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"])))
+        chosen = _told_apart(sorted(mine, key=lambda r: (float(r["true_bits"]), float(r["a6"]))))
         cells = [
             [
                 r["way"],
@@ -106,9 +107,25 @@ def quality_table(rows: Sequence[Row]) -> str:
             for r in chosen
         ]
         texts = "" if files is None else f", {files} files of held-out text"
+        if trained := next((row for row in reversed(chosen) if row.get("trained_tokens")), None):
+            texts += f"; {trained['n_parameters'] / 1e6:.1f}M parameters, {trained['trained_tokens'] / 1e6:.1f}M tokens"
         title = f"**{model}**, float perplexity {chosen[0]['fp_perplexity']:.2f}{texts}"
         parts += filter(None, [f"{title}\n\n{table(columns, cells)}", _beside_float(chosen), ending(chosen)])
     return "\n\n".join(parts)
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Return rows whose names say what else differs between those of one name."""
+    named: list[Row] = []
+    for row in rows:
+        alike = [other for other in rows if (other["way"], other["table"]) == (row["way"], row["table"])]
+        says = [
+            f"{row[column]} {what}" if column == "calibration_sequences" else f"{what} {row[column]}"
+            for column, what in (("calibration_sequences", "sequences"), ("seed", "calibration seed"))
+            if column in row and len({other.get(column) for other in alike}) > 1
+        ]
+        named.append({**row, "way": ", ".join([row["way"], *says])})
+    return named
 
 
 BESIDE_FLOAT = (("KL", "kl", LESS, 3, 1), ("top-1, %", "top1", MORE, 1, 100), ("task, %", "task", MORE, 1, 100))

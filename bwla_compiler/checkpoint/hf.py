@@ -34,6 +34,9 @@ from bwla_compiler.spec import FLOAT_BITS
 
 METHOD = "bwla"
 
+CACHE_LINE = 64
+"""Bytes; what torch allocates begins at a multiple of it."""
+
 
 @register_quantization_config(METHOD)
 class BwlaConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -118,6 +121,7 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Have norms and activation functions computed as the kernels do, and the cache as the recipe says."""
+        _align_floats(model)
         share_functions(model)
         settle_signs(model)
         set_cache_bits(model, self.quantization_config.recipe.get("cache", {}).get("bits", FLOAT_BITS))
@@ -219,3 +223,13 @@ def packed_skeleton(folder: Path, *, check: bool = False) -> Any:
     files = sorted(map(str, folder.glob("*.safetensors"))) if check else None
     BwlaQuantizer(config.quantization_config)._process_model_before_weight_loading(model, files)
     return model
+
+
+def _align_floats(model: nn.Module) -> None:
+    """Copy floats that lie across cache lines, as those of a mapped file do, to where an allocation puts them.
+
+    Products of some libraries add up in another order there, and a model is to answer like the one that was saved.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.is_cpu and tensor.data_ptr() % CACHE_LINE:
+            tensor.data = tensor.data.clone()

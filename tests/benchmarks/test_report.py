@@ -253,6 +253,20 @@ def test_divergence_agreement_and_the_task_have_a_table_of_the_rows_that_have_th
     assert "| old |" not in text.split("KL", 1)[1]
 
 
+def test_rows_of_one_name_say_what_else_differs(tmp_path: Path) -> None:
+    new = {**quality_rows()[1], "calibration_sequences": 96, "n_parameters": 10_227_072, "trained_tokens": 10_035_200}
+    rows = [{**new, "seed": 0}, {**new, "seed": 1}, {**new, "seed": 0, "calibration_sequences": 512}]
+    text = quality_text(tmp_path, rows)
+    for says in (
+        "96 sequences, calibration seed 0",
+        "96 sequences, calibration seed 1",
+        "512 sequences, calibration seed 0",
+    ):
+        assert f"| new, {says} |" in text
+    assert "10.2M parameters, 10.0M tokens" in text
+    assert "| new | ours |" in quality_text(tmp_path / "one", rows[:1])
+
+
 def test_a_model_without_text_of_another_kind_is_shown(tmp_path: Path) -> None:
     rows = [{name: value for name, value in row.items() if name != "a6_ood"} for row in quality_rows()]
     assert "| 1.050-1.070 | - | **70.0** |" in quality_text(tmp_path, rows)

@@ -47,12 +47,13 @@ Quantized = tuple[nn.Module, QuantizeReport]
 
 @pytest.fixture(scope="module")
 def still() -> Quantized:
-    return quantized("llama", steps=48, tuning__signs=0.0)
+    return quantized("llama", steps=96, tuning__signs=0.0)
 
 
 @pytest.fixture(scope="module")
 def learnt() -> Quantized:
-    return quantized("llama", steps=48, tuning__signs=0.3)
+    """At 0.2 a tiny random model gains some 4% more; at 0.3 chance decides, and so the processor's order of sums."""
+    return quantized("llama", steps=96, tuning__signs=0.2)
 
 
 def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit(still: Quantized, learnt: Quantized) -> None:
@@ -62,7 +63,7 @@ def test_signs_that_learn_lower_the_loss_further_and_cost_no_bit(still: Quantize
 
 
 def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(learnt: Quantized) -> None:
-    again, _ = quantized("llama", steps=48, tuning__signs=0.3)
+    again, _ = quantized("llama", steps=96, tuning__signs=0.2)
     first, second = learnt[0].state_dict(), again.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
@@ -70,7 +71,7 @@ def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(learnt: Quanti
 
 def test_signs_of_one_block_at_a_time_learn_too_and_give_the_same_bytes(still: Quantized) -> None:
     (learnt, report), (again, _) = (
-        quantized("llama", steps=48, tuning__signs=0.3, tuning__signs_at_once="block") for _ in range(2)
+        quantized("llama", steps=96, tuning__signs=0.2, tuning__signs_at_once="block") for _ in range(2)
     )
     assert loss(report) < loss(still[1])
     assert {name.split(".")[2] for name in flipped(learnt, still[0])} == {"0", "1"}

@@ -167,3 +167,9 @@ def test_a_simulated_model_is_measured_but_not_saved(tmp_path: Path) -> None:
     assert report.bits.n_bytes < sum(b.numel() * b.element_size() for b in model.buffers())
     with pytest.raises(CheckpointError, match="can be measured, but not saved"):
         api.save(model, tmp_path / "m")
+
+
+def test_floats_of_a_loaded_model_begin_on_cache_lines(llama: tuple[nn.Module, Path]) -> None:
+    """Those of a mapped file need not, and products of some libraries then add up in another order."""
+    again = api.load(llama[1]).model
+    assert all(t.data_ptr() % 64 == 0 for t in (*again.parameters(), *again.buffers()) if t.is_floating_point())
