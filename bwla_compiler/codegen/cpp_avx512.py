@@ -176,9 +176,11 @@ static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   return sum;
 }
 
-// Dot products of one row of codes with T rows of x, `stride` floats apart.
+constexpr long LANES = 16;  // floats of one token that lie together where several are read
+
+// Dot products of one row of codes with T tokens x [n / LANES, T, LANES]; one token lies as it is.
 template <int T>
-static inline void dots(const int8_t* codes, const float* x, long stride, long n, float* out) {
+static inline void dots(const int8_t* codes, const float* x, long, long n, float* out) {
   __m512 acc[T][2];
   UNROLL for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
   long i = 0;
@@ -188,12 +190,12 @@ static inline void dots(const int8_t* codes, const float* x, long stride, long n
       const long at = i + 16 * h;
       __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + at))));
       UNROLL for (int t = 0; t < T; t++)
-        acc[t][h] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + t * stride + at), acc[t][h]);
+        acc[t][h] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + at * T + t * LANES), acc[t][h]);
     }
   }
   for (int t = 0; t < T; t++) {
     float sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[t][0], acc[t][1]));
-    for (long j = i; j < n; j++) sum += codes[j] * x[t * stride + j];
+    for (long j = i; j < n; j++) sum += codes[j] * x[(j / LANES * T + t) * LANES + j % LANES];
     out[t] = sum;
   }
 }

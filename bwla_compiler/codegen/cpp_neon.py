@@ -193,6 +193,8 @@ static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   return sum;
 }
 
+constexpr long LANES = 0;  // several tokens lie as they are
+
 // Dot products of one row of codes with T rows of x, `stride` floats apart.
 template <int T>
 static inline void dots(const int8_t* codes, const float* x, long stride, long n, float* out) {
