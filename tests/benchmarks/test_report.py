@@ -264,7 +264,8 @@ def test_rows_of_one_name_say_what_else_differs(tmp_path: Path) -> None:
     ):
         assert f"| new, {says} |" in text
     assert "10.2M parameters, 10.0M tokens" in text
-    assert "| new | ours |" in quality_text(tmp_path / "one", rows[:1])
+    (alone := tmp_path / "alone").mkdir()
+    assert "| new | ours |" in quality_text(alone, rows[:1])
 
 
 def test_a_model_without_text_of_another_kind_is_shown(tmp_path: Path) -> None:
