@@ -54,13 +54,17 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
 
 
 def shapes_of_signs(gm: GraphModule) -> dict[int, torch.Size]:
-    """Return the shapes of signs among a graph's inputs, by number of the input; they decide those of results."""
+    """Return the shapes of signs among a graph's inputs, by number of the input; they decide those of results.
+
+    Symbolic ones are left out: the graph then reads sizes from the signs of each call.
+    """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return {
+    shapes = {
         i: node.meta["example_value"].shape
         for i, node in enumerate(placeholders)
         if any(user.target is _OPS.linear.default and user.args[_SIGNS] is node for user in node.users)
     }
+    return {i: shape for i, shape in shapes.items() if all(isinstance(size, int) for size in shape)}
 
 
 _OF_PARTS = frozenset(

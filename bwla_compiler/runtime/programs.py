@@ -73,8 +73,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Table:
-    """What is bound, by the ids of the weights. positions: of those among the arguments."""
+    """What is bound, by the ids of the weights. positions: of those among the arguments.
 
+    loose: shapes, by position, of the signs that are not among them: C++ does not look at these.
+    """
+
+    loose: Mapping[int, torch.Size]
     positions: tuple[int, ...] = ()
     bounds: dict[tuple[int, ...], Bound] = field(default_factory=dict)
 
@@ -134,15 +138,15 @@ class Program:
         self, run: Callable[..., Any], tensors: Mapping[str, Tensor], *, shapes: Mapping[int, torch.Size] | None = None
     ) -> None:
         self._run, self._tensors = run, tensors
-        self._shapes = self._loose = shapes or {}  # all, and those that C++ does not look at
-        self._table = Table()
+        self._shapes = shapes or {}
+        self._table = Table(self._shapes)  # replaced as one, for threads
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the graph. Raises ShapeError where signs have another shape than it was compiled for."""
         table = self._table
         bound = table.bounds.get(table.key(arguments))
-        _check_shapes(arguments, self._shapes if bound is None else self._loose)
+        _check_shapes(arguments, self._shapes if bound is None else table.loose)
         outer = _RUNNING.frame
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
         frame = Frame(arguments, self._tensors, bound, self._shapes)
@@ -163,8 +167,8 @@ class Program:
         """Use what is bound whenever these weights come again, as long as they live."""
         with self._lock:
             if self._table.positions != tuple(bound.positions):
-                self._table = Table(tuple(bound.positions))
-                self._loose = {i: shape for i, shape in self._shapes.items() if i not in bound.positions}
+                loose = {i: shape for i, shape in self._shapes.items() if i not in bound.positions}
+                self._table = Table(loose, tuple(bound.positions))
             table = self._table
             while len(table.bounds) >= MOST_BOUND:
                 table.bounds.pop(next(iter(table.bounds)), None)
