@@ -156,36 +156,64 @@ static void parallel(long n, long threads, F&& f) {
 """
 
 ROUNDING = r"""
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
+
+template <class Code>
+static inline Code nearest_code(float ratio, int limit) {
+  ratio = std::min(std::max(ratio, (float)-limit), (float)limit);
+  return (Code)(int32_t)((ratio + MAGIC) - MAGIC);
+}
+
+// Round the first values as `round_to` does, whole vectors, and return how many. A product with the inverse is off by
+// at most two units in the last place, and rounds as the quotient does except within as much of a tie: there, a vector
+// is divided, which takes several times as long.
+static long round_quickly(const float* x, long in, float scale, int limit, int8_t* codes) {
+  if (!(scale > 0x1p-100f && scale < 0x1p100f)) return 0;  // the inverse is no normal number, or nearly so
+  const float edge = 0.5f - (float)limit * 0x1p-22f, inverse = 1.0f / scale;
+  long i = 0;
+  for (; i + WIDTH <= in; i += WIDTH) {
+    const Vec ratio = load(x + i) * inverse, shifted = ratio + MAGIC;  // within the limit, but for its last places
+    if (any_beyond(edge, absolute(ratio - (shifted - MAGIC))))
+      for (long j = 0; j < WIDTH; j++) codes[i + j] = nearest_code<int8_t>(x[i + j] / scale, limit);
+    else
+      store_low_bytes((Lanes)shifted, codes + i);  // the last bits are the integer's
+  }
+  return i;
+}
+template <class Code>
+static long round_quickly(const float*, long, float, int, Code*) {
+  return 0;  // codes of more bits are too often too near to ties
+}
+
 // Round values to symmetric integers: codes = round_half_even(x / scale), scale = max |x| / limit. Values that are not
 // all finite get the scale NaN, so that what is computed with them is NaN.
 template <class Code>
 static float round_to(const float* x, long in, int limit, Code* codes) {
-  constexpr int LANES = 64;
-  float peak[LANES] = {}, poison[LANES] = {};
+  constexpr int N = 4;  // so many at once hide the latency of one
+  Vec peak[N] = {}, poison[N] = {};
   long i = 0;
-  for (; i + LANES <= in; i += LANES)
-    for (int j = 0; j < LANES; j++) {
-      const float v = std::abs(x[i + j]);
-      peak[j] = v > peak[j] ? v : peak[j];
-      poison[j] += x[i + j] * 0.0f;
+  for (; i + N * WIDTH <= in; i += N * WIDTH)
+    for (int j = 0; j < N; j++) {
+      const Vec v = load(x + i + j * WIDTH), size = absolute(v);
+      peak[j] = size > peak[j] ? size : peak[j];
+      poison[j] += v * 0.0f;
     }
-  for (; i < in; i++) {
-    peak[0] = std::max(peak[0], std::abs(x[i]));
-    poison[0] += x[i] * 0.0f;
-  }
   float top = 0, sick = 0;
-  for (int j = 0; j < LANES; j++) top = std::max(top, peak[j]), sick += poison[j];
+  for (int j = 1; j < N; j++) {
+    peak[0] = peak[j] > peak[0] ? peak[j] : peak[0];
+    poison[0] += poison[j];
+  }
+  for (long l = 0; l < WIDTH; l++) top = std::max(top, peak[0][l]), sick += poison[0][l];
+  for (; i < in; i++) {
+    top = std::max(top, std::abs(x[i]));
+    sick += x[i] * 0.0f;
+  }
   const float ratio = top / (float)limit, scale = ratio > 0 ? ratio : 1.0f;
   if (sick != 0) {
     std::fill(codes, codes + in, Code(0));
     return std::numeric_limits<float>::quiet_NaN();
   }
-  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
-  const float bound = (float)limit;
-  for (long k = 0; k < in; k++) {
-    const float ratio = std::min(std::max(x[k] / scale, -bound), bound);
-    codes[k] = (Code)(int32_t)((ratio + MAGIC) - MAGIC);
-  }
+  for (i = round_quickly(x, in, scale, limit, codes); i < in; i++) codes[i] = nearest_code<Code>(x[i] / scale, limit);
   return scale;
 }
 
@@ -216,6 +244,9 @@ static_assert(CHUNK % GROUP_WORDS == 0 && HELD / TILE % GROUP_WORDS == 0, "a ste
 
 template <int T>
 using Int = std::integral_constant<int, T>;
+
+template <class K>
+constexpr bool is_tiled = false;  // whether kernel K multiplies tiles of tokens, and has no tables of sums
 
 // Call f(Int<T>, first token) for tiles of 4, 2 and 1 tokens.
 template <class F>
@@ -269,15 +300,19 @@ constexpr long FEW = 2 * TILE;  // tokens all of whose tables a thread keeps dur
 // by word, token by token; those of more a step at a time.
 template <class K>
 struct Tables {
-  const typename K::Code* codes;
+  typename K::Code* codes;
   long words;
   long call;                               // of no other wave of tokens
   const typename K::Entry* kept = nullptr;  // all of them
 
-  static long next_call() {
+  // Room for codes of so many tokens, to be written row by row: `put` follows where a row is complete.
+  static Tables room(long tokens, long words) {
+    static thread_local Buffer<typename K::Code> buffer;
     static std::atomic<long> calls{0};
-    return ++calls;
+    return {buffer.get(tokens * words * COLUMNS), words, ++calls};
   }
+  typename K::Code* row(long token) const { return codes + token * words * COLUMNS; }
+  void put(long) const {}
 
   // These tables, all of which the calling thread has built.
   Tables keep(long tokens) const {
@@ -305,7 +340,7 @@ struct Tables {
   template <int T>
   void build(long m, long word, long n, typename K::Entry* to) const {
     for (long k = word; k < word + n; k++)
-      for (int t = 0; t < T; t++, to += K::TABLE) K::build(codes + ((m + t) * words + k) * COLUMNS, to);
+      for (int t = 0; t < T; t++, to += K::TABLE) K::build(row(m + t) + k * COLUMNS, to);
   }
 };
 

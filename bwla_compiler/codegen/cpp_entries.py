@@ -25,8 +25,12 @@ struct Wave {  // some tokens, rounded
   bool is_few() const { return tokens <= FEW; }
   // What a thread reads for n tokens of it: of few all, with their tables kept.
   Wave part(long from, long n) const {
-    const Tables<K> its{tables.codes + from * tables.words * COLUMNS, tables.words, tables.call};
-    return {first + from, n, in, limit, threads, scale + from, is_few() ? its.keep(n) : its};
+    if constexpr (is_tiled<K>) {
+      return *this;
+    } else {
+      const Tables<K> its{tables.row(from), tables.words, tables.call};
+      return {first + from, n, in, limit, threads, scale + from, is_few() ? its.keep(n) : its};
+    }
   }
 };
 
@@ -118,6 +122,17 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
   });
 }
 
+// projected [tokens, rank] = (codes rank_in^T) * rank_scale.
+template <class K>
+static void project_on_pair(const Wave<K>& wave, const Member& member, float* projected) {
+  const long rank = member.rank;
+  parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, [&](long r) {
+    for (long m = 0; m < wave.tokens; m++)
+      projected[m * rank + r] =
+          project(wave.tables.row(m), member.rank_in + r * wave.in, wave.in) * member.rank_scale[r];
+  });
+}
+
 // All members for one wave: project on the low-rank pairs, then take panels of rows, of all tokens or of some, in any
 // order.
 template <class K>
@@ -126,24 +141,19 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
   long ranks = 0, blocks = 0;
   for (long i = 0; i < n_members; i++) ranks += members[i].rank, blocks += divide_up(members[i].out, ROWS);
   float* projected = buffer.get(ranks * wave.tokens);
-  const long padded = wave.tables.words * COLUMNS;
   float* at = projected;
-  for (long i = 0; i < n_members; at += members[i++].rank * wave.tokens) {
-    const long rank = members[i].rank;
-    auto job = [&](long r) {
-      for (long m = 0; m < wave.tokens; m++)
-        at[m * rank + r] = project(wave.tables.codes + m * padded, members[i].rank_in + r * wave.in, wave.in) *
-                           members[i].rank_scale[r];
-    };
-    parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, job);
-  }
+  for (long i = 0; i < n_members; at += members[i++].rank * wave.tokens) project_on_pair<K>(wave, members[i], at);
   const long share = divide_up(divide_up(wave.tokens, wave.threads), TILE) * TILE;
-  const long some = wave.is_few() ? wave.tokens : std::min(share, TOKENS), parts = divide_up(wave.tokens, some);
+  const long some = is_tiled<K> || wave.is_few() ? wave.tokens : std::min(share, TOKENS);
+  const long parts = divide_up(wave.tokens, some);
   // Under some tens of microseconds of work a second thread costs more than it saves.
-  const long threads = blocks * ROWS * padded * wave.tokens < (1 << 20) ? 1 : wave.threads;
+  const long threads = blocks * ROWS * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads;
   // Few tokens wait for signs, which lie in bands; the more there are, the more rows are to share a table that is read.
   const long fair = std::clamp(blocks / (threads * 4), STACK, PANEL) / STACK * STACK;
-  const long height = wave.tokens < 4 ? STACK : wave.is_few() ? fair : PANEL;
+  const long height = is_tiled<K>       ? std::clamp(blocks / (threads * 4), 1L, STACK)
+                      : wave.tokens < 4 ? STACK
+                      : wave.is_few()   ? fair
+                                        : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
   auto job = [&](long j) {
@@ -171,30 +181,33 @@ template <class K>
 static void linear(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in, int limit,
                    const Member* members, long n_members, long threads) {
   using Code = typename K::Code;
-  static thread_local Buffer<Code> codes_buffer;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
   if (tokens <= FEW) fetch(members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
-    Code* codes = codes_buffer.get(n * padded);
+    const auto tables = Tables<K>::room(n, words);
     float* scale = scale_buffer.get(n);
     parallel(n, helpers, [&](long m) {
       const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
-      scale[m] = quantize(token, column_scale, in, padded, limit, codes + m * padded);
+      scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
+      tables.put(m);
     });
-    run_wave<K>({first, n, in, limit, threads, scale, {codes, words, Tables<K>::next_call()}}, members, n_members);
+    run_wave<K>({first, n, in, limit, threads, scale, tables}, members, n_members);
   }
 }
 """
 
 ENTRIES = r"""
-// Call f(K{}) with the kernel for codes in [-limit, limit], or for floats where limit is 0.
-// A kernel text that has a SmallKernel says up to which limit it serves.
+// Call f(K{}) with the kernel for so many tokens of codes in [-limit, limit], or of floats where limit is 0.
+// A kernel text that has a SmallKernel says up to which limit it serves; one that has a TileKernel, which tokens.
 template <class F>
-static void with_kernel(int limit, const F& f) {
+static void with_kernel(int limit, long tokens, const F& f) {
   if (!limit) return f(FloatKernel{});
+#ifdef TILED
+  if (TILED(tokens)) return f(TileKernel{});
+#endif
 #ifdef SMALL_CODES
   if (limit <= SMALL_CODES) return f(SmallKernel{});
 #endif
@@ -250,7 +263,7 @@ EXPORT void bwla_pack_pair(const int8_t* codes, int8_t* packed, long out, long r
 // or left as it is where limit is 0.
 EXPORT void bwla_fused_group(const float* x, const Prologue* prologue, const float* column_scale, long tokens, long in,
                              int limit, const Member* members, long n_members, long threads) {
-  with_kernel(limit, [&](auto kernel) {
+  with_kernel(limit, tokens, [&](auto kernel) {
     linear<decltype(kernel)>(x, prologue, column_scale, tokens, in, limit, members, n_members, threads);
   });
 }
@@ -268,25 +281,26 @@ EXPORT void bwla_quantize(const float* x, const float* column_scale, long tokens
 template <class K>
 static void accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
                        int32_t* acc) {
-  const long words = divide_up(in, COLUMNS), padded = words * COLUMNS, blocks = divide_up(out, ROWS);
-  const long stride = blocks * ROWS;
-  Buffer<int8_t> rows;
-  Buffer<int32_t> sums;
-  int8_t* row = rows.get(tokens * padded);
-  std::memset(row, 0, tokens * padded);
-  for (long m = 0; m < tokens; m++) std::memcpy(row + m * padded, codes + m * in, in);
-  Tables<K> tables{row, words, Tables<K>::next_call()};
-  if (tokens <= FEW) tables = tables.keep(tokens);
-  int32_t* sum = sums.get(tokens * stride);
-  std::fill(sum, sum + tokens * stride, 0);
-  sweep_rows<K>({signs, words, blocks}, 0, blocks, tables, tokens, limit, sum);
-  for (long m = 0; m < tokens; m++) std::memcpy(acc + m * out, sum + m * stride, out * sizeof(int32_t));
+  const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
+  Buffer<float> ones, sums;
+  float *one = ones.get(std::max(tokens, out)), *sum = sums.get(tokens * out);
+  const auto tables = Tables<K>::room(tokens, words);
+  for (long m = 0; m < tokens; m++) {
+    std::memcpy(tables.row(m), codes + m * in, in);
+    std::memset(tables.row(m) + in, 0, padded - in);
+    tables.put(m);
+  }
+  std::fill(one, one + std::max(tokens, out), 1.0f);
+  const Member member{signs, one, nullptr, nullptr, nullptr, nullptr, sum, out, 1, 1, 0, nullptr};
+  run_wave<K>({0, tokens, in, limit, 1, one, tables}, &member, 1);
+  for (long i = 0; i < tokens * out; i++) acc[i] = (int32_t)sum[i];
 }
 
-// The integer sums of one plane, acc [tokens, out], for codes [tokens, in] in [-limit, limit], limit > 0; for tests.
+// The integer sums of one plane, acc [tokens, out], below 2^24, for codes [tokens, in] in [-limit, limit], limit > 0;
+// for tests.
 EXPORT void bwla_accumulate(const int8_t* codes, const Word* signs, long tokens, long out, long in, int limit,
                             int32_t* acc) {
-  with_kernel(limit, [&](auto kernel) {
+  with_kernel(limit, tokens, [&](auto kernel) {
     using K = decltype(kernel);
     if constexpr (std::is_same_v<typename K::Code, int8_t>)
       accumulate<K>(codes, signs, tokens, out, in, limit, acc);

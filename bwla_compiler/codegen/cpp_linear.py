@@ -1,6 +1,7 @@
 """The C++ source of every kernel of one instruction set: one self-contained translation unit without torch."""
 
 from bwla_compiler.codegen import (
+    cpp_amx,
     cpp_avx2,
     cpp_avx512,
     cpp_driver,
@@ -15,6 +16,7 @@ from bwla_compiler.codegen import (
 from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
+    "amx": cpp_avx512.KERNELS,
     "avx512": cpp_avx512.KERNELS,
     "avx2": cpp_avx2.KERNELS,
     "neon": cpp_neon.KERNELS,
@@ -29,14 +31,16 @@ def emit(isa: Isa) -> str:
         cpp_driver.HEADER,
         KERNELS[isa],
         cpp_driver.THREADS,
+        cpp_transform.VECTORS,
         cpp_driver.ROUNDING,
         cpp_driver.SWEEP,
-        cpp_transform.VECTORS,
+        *((cpp_amx.TILES,) if isa == "amx" else ()),
         cpp_transform.PRODUCT,
         cpp_transform.TRANSFORM,
         cpp_prologue.FUNCTIONS,
         cpp_prologue.PROLOGUE,
         cpp_entries.LINEAR,
+        *((cpp_amx.PANEL,) if isa == "amx" else ()),
         cpp_entries.ENTRIES,
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,

@@ -34,6 +34,34 @@ static inline Vec load_codes(const int8_t* from) {
 }
 #endif
 constexpr long WIDTH = sizeof(Vec) / sizeof(float);
+typedef int32_t Lanes __attribute__((vector_size(sizeof(Vec))));  // what a comparison of vectors gives
+
+static inline Vec absolute(Vec v) { return (Vec)((Lanes)v & 0x7FFFFFFF); }
+
+#if defined(__AVX512F__)
+static inline bool any_beyond(float edge, Vec v) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(edge), _CMP_GT_OQ);
+}
+static inline void store_low_bytes(Lanes v, int8_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+static inline bool any_beyond(float edge, Vec v) { return _mm256_movemask_ps((__m256)(v > edge)); }
+static inline void store_low_bytes(Lanes v, int8_t* to) {
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0C080400));
+  const int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+  std::memcpy(to, &low, sizeof low);
+  std::memcpy(to + 4, &high, sizeof high);
+}
+#else
+static inline bool any_beyond(float edge, Vec v) {
+  const Lanes found = v > edge;
+  return found[0] | found[1] | found[2] | found[3];
+}
+static inline void store_low_bytes(Lanes v, int8_t* to) {
+  for (int i = 0; i < 4; i++) to[i] = (int8_t)v[i];
+}
+#endif
 
 static inline Vec load(const float* from) {
   Vec v;

@@ -1,17 +1,21 @@
-"""Which instruction set this processor has: "avx512", "avx2", "neon" or "portable"."""
+"""Which instruction set this processor has: "amx", "avx512", "avx2", "neon" or "portable"."""
 
 import functools
 import platform
 from pathlib import Path
 from typing import Literal
 
-Isa = Literal["avx512", "avx2", "neon", "portable"]
+Isa = Literal["amx", "avx512", "avx2", "neon", "portable"]
 
-ISAS: tuple[Isa, ...] = ("avx512", "avx2", "neon", "portable")
+ISAS: tuple[Isa, ...] = ("amx", "avx512", "avx2", "neon", "portable")
 """Every instruction set with an emitter, best first."""
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")
+_AMX = (*_AVX512, "avx512vbmi", "amx_tile", "amx_int8", "amx_bf16")
+
 NEEDS: dict[Isa, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"}),
+    "amx": frozenset(_AMX),
+    "avx512": frozenset(_AVX512),
     "avx2": frozenset({"avx2", "fma"}),
     "neon": frozenset({"asimd"}),
     "portable": frozenset(),
@@ -19,7 +23,8 @@ NEEDS: dict[Isa, frozenset[str]] = {
 """Processor flags that a kernel of each instruction set executes, named as Linux names them."""
 
 FLAGS: dict[Isa, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    "amx": (*(f"-m{flag.replace('_', '-')}" for flag in _AMX), "-mprefer-vector-width=512"),
+    "avx512": (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
     "neon": ("-march=armv8-a",),
     "portable": (),

@@ -1,0 +1,418 @@
+"""C++ text of the kernels of processors with AMX: many tokens by products of int8 tiles, few by the tables of AVX-512.
+
+A tile of codes, 16 tokens of 64, is multiplied by a tile of signs, 64 of 16 rows, that is made from packed bits as it
+is needed: 1024 signs in some 24 cycles, used once for each 16 tokens, in 16 cycles each. All sums are exact integers.
+Source of the instructions: Intel 64 and IA-32 Software Developer's Manual, volume 1, chapter 18 (AMX).
+"""
+
+TILES = r"""
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// Whether the operating system gives this process tile registers: it is asked once.
+static bool has_tiles() {
+#if defined(__linux__)
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+constexpr long SIDE = 16;                // rows of a tile, and 32-bit lanes of a row
+constexpr long STEP = 64;                // codes of a row of a tile
+constexpr long TILE_BYTES = SIDE * STEP;
+constexpr long STRIP = 2 * SIDE;         // rows of signs, and tokens, multiplied at once: four tiles of sums
+constexpr long DEPTH = CHUNK * COLUMNS;  // columns whose signs are made at once
+constexpr long STEP_WORDS = STEP / COLUMNS, TILE_SUMS = SIDE * SIDE;
+constexpr long TILED_TOKENS = 8;         // from so many on tiles are faster than tables
+#define TILED(tokens) (tokens >= TILED_TOKENS && has_tiles())
+
+// All tiles are of 16 rows of 64 bytes while this lives; afterwards as the thread had them, since libraries that
+// multiply on the same thread remember how they left them.
+class TileScope {
+ public:
+  TileScope() {
+    struct alignas(64) Layout {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t width[16] = {STEP, STEP, STEP, STEP, STEP, STEP, STEP, STEP};
+      uint8_t rows[16] = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE};
+    };
+    static const Layout layout;
+    _tile_storeconfig(before);
+    _tile_loadconfig(&layout);
+  }
+  ~TileScope() {
+    if (before[0])
+      _tile_loadconfig(before);
+    else
+      _tile_release();
+  }
+
+ private:
+  alignas(64) uint8_t before[64];
+};
+
+struct TileKernel {
+  using Code = int8_t;
+  using Sum = int32_t;
+};
+template <>
+constexpr bool is_tiled<TileKernel> = true;
+
+// Codes as tiles [tokens / SIDE, steps, SIDE, STEP], zeros beyond.
+template <>
+struct Tables<TileKernel> {
+  int8_t* tiles;
+  long words;
+
+  long steps() const { return divide_up(words * COLUMNS, STEP); }
+  int8_t* at(long token, long step) const { return tiles + (token / SIDE * steps() + step) * TILE_BYTES; }
+
+  static Tables room(long tokens, long words) {
+    static thread_local Buffer<int8_t> buffer;
+    const Tables its{nullptr, words};
+    const long whole = divide_up(tokens, SIDE) * SIDE, strip = its.steps() * TILE_BYTES;
+    int8_t* tiles = buffer.get(whole / SIDE * strip);
+    if (whole > tokens) std::memset(tiles + (whole / SIDE - 1) * strip, 0, strip);
+    return {tiles, words};
+  }
+  // The calling thread's own, whichever the token.
+  int8_t* row(long) const {
+    static thread_local Buffer<int8_t> buffer;
+    return buffer.get(words * COLUMNS);
+  }
+  void put(long token) const {
+    const int8_t* from = row(token);
+    int8_t* to = at(token, 0) + token % SIDE * STEP;
+    for (long left = words * COLUMNS; left > 0; left -= STEP, from += STEP, to += TILE_BYTES) {
+      const __mmask64 inside = ~0ULL >> (STEP - std::min(STEP, left));
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi8(inside, from));
+    }
+  }
+};
+
+// Signs of 32 rows and up to four words as bytes +-1, two tiles [STEP / 4, SIDE, 4]; the rest of both is not touched.
+static inline void spread(const Word* w, long words, int8_t* to) {
+  struct Places {
+    alignas(64) uint8_t of[2][2][64];
+    constexpr Places() : of() {
+      for (int tile = 0; tile < 2; tile++)
+        for (int half = 0; half < 2; half++)
+          for (int i = 0; i < 64; i++) of[tile][half][i] = (uint8_t)(2 * (16 * tile + i / 4) + half);
+    }
+  };
+  static constexpr Places places;
+  const __m512i low = _mm512_set1_epi32(0x08040201), high = _mm512_set1_epi32((int)0x80402010);
+  const __m512i minus = _mm512_set1_epi8(-1), plus = _mm512_set1_epi8(1);
+  for (long j = 0; j < words; j++) {
+    const __m512i word = _mm512_loadu_si512(w + j * ROWS);
+    _mm_prefetch((const char*)(w + j * ROWS) + AHEAD, _MM_HINT_T0);
+    UNROLL for (int tile = 0; tile < 2; tile++) UNROLL for (int half = 0; half < 2; half++) {
+      const __m512i byte = _mm512_permutexvar_epi8(_mm512_load_si512(places.of[tile][half]), word);
+      int8_t* at = to + tile * TILE_BYTES + (2 * j + half) * 2 * STEP;
+      _mm512_store_si512(at, _mm512_mask_blend_epi8(_mm512_test_epi8_mask(byte, low), minus, plus));
+      _mm512_store_si512(at + STEP, _mm512_mask_blend_epi8(_mm512_test_epi8_mask(byte, high), minus, plus));
+    }
+  }
+}
+
+// Four tiles of sums, or two where R is 1, (+)= R strips of codes, `apart` bytes from each other, times two of signs.
+template <int R>
+static inline void multiply(const int8_t* codes, long apart, const int8_t* signs, long steps, bool fresh, int32_t* sums) {
+  // Not every compiler's tile instructions tell it that they read and write memory.
+  asm volatile("" ::: "memory");
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, STEP);
+    _tile_loadd(1, sums + TILE_SUMS, STEP);
+    if (R > 1) {
+      _tile_loadd(2, sums + 2 * TILE_SUMS, STEP);
+      _tile_loadd(3, sums + 3 * TILE_SUMS, STEP);
+    }
+  }
+  for (long s = 0; s < steps; s++, codes += TILE_BYTES, signs += 2 * TILE_BYTES) {
+    _tile_loadd(6, signs, STEP);
+    _tile_loadd(4, codes, STEP);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, signs + TILE_BYTES, STEP);
+    _tile_dpbssd(1, 4, 7);
+    if (R > 1) {
+      _tile_loadd(5, codes + apart, STEP);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, STEP);
+  _tile_stored(1, sums + TILE_SUMS, STEP);
+  if (R > 1) {
+    _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
+    _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
+  }
+  asm volatile("" ::: "memory");
+}
+
+// Signs of 32 rows from `row` of a block on, of a chunk of words, as tiles [steps, 2, STEP / 4, SIDE, 4].
+static inline long spread_strip(const Plane& plane, long block, long row, long word, int8_t* signs) {
+  const long words = std::min(CHUNK, plane.words - word);
+  const Word* from = plane.at(block, word) + row;
+  for (long k = 0; k < words; k += STEP_WORDS)
+    spread(from + k * ROWS, std::min(STEP_WORDS, words - k), signs + k / STEP_WORDS * 2 * TILE_BYTES);
+  return divide_up(words, STEP_WORDS);
+}
+
+// Transpose 16 x 16 32-bit lanes.
+static inline void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+    v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + j + 2]);
+    v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + j + 2]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) {
+    w[i + j] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0x88);
+    w[i + j + 4] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0xDD);
+  }
+  UNROLL for (int j = 0; j < 8; j++) {
+    v[j] = _mm512_shuffle_i32x4(w[j], w[j + 8], 0x88);
+    v[j + 8] = _mm512_shuffle_i32x4(w[j], w[j + 8], 0xDD);
+  }
+}
+"""
+
+PANEL = r"""
+// Up to SIDE rows of codes int8 [n, in] as the right side of a product: tiles [steps, STEP / 4, SIDE, 4].
+static void turn(const int8_t* codes, long n, long in, int8_t* tiles) {
+  for (long k = 0; k < in; k += STEP, tiles += TILE_BYTES) {
+    const __mmask64 inside = ~0ULL >> (STEP - std::min(STEP, in - k));
+    __m512i lines[SIDE];
+    for (long row = 0; row < SIDE; row++)
+      lines[row] = _mm512_maskz_loadu_epi8(row < n ? inside : 0, codes + std::min(row, n - 1) * in + k);
+    transpose(lines);
+    for (long row = 0; row < SIDE; row++) _mm512_store_si512(tiles + row * STEP, lines[row]);
+  }
+}
+
+// projected [tokens, rank] = (codes rank_in^T) * rank_scale, from exact integers.
+template <>
+void project_on_pair<TileKernel>(const Wave<TileKernel>& wave, const Member& member, float* projected) {
+  const long rank = member.rank, steps = wave.tables.steps();
+  parallel(divide_up(rank, SIDE), rank * wave.in * wave.tokens < (1 << 22) ? 1 : wave.threads, [&](long job) {
+    static thread_local Buffer<int8_t> buffer;
+    alignas(64) int32_t sums[TILE_SUMS];
+    const long first = job * SIDE, n = std::min(SIDE, rank - first);
+    int8_t* rows = buffer.get(steps * TILE_BYTES);
+    turn(member.rank_in + first * wave.in, n, wave.in, rows);
+    const TileScope scope;
+    for (long m = 0; m < wave.tokens; m += SIDE) {
+      asm volatile("" ::: "memory");
+      _tile_zero(0);
+      for (long s = 0; s < steps; s++) {
+        _tile_loadd(4, wave.tables.at(m, s), STEP);
+        _tile_loadd(6, rows + s * TILE_BYTES, STEP);
+        _tile_dpbssd(0, 4, 6);
+      }
+      _tile_stored(0, sums, STEP);
+      asm volatile("" ::: "memory");
+      for (long t = 0; t < std::min(SIDE, wave.tokens - m); t++)
+        for (long r = 0; r < n; r++)
+          projected[(m + t) * rank + first + r] = (float)sums[t * SIDE + r] * member.rank_scale[first + r];
+    }
+  });
+}
+
+// The low-rank pair of a panel in bfloat16: codes fit it, and projections are sums of three parts that do.
+class Pair {
+  using Half = uint16_t;
+  static constexpr long PARTS = 3, WIDE = 32;  // values of a row of a tile
+  static inline thread_local Buffer<Half> left_buffer, right_buffer;
+  const Member& member;
+  const long rank, steps, tiles;
+  Half* const left;   // [PARTS, tiles of tokens, steps, SIDE, WIDE]
+  Half* const right;  // [ROWS / SIDE, steps, WIDE / 2, SIDE, 2]
+
+ public:
+  Pair(const Member& member, const float* projected, long tokens)
+      : member(member), rank(member.rank), steps(divide_up(rank, WIDE)), tiles(divide_up(tokens, STRIP) * 2),
+        left(left_buffer.get(PARTS * tiles * steps * SIDE * WIDE)), right(right_buffer.get(ROWS * steps * WIDE)) {
+    for (long t = 0; t < tiles * SIDE; t++)
+      for (long r = 0; r < steps * WIDE; r += SIDE) {
+        const __mmask16 inside = t < tokens && r < rank ? 0xFFFF >> (SIDE - std::min(SIDE, rank - r)) : 0;
+        __m512 rest = _mm512_maskz_loadu_ps(inside, projected + t * rank + r);
+        for (long part = 0; part < PARTS; part++) {
+          const __m512i top = _mm512_and_si512(_mm512_castps_si512(rest), _mm512_set1_epi32((int)0xFFFF0000));
+          Half* to = left + (((part * tiles + t / SIDE) * steps + r / WIDE) * SIDE + t % SIDE) * WIDE + r % WIDE;
+          _mm256_store_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(top, 16)));
+          rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(top));
+        }
+      }
+  }
+
+  // Take the codes of a block of rows.
+  void take(long block) {
+    auto line = [&](long r, long row) {
+      const int8_t* at = member.rank_out + (block * rank + r) * ROWS + row;
+      return r < rank ? _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at))))
+                      : _mm512_setzero_si512();
+    };
+    for (long row = 0; row < ROWS; row += SIDE)
+      for (long r = 0; r < steps * WIDE; r += 2)
+        _mm512_store_si512(right + row * steps * WIDE + r * SIDE,
+                           _mm512_or_si512(_mm512_srli_epi32(line(r, row), 16), line(r + 1, row)));
+  }
+
+  // sums = projections of the strip of tokens from m on times these codes of a strip of rows, four tiles.
+  void multiply(long m, long row, float* sums) const {
+    asm volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long part = PARTS - 1; part >= 0; part--)  // the smallest first
+      for (long s = 0; s < steps; s++) {
+        const Half* a = left + ((part * tiles + m / SIDE) * steps + s) * SIDE * WIDE;
+        const Half* b = right + row * steps * WIDE + s * SIDE * WIDE;
+        _tile_loadd(4, a, STEP);
+        _tile_loadd(5, a + steps * SIDE * WIDE, STEP);
+        _tile_loadd(6, b, STEP);
+        _tile_loadd(7, b + steps * SIDE * WIDE, STEP);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    _tile_stored(0, sums, STEP);
+    _tile_stored(1, sums + TILE_SUMS, STEP);
+    _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
+    _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
+    asm volatile("" ::: "memory");
+  }
+};
+
+// Where the sums of one block of rows for all tokens lie: tiles [tokens / STRIP, ROWS / STRIP, 2, 2, SIDE, SIDE].
+struct Sums {
+  static long size(long tokens) { return divide_up(tokens, STRIP) * STRIP * ROWS; }
+  static long at(long token, long row) {
+    return ((token / STRIP * (ROWS / STRIP) + row / STRIP) * 4 + token % STRIP / SIDE * 2 + row % STRIP / SIDE) * TILE_SUMS +
+           token % SIDE * SIDE;
+  }
+};
+
+template <bool SCALED>
+static inline __m512 value_of(const int32_t* integers, const float* floats, long at, __m512 scale) {
+  if constexpr (SCALED) return _mm512_load_ps(floats + at);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(integers + at)), scale);
+}
+
+// floats += integers times scale [STRIP], four tiles, for up to STRIP tokens.
+template <class Add>
+static inline void add_scaled_tiles(const int32_t* integers, const float* scale, long tokens, float* floats,
+                                    const Add& add) {
+  for (long half = 0; half < 2; half++) {
+    const __m512 of = _mm512_loadu_ps(scale + half * SIDE);
+    for (long t = 0; t < tokens; t++) {
+      const long at = Sums::at(t, half * SIDE);
+      _mm512_store_ps(floats + at, add(_mm512_cvtepi32_ps(_mm512_load_si512(integers + at)), of,
+                                       _mm512_load_ps(floats + at)));
+    }
+  }
+}
+
+// y = (sums + pair) * token scale + bias + residual for one block of rows and a strip of tokens, row after row of y,
+// whose rows lie on pages of their own. `scale` [ROWS] of the integers.
+template <bool SCALED>
+static void write_block(const Member& member, const Wave<TileKernel>& wave, const int32_t* integers, const float* floats,
+                        const float* pair, const float* scale, long m, long row) {
+  const long rows = std::min(ROWS, member.out - row);
+  for (long t = 0; t < std::min(STRIP, wave.tokens - m); t++) {
+    const long place = (wave.first + m + t) * member.out + row;
+    const __m512 token = _mm512_set1_ps(wave.scale[m + t]);
+    for (long r = 0; r < rows; r += SIDE) {
+      const __mmask16 inside = 0xFFFF >> (SIDE - std::min(SIDE, rows - r));
+      const long at = Sums::at(t, r);
+      __m512 v = value_of<SCALED>(integers, floats, at, _mm512_load_ps(scale + r));
+      if (member.rank) v = _mm512_add_ps(v, _mm512_load_ps(pair + at));
+      v = _mm512_mul_ps(v, token);
+      if (member.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.bias + row + r));
+      if (member.residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.residual + place + r));
+      _mm512_mask_storeu_ps(member.y + place + r, inside, v);
+    }
+  }
+}
+
+// Compute `count` blocks of rows of one member: one after the other, each a chunk of columns at a time, so that the
+// codes of a chunk are read from the second cache for each strip of rows.
+template <>
+void panel<TileKernel>(const Member& member, const Wave<TileKernel>& wave, const float* projected, long first,
+                       long count) {
+  static thread_local Buffer<int32_t> integer_buffer;
+  static thread_local Buffer<float> float_buffer;
+  const auto& tables = wave.tables;
+  const bool by_group = member.groups > 1, scaled = by_group || member.planes > 1;
+  const long tokens = wave.tokens, words = tables.words, blocks = divide_up(member.out, ROWS);
+  const long apart = tables.steps() * TILE_BYTES, size = Sums::size(tokens);
+  int32_t* const integers = integer_buffer.get(size);
+  float* const floats = float_buffer.get(scaled ? size : 0);
+  alignas(64) int8_t signs[STRIP * DEPTH];
+  alignas(64) float scale[ROWS], side[STRIP * ROWS];
+  const TileScope scope;
+  Pair pair(member, projected, tokens);
+  auto product = [&](long m, long step, long steps, const int8_t* with, bool fresh, int32_t* to) {
+    if (tokens - m > SIDE)
+      multiply<2>(tables.at(m, step), apart, with, steps, fresh, to);
+    else
+      multiply<1>(tables.at(m, step), apart, with, steps, fresh, to);
+  };
+  const auto fused = [](__m512 v, __m512 of, __m512 sum) { return _mm512_fmadd_ps(v, of, sum); };
+  const auto rounded = [](__m512 v, __m512 of, __m512 sum) { return _mm512_add_ps(sum, _mm512_mul_ps(v, of)); };
+
+  for (long block = first; block < first + count; block++) {
+    const long rows = std::min(ROWS, member.out - block * ROWS);
+    if (scaled) std::fill_n(floats, size, 0.0f);
+    for (long p = 0; p < member.planes; p++) {
+      const Plane plane{member.signs + p * Plane::n_words(words, blocks), words, blocks};
+      for (long r = 0; r < ROWS && !by_group; r++)
+        scale[r] = r < rows ? member.scale[p * member.out + block * ROWS + r] : 0.0f;
+      for (long word = 0; word < words; word += CHUNK)
+        for (long row = 0; row < rows; row += STRIP) {
+          const long steps = spread_strip(plane, block, row, word, signs), step = word / STEP_WORDS;
+          for (long m = 0; m < tokens; m += STRIP) {
+            int32_t* const sum = integers + Sums::at(m, row);
+            if (!by_group) {
+              product(m, step, steps, signs, word == 0, sum);
+              continue;
+            }
+            for (long s = 0; s < steps; s += GROUP / STEP) {
+              const long group = (step + s) / (GROUP / STEP);
+              product(m, step + s, std::min(GROUP / STEP, steps - s), signs + s * 2 * TILE_BYTES, true, sum);
+              add_scaled_tiles(sum, member.scale + ((p * blocks + block) * member.groups + group) * ROWS + row,
+                               std::min(STRIP, tokens - m), floats + Sums::at(m, row), fused);
+            }
+          }
+        }
+      for (long m = 0; m < tokens && scaled && !by_group; m += STRIP)
+        for (long row = 0; row < rows; row += STRIP)
+          add_scaled_tiles(integers + Sums::at(m, row), scale + row, std::min(STRIP, tokens - m),
+                           floats + Sums::at(m, row), rounded);
+    }
+    if (member.rank) pair.take(block);
+    for (long m = 0; m < tokens; m += STRIP) {
+      for (long row = 0; member.rank && row < rows; row += STRIP) pair.multiply(m, row, side + Sums::at(0, row));
+      if (scaled)
+        write_block<true>(member, wave, integers + Sums::at(m, 0), floats + Sums::at(m, 0), side, scale, m, block * ROWS);
+      else
+        write_block<false>(member, wave, integers + Sums::at(m, 0), floats, side, scale, m, block * ROWS);
+    }
+  }
+}
+"""
