@@ -28,7 +28,7 @@ constexpr long TILE_BYTES = SIDE * STEP;
 constexpr long STRIP = 2 * SIDE;         // rows of signs, and tokens, multiplied at once: four tiles of sums
 constexpr long DEPTH = CHUNK * COLUMNS;  // columns whose signs are made at once
 constexpr long STEP_WORDS = STEP / COLUMNS, TILE_SUMS = SIDE * SIDE;
-constexpr long TILED_TOKENS = 8;         // from so many on tiles are faster than tables
+constexpr long TILED_TOKENS = 5;         // from so many on tiles are faster than tables
 #define TILED(tokens) (tokens >= TILED_TOKENS && has_tiles())
 
 // All tiles are of 16 rows of 64 bytes while this lives; afterwards as the thread had them, since libraries that
@@ -122,7 +122,8 @@ static inline void spread(const Word* w, long words, int8_t* to) {
 
 // Four tiles of sums, or two where R is 1, (+)= R strips of codes, `apart` bytes from each other, times two of signs.
 template <int R>
-static inline void multiply(const int8_t* codes, long apart, const int8_t* signs, long steps, bool fresh, int32_t* sums) {
+static inline void multiply(const int8_t* codes, long apart, const int8_t* signs, long steps, bool fresh,
+                            int32_t* sums) {
   // Not every compiler's tile instructions tell it that they read and write memory.
   asm volatile("" ::: "memory");
   if (fresh) {
@@ -261,9 +262,8 @@ class Pair {
   // Take the codes of a block of rows.
   void take(long block) {
     auto line = [&](long r, long row) {
-      const int8_t* at = member.rank_out + (block * rank + r) * ROWS + row;
-      return r < rank ? _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at))))
-                      : _mm512_setzero_si512();
+      if (r >= rank) return _mm512_setzero_si512();
+      return _mm512_castps_si512((__m512)load_codes(member.rank_out + (block * rank + r) * ROWS + row));
     };
     for (long row = 0; row < ROWS; row += SIDE)
       for (long r = 0; r < steps * WIDE; r += 2)
@@ -299,120 +299,136 @@ class Pair {
   }
 };
 
-// Where the sums of one block of rows for all tokens lie: tiles [tokens / STRIP, ROWS / STRIP, 2, 2, SIDE, SIDE].
-struct Sums {
-  static long size(long tokens) { return divide_up(tokens, STRIP) * STRIP * ROWS; }
+// The sums of one block of rows for all tokens of a wave.
+class BlockSums {
+  const Member& member;
+  const Wave<TileKernel>& wave;
+  const long tokens, words, blocks;
+  const bool by_group, scaled;  // scaled: of several planes or groups, sums are floats that their scales are in
+  const long size;
+  int32_t* const integers;
+  float* const floats;
+  alignas(64) int8_t signs[STRIP * DEPTH];
+  alignas(64) float scale[ROWS], side[STRIP * ROWS];
+  static inline thread_local Buffer<int32_t> integer_buffer;
+  static inline thread_local Buffer<float> float_buffer;
+
+ public:
+  BlockSums(const Member& member, const Wave<TileKernel>& wave)
+      : member(member), wave(wave), tokens(wave.tokens), words(wave.tables.words),
+        blocks(divide_up(member.out, ROWS)), by_group(member.groups > 1), scaled(by_group || member.planes > 1),
+        size(divide_up(tokens, STRIP) * STRIP * ROWS), integers(integer_buffer.get(size)),
+        floats(float_buffer.get(scaled ? size : 0)) {}
+
+  void clear() {
+    if (scaled) std::fill_n(floats, size, 0.0f);
+  }
+
+  // Add one plane, a chunk of columns at a time, so that what the second cache gives is its codes for all rows.
+  void add(long block, long p) {
+    const Plane plane{member.signs + p * Plane::n_words(words, blocks), words, blocks};
+    const long rows = std::min(ROWS, member.out - block * ROWS);
+    for (long word = 0; word < words; word += CHUNK)
+      for (long row = 0; row < rows; row += STRIP) {
+        const long steps = spread_strip(plane, block, row, word, signs), step = word / STEP_WORDS;
+        for (long m = 0; m < tokens; m += STRIP)
+          if (by_group)
+            add_groups(member.scale + ((p * blocks + block) * member.groups + step / GROUP_STEPS) * ROWS + row, m, row,
+                       step, steps);
+          else
+            product(m, step, steps, signs, word == 0, integers + at(m, row));
+      }
+    if (by_group) return;
+    for (long r = 0; r < ROWS; r++) scale[r] = r < rows ? member.scale[p * member.out + block * ROWS + r] : 0.0f;
+    const auto rounded = [](__m512 v, __m512 of, __m512 sum) { return _mm512_add_ps(sum, _mm512_mul_ps(v, of)); };
+    for (long m = 0; m < tokens && scaled; m += STRIP)
+      for (long row = 0; row < rows; row += STRIP) add_tiles(scale + row, m, row, integers + at(m, row), rounded);
+  }
+
+  // y = (sums + pair) * token scale + bias + residual.
+  void write(long block, Pair& pair) {
+    const long row = block * ROWS, rows = std::min(ROWS, member.out - row);
+    if (member.rank) pair.take(block);
+    for (long m = 0; m < tokens; m += STRIP) {
+      for (long r = 0; member.rank && r < rows; r += STRIP) pair.multiply(m, r, side + at(0, r));
+      if (scaled)
+        write_strip(m, row, rows, [&](long at, long) { return _mm512_load_ps(floats + at); });
+      else
+        write_strip(m, row, rows, [&](long at, long r) {
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(integers + at)), _mm512_load_ps(scale + r));
+        });
+    }
+  }
+
+ private:
+  static constexpr long GROUP_STEPS = GROUP / STEP;
+
+  // Where one token's sum of a row is: tiles [tokens / STRIP, ROWS / STRIP, 2, 2, SIDE, SIDE].
   static long at(long token, long row) {
-    return ((token / STRIP * (ROWS / STRIP) + row / STRIP) * 4 + token % STRIP / SIDE * 2 + row % STRIP / SIDE) * TILE_SUMS +
-           token % SIDE * SIDE;
+    const long strip = token / STRIP * (ROWS / STRIP) + row / STRIP;
+    return (strip * 4 + token % STRIP / SIDE * 2 + row % STRIP / SIDE) * TILE_SUMS + token % SIDE * SIDE;
+  }
+
+  void product(long m, long step, long steps, const int8_t* with, bool fresh, int32_t* to) const {
+    const long apart = wave.tables.steps() * TILE_BYTES;
+    if (tokens - m > SIDE)
+      multiply<2>(wave.tables.at(m, step), apart, with, steps, fresh, to);
+    else
+      multiply<1>(wave.tables.at(m, step), apart, with, steps, fresh, to);
+  }
+
+  // Each group of columns of the signs at hand, times its scale; `of` [groups, ROWS].
+  void add_groups(const float* of, long m, long row, long step, long steps) {
+    const auto fused = [](__m512 v, __m512 of, __m512 sum) { return _mm512_fmadd_ps(v, of, sum); };
+    for (long s = 0; s < steps; s += GROUP_STEPS, of += ROWS) {
+      product(m, step + s, std::min(GROUP_STEPS, steps - s), signs + s * 2 * TILE_BYTES, true, integers);
+      add_tiles(of, m, row, integers, fused);
+    }
+  }
+
+  // floats += four tiles of integers times scale [STRIP]; `add` as one token alone is added up.
+  template <class Add>
+  void add_tiles(const float* of, long m, long row, const int32_t* sums, const Add& add) {
+    for (long half = 0; half < STRIP; half += SIDE) {
+      const __m512 factor = _mm512_loadu_ps(of + half);
+      for (long t = 0; t < std::min(STRIP, tokens - m); t++) {
+        float* const to = floats + at(m + t, row + half);
+        const __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums + at(t, half)));
+        _mm512_store_ps(to, add(v, factor, _mm512_load_ps(to)));
+      }
+    }
+  }
+
+  // A strip of tokens, row after row of y, which lie on pages of their own.
+  template <class Value>
+  void write_strip(long m, long row, long rows, const Value& value) {
+    for (long t = 0; t < std::min(STRIP, tokens - m); t++) {
+      const long place = (wave.first + m + t) * member.out + row;
+      const __m512 token = _mm512_set1_ps(wave.scale[m + t]);
+      for (long r = 0; r < rows; r += SIDE) {
+        const __mmask16 inside = 0xFFFF >> (SIDE - std::min(SIDE, rows - r));
+        __m512 v = value(at(m + t, r), r);
+        if (member.rank) v = _mm512_add_ps(v, _mm512_load_ps(side + at(t, r)));
+        v = _mm512_mul_ps(v, token);
+        if (member.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.bias + row + r));
+        if (member.residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.residual + place + r));
+        _mm512_mask_storeu_ps(member.y + place + r, inside, v);
+      }
+    }
   }
 };
 
-template <bool SCALED>
-static inline __m512 value_of(const int32_t* integers, const float* floats, long at, __m512 scale) {
-  if constexpr (SCALED) return _mm512_load_ps(floats + at);
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(integers + at)), scale);
-}
-
-// floats += integers times scale [STRIP], four tiles, for up to STRIP tokens.
-template <class Add>
-static inline void add_scaled_tiles(const int32_t* integers, const float* scale, long tokens, float* floats,
-                                    const Add& add) {
-  for (long half = 0; half < 2; half++) {
-    const __m512 of = _mm512_loadu_ps(scale + half * SIDE);
-    for (long t = 0; t < tokens; t++) {
-      const long at = Sums::at(t, half * SIDE);
-      _mm512_store_ps(floats + at, add(_mm512_cvtepi32_ps(_mm512_load_si512(integers + at)), of,
-                                       _mm512_load_ps(floats + at)));
-    }
-  }
-}
-
-// y = (sums + pair) * token scale + bias + residual for one block of rows and a strip of tokens, row after row of y,
-// whose rows lie on pages of their own. `scale` [ROWS] of the integers.
-template <bool SCALED>
-static void write_block(const Member& member, const Wave<TileKernel>& wave, const int32_t* integers, const float* floats,
-                        const float* pair, const float* scale, long m, long row) {
-  const long rows = std::min(ROWS, member.out - row);
-  for (long t = 0; t < std::min(STRIP, wave.tokens - m); t++) {
-    const long place = (wave.first + m + t) * member.out + row;
-    const __m512 token = _mm512_set1_ps(wave.scale[m + t]);
-    for (long r = 0; r < rows; r += SIDE) {
-      const __mmask16 inside = 0xFFFF >> (SIDE - std::min(SIDE, rows - r));
-      const long at = Sums::at(t, r);
-      __m512 v = value_of<SCALED>(integers, floats, at, _mm512_load_ps(scale + r));
-      if (member.rank) v = _mm512_add_ps(v, _mm512_load_ps(pair + at));
-      v = _mm512_mul_ps(v, token);
-      if (member.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.bias + row + r));
-      if (member.residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.residual + place + r));
-      _mm512_mask_storeu_ps(member.y + place + r, inside, v);
-    }
-  }
-}
-
-// Compute `count` blocks of rows of one member: one after the other, each a chunk of columns at a time, so that the
-// codes of a chunk are read from the second cache for each strip of rows.
+// Compute `count` blocks of rows of one member.
 template <>
 void panel<TileKernel>(const Member& member, const Wave<TileKernel>& wave, const float* projected, long first,
                        long count) {
-  static thread_local Buffer<int32_t> integer_buffer;
-  static thread_local Buffer<float> float_buffer;
-  const auto& tables = wave.tables;
-  const bool by_group = member.groups > 1, scaled = by_group || member.planes > 1;
-  const long tokens = wave.tokens, words = tables.words, blocks = divide_up(member.out, ROWS);
-  const long apart = tables.steps() * TILE_BYTES, size = Sums::size(tokens);
-  int32_t* const integers = integer_buffer.get(size);
-  float* const floats = float_buffer.get(scaled ? size : 0);
-  alignas(64) int8_t signs[STRIP * DEPTH];
-  alignas(64) float scale[ROWS], side[STRIP * ROWS];
   const TileScope scope;
-  Pair pair(member, projected, tokens);
-  auto product = [&](long m, long step, long steps, const int8_t* with, bool fresh, int32_t* to) {
-    if (tokens - m > SIDE)
-      multiply<2>(tables.at(m, step), apart, with, steps, fresh, to);
-    else
-      multiply<1>(tables.at(m, step), apart, with, steps, fresh, to);
-  };
-  const auto fused = [](__m512 v, __m512 of, __m512 sum) { return _mm512_fmadd_ps(v, of, sum); };
-  const auto rounded = [](__m512 v, __m512 of, __m512 sum) { return _mm512_add_ps(sum, _mm512_mul_ps(v, of)); };
-
+  Pair pair(member, projected, wave.tokens);
+  BlockSums sums(member, wave);
   for (long block = first; block < first + count; block++) {
-    const long rows = std::min(ROWS, member.out - block * ROWS);
-    if (scaled) std::fill_n(floats, size, 0.0f);
-    for (long p = 0; p < member.planes; p++) {
-      const Plane plane{member.signs + p * Plane::n_words(words, blocks), words, blocks};
-      for (long r = 0; r < ROWS && !by_group; r++)
-        scale[r] = r < rows ? member.scale[p * member.out + block * ROWS + r] : 0.0f;
-      for (long word = 0; word < words; word += CHUNK)
-        for (long row = 0; row < rows; row += STRIP) {
-          const long steps = spread_strip(plane, block, row, word, signs), step = word / STEP_WORDS;
-          for (long m = 0; m < tokens; m += STRIP) {
-            int32_t* const sum = integers + Sums::at(m, row);
-            if (!by_group) {
-              product(m, step, steps, signs, word == 0, sum);
-              continue;
-            }
-            for (long s = 0; s < steps; s += GROUP / STEP) {
-              const long group = (step + s) / (GROUP / STEP);
-              product(m, step + s, std::min(GROUP / STEP, steps - s), signs + s * 2 * TILE_BYTES, true, sum);
-              add_scaled_tiles(sum, member.scale + ((p * blocks + block) * member.groups + group) * ROWS + row,
-                               std::min(STRIP, tokens - m), floats + Sums::at(m, row), fused);
-            }
-          }
-        }
-      for (long m = 0; m < tokens && scaled && !by_group; m += STRIP)
-        for (long row = 0; row < rows; row += STRIP)
-          add_scaled_tiles(integers + Sums::at(m, row), scale + row, std::min(STRIP, tokens - m),
-                           floats + Sums::at(m, row), rounded);
-    }
-    if (member.rank) pair.take(block);
-    for (long m = 0; m < tokens; m += STRIP) {
-      for (long row = 0; member.rank && row < rows; row += STRIP) pair.multiply(m, row, side + Sums::at(0, row));
-      if (scaled)
-        write_block<true>(member, wave, integers + Sums::at(m, 0), floats + Sums::at(m, 0), side, scale, m, block * ROWS);
-      else
-        write_block<false>(member, wave, integers + Sums::at(m, 0), floats, side, scale, m, block * ROWS);
-    }
+    sums.clear();
+    for (long p = 0; p < member.planes; p++) sums.add(block, p);
+    sums.write(block, pair);
   }
 }
 """

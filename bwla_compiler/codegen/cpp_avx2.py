@@ -1,6 +1,6 @@
 """C++ text of the AVX2 kernels: vpshufb looks up signed sums of four codes for 32 rows at a time."""
 
-from bwla_compiler.codegen.cpp_portable import DOTS, NIBBLES
+from bwla_compiler.codegen.cpp_portable import DOT, NIBBLES
 
 KERNELS = (
     r"""
@@ -83,5 +83,5 @@ struct IntKernel {
   }
 };
 """
-    + DOTS
+    + DOT
 )

@@ -175,28 +175,4 @@ static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   for (; i < n; i++) sum += (int32_t)a[i] * b[i];
   return sum;
 }
-
-constexpr long LANES = 16;  // floats of one token that lie together where several are read
-
-// Dot products of one row of codes with T tokens x [n / LANES, T, LANES]; one token lies as it is.
-template <int T>
-static inline void dots(const int8_t* codes, const float* x, long, long n, float* out) {
-  __m512 acc[T][2];
-  UNROLL for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
-  long i = 0;
-  for (; i + 32 <= n; i += 32) {
-    _mm_prefetch((const char*)codes + i + AHEAD, _MM_HINT_T0);
-    UNROLL for (int h = 0; h < 2; h++) {
-      const long at = i + 16 * h;
-      __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + at))));
-      UNROLL for (int t = 0; t < T; t++)
-        acc[t][h] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + at * T + t * LANES), acc[t][h]);
-    }
-  }
-  for (int t = 0; t < T; t++) {
-    float sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[t][0], acc[t][1]));
-    for (long j = i; j < n; j++) sum += codes[j] * x[(j / LANES * T + t) * LANES + j % LANES];
-    out[t] = sum;
-  }
-}
 """

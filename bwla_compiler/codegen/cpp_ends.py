@@ -1,5 +1,33 @@
 """C++ text of the float32 kernels at both ends of a model: products with an int8 table, and its rows."""
 
+DOTS = r"""
+constexpr long LANES = 16;  // floats of one token that lie together where several are read
+static_assert(LANES % WIDTH == 0, "a vector is of one token");
+
+// Dot products of one row of codes with T tokens x [n / LANES, T, LANES]; one token lies as it is.
+template <int T>
+static inline void dots(const int8_t* codes, const float* x, long n, float* out) {
+  constexpr long SUMS = T == 1 ? 32 / WIDTH : 2;  // so many a token hide the latency of one
+  Vec acc[T][SUMS] = {};
+  long i = 0;
+  for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH) {
+    __builtin_prefetch(codes + i + AHEAD);
+    for (long s = 0; s < SUMS; s++) {
+      const unsigned long at = i + s * WIDTH;
+      const Vec code = load_codes(codes + at);
+      const float* lanes = x + at / LANES * LANES * T + at % LANES;
+      for (int t = 0; t < T; t++) acc[t][s] = multiply_add(code, load(lanes + t * LANES), acc[t][s]);
+    }
+  }
+  for (int t = 0; t < T; t++) {
+    for (long s = 1; s < SUMS; s++) acc[t][0] += acc[t][s];
+    float sum = sum_of(acc[t][0]);
+    for (long j = i; j < n; j++) sum += codes[j] * x[(j / LANES * T + t) * LANES + j % LANES];
+    out[t] = sum;
+  }
+}
+"""
+
 INT8 = r"""
 // Rows of `bytes` each that one thread takes at a time: memory gives most where it is read in large pieces; of what
 // several tokens read in turn, a piece is to stay in the caches.
@@ -22,13 +50,12 @@ static const float* in_lanes(const float* x, long tokens, long in, long padded) 
 // y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], in float32.
 EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                              long tokens, long out, long in, long threads) {
+#ifdef TILED
+  if (TILED(tokens)) return int8_tiles(x, codes, scale, bias, y, tokens, out, in, threads);
+#endif
   const long height = piece_of(out, in, tokens, threads);
-  const float* tiles = x;
-  long width = in;
-  if constexpr (LANES > 0) {
-    width = divide_up(in, LANES) * LANES;
-    tiles = in_lanes(x, tokens, in, width);
-  }
+  const long width = divide_up(in, LANES) * LANES;
+  const float* tiles = in_lanes(x, tokens, in, width);
   parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
     auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };
@@ -36,13 +63,13 @@ EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* s
     for (; m + 4 <= tokens; m += 4)
       for (long row = job * height; row < last; row++) {
         float sums[4];
-        dots<4>(codes + row * in, tiles + m * width, in, in, sums);
+        dots<4>(codes + row * in, tiles + m * width, in, sums);
         for (int t = 0; t < 4; t++) store(m + t, row, sums[t]);
       }
     for (; m < tokens; m++)
       for (long row = job * height; row < last; row++) {
         float sum;
-        dots<1>(codes + row * in, x + m * in, in, in, &sum);
+        dots<1>(codes + row * in, x + m * in, in, &sum);
         store(m, row, sum);
       }
   });

@@ -37,7 +37,7 @@ struct Wave {  // some tokens, rounded
 static inline float project(const int8_t* codes, const int8_t* row, long n) { return (float)dot(codes, row, n); }
 static inline float project(const float* x, const int8_t* row, long n) {
   float sum;
-  dots<1>(row, x, n, n, &sum);
+  dots<1>(row, x, n, &sum);
   return sum;
 }
 

@@ -16,11 +16,9 @@ constexpr long SPAN = 8 * WIDTH;  // columns of a vector of codes: eight in each
 #if defined(__AVX512F__)
 static inline Ints sum_pairs(Words a, Ints b) { return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 static inline Vec spread(Vec v, Ints from) { return _mm512_permutexvar_ps((__m512i)from, v); }
-static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
 static inline Ints sum_pairs(Words a, Ints b) { return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 static inline Vec spread(Vec v, Ints from) { return _mm256_permutevar8x32_ps(v, (__m256i)from); }
-static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 #else
 static inline Ints sum_pairs(Words a, Ints b) {
   return (Ints)(a & 0xFFFF) * ((Ints)((Words)b << 16) >> 16) + (Ints)(a >> 16) * (b >> 16);
@@ -30,7 +28,6 @@ static inline Vec spread(Vec v, Ints from) {
   for (int l = 0; l < WIDTH; l++) found[l] = v[from[l]];
   return found;
 }
-static inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
 
 template <class V>

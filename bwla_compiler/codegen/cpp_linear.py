@@ -2,6 +2,7 @@
 
 from bwla_compiler.codegen import (
     cpp_amx,
+    cpp_amx_ends,
     cpp_avx2,
     cpp_avx512,
     cpp_driver,
@@ -39,8 +40,9 @@ def emit(isa: Isa) -> str:
         cpp_transform.TRANSFORM,
         cpp_prologue.FUNCTIONS,
         cpp_prologue.PROLOGUE,
+        cpp_ends.DOTS,
         cpp_entries.LINEAR,
-        *((cpp_amx.PANEL,) if isa == "amx" else ()),
+        *((cpp_amx.PANEL, cpp_amx_ends.INT8) if isa == "amx" else ()),
         cpp_entries.ENTRIES,
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,

@@ -192,29 +192,4 @@ static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   for (; i < n; i++) sum += (int32_t)a[i] * b[i];
   return sum;
 }
-
-constexpr long LANES = 0;  // several tokens lie as they are
-
-// Dot products of one row of codes with T rows of x, `stride` floats apart.
-template <int T>
-static inline void dots(const int8_t* codes, const float* x, long stride, long n, float* out) {
-  float32x4_t acc[T][4];
-  UNROLL for (int t = 0; t < T; t++) UNROLL for (int h = 0; h < 4; h++) acc[t][h] = vdupq_n_f32(0);
-  long i = 0;
-  for (; i + 16 <= n; i += 16) {
-    __builtin_prefetch(codes + i + AHEAD);
-    const int8x16_t bytes = vld1q_s8(codes + i);
-    const int16x8_t front = vmovl_s8(vget_low_s8(bytes)), back = vmovl_high_s8(bytes);
-    const float32x4_t c[4] = {
-        vcvtq_f32_s32(vmovl_s16(vget_low_s16(front))), vcvtq_f32_s32(vmovl_high_s16(front)),
-        vcvtq_f32_s32(vmovl_s16(vget_low_s16(back))), vcvtq_f32_s32(vmovl_high_s16(back))};
-    UNROLL for (int t = 0; t < T; t++)
-      UNROLL for (int h = 0; h < 4; h++) acc[t][h] = vfmaq_f32(acc[t][h], c[h], vld1q_f32(x + t * stride + i + 4 * h));
-  }
-  for (int t = 0; t < T; t++) {
-    float sum = vaddvq_f32(vaddq_f32(vaddq_f32(acc[t][0], acc[t][1]), vaddq_f32(acc[t][2], acc[t][3])));
-    for (long j = i; j < n; j++) sum += codes[j] * x[t * stride + j];
-    out[t] = sum;
-  }
-}
 """

@@ -98,9 +98,9 @@ struct Silent : c10::WarningHandler {
 }  // namespace
 
 // Put the kernels before the Python implementations. entries: a struct Kernels.
-EXPORT void bwla_register(const void* entries, long tokens) {
+EXPORT void bwla_register(const void* entries, long most_int8, long most_int4) {
   std::memcpy(&kernels, entries, sizeof kernels);
-  int8_tokens = tokens;
+  int8_tokens = most_int8, int4_tokens = most_int4;
   kernels.use_team(run_team);
   static Silent silent;  // torch warns of a second kernel for one key, which is what is meant here
   c10::WarningUtils::WarningHandlerGuard guard(&silent);

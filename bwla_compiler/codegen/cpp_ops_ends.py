@@ -1,7 +1,7 @@
 """C++ text of the operators beside the linears: int8 and int4 heads and embeddings, transform."""
 
 ENDS = r"""
-long int8_tokens = 0;  // beyond, torch's float matrix product serves
+long int8_tokens = 0, int4_tokens = 0;  // beyond, torch's float matrix product serves
 
 struct Int8Name { static constexpr const char* name = "bwla::int8_linear"; };
 using Int8Route =
@@ -70,7 +70,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& codes, const Tensor& scale, co
   const bool good = is_input(x) &&
                     are_nibbles(codes, scale, exponent, x.size(-1), group) && is_float(bias) &&
                     (!bias || (bias->dim() == 1 && bias->size(0) == codes.size(0)));
-  if (!good || tokens_of(x) > int8_tokens) return Int4Route::portable(x, codes, scale, bias, group, exponent);
+  if (!good || tokens_of(x) > int4_tokens) return Int4Route::portable(x, codes, scale, bias, group, exponent);
   const Tensor rows = plain(x), table = codes.contiguous(), values = scale.contiguous();
   const Tensor shift = bias ? plain(*bias) : Tensor();
   Tensor y = result_of(x, codes.size(0));

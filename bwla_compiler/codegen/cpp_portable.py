@@ -53,28 +53,12 @@ struct NibbleKernel {
 using FloatKernel = NibbleKernel<float, float, float>;
 """
 
-DOTS = r"""
+DOT = r"""
 static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   int32_t sum = 0;
   for (long i = 0; i < n; i++) sum += (int32_t)a[i] * b[i];
   return sum;
 }
-
-constexpr long LANES = 0;  // several tokens lie as they are
-
-// Dot products of one row of codes with T rows of x, `stride` floats apart; sixteen sums shorten the dependency chain.
-template <int T>
-static inline void dots(const int8_t* codes, const float* x, long stride, long n, float* out) {
-  for (int t = 0; t < T; t++, x += stride) {
-    float lane[16] = {}, sum = 0;
-    long i = 0;
-    for (; i + 16 <= n; i += 16)
-      for (int j = 0; j < 16; j++) lane[j] += codes[i + j] * x[i + j];
-    for (; i < n; i++) sum += codes[i] * x[i];
-    for (int j = 0; j < 16; j++) sum += lane[j];
-    out[t] = sum;
-  }
-}
 """
 
-KERNELS = LAYOUT + NIBBLES + "using IntKernel = NibbleKernel<int8_t, int16_t, int32_t>;\n" + DOTS
+KERNELS = LAYOUT + NIBBLES + "using IntKernel = NibbleKernel<int8_t, int16_t, int32_t>;\n" + DOT

@@ -4,21 +4,30 @@ VECTORS = r"""
 #if defined(__AVX512F__)
 typedef float Vec __attribute__((vector_size(64)));
 constexpr int TALL = 8;  // rows whose sums the registers hold
-static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float sum_of(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline Vec load_codes(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef float Vec __attribute__((vector_size(32)));
 constexpr int TALL = 4;
-static inline Vec multiply_add(Vec a, float b, Vec c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float sum_of(Vec v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 static inline Vec load_codes(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
 #elif defined(USES_NEON)
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int TALL = 8;
-static inline Vec multiply_add(Vec a, float b, Vec c) { return (Vec)vfmaq_n_f32((float32x4_t)c, (float32x4_t)a, b); }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+static inline float sum_of(Vec v) { return vaddvq_f32((float32x4_t)v); }
 static inline Vec load_codes(const int8_t* from) {
   int32_t four;
   std::memcpy(&four, from, sizeof four);
@@ -28,12 +37,14 @@ static inline Vec load_codes(const int8_t* from) {
 #else
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int TALL = 4;
-static inline Vec multiply_add(Vec a, float b, Vec c) { return a * b + c; }
+static inline Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline float sum_of(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 static inline Vec load_codes(const int8_t* from) {
   return Vec{(float)from[0], (float)from[1], (float)from[2], (float)from[3]};
 }
 #endif
 constexpr long WIDTH = sizeof(Vec) / sizeof(float);
+static inline Vec multiply_add(Vec a, float b, Vec c) { return multiply_add(a, Vec{} + b, c); }
 typedef int32_t Lanes __attribute__((vector_size(sizeof(Vec))));  // what a comparison of vectors gives
 
 static inline Vec absolute(Vec v) { return (Vec)((Lanes)v & 0x7FFFFFFF); }

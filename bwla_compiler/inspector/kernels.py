@@ -2,7 +2,6 @@
 
 from bwla_compiler.codegen.triton_spec import GEMV_TOKENS, PrologueKernel
 from bwla_compiler.cost.devices import Device
-from bwla_compiler.runtime.native import INT8_KERNEL_TOKENS
 from bwla_compiler.spec import FLOAT_BITS, LinearSpec
 
 
@@ -17,8 +16,7 @@ def _on_processor(spec: LinearSpec, isa: str) -> str:
     before = "transform, " if spec.transform.online else ""
     if spec.activation_bits >= FLOAT_BITS:
         return f"C++ {isa}: {before}float product on packed signs"
-    many = f"torch's float product beyond {INT8_KERNEL_TOKENS} tokens"
-    return f"C++ {isa}: {before}rounding, int8 product on packed signs; {many}"
+    return f"C++ {isa}: {before}rounding, int8 product on packed signs"
 
 
 def _on_gpu(spec: LinearSpec, *, cuda: bool) -> str:

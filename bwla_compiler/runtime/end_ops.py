@@ -25,8 +25,8 @@ def int8_linear_with(fast: bool) -> Any:
         scale, rows = values(scale, scale_exponent), rows_of(x)
         if on_triton.serves(rows):
             return shaped_like(on_triton.int8_linear(rows, codes, scale, bias), x)
-        library = compiled.kernels() if fast and _few(rows) else None
-        if library is not None:
+        library = compiled.kernels() if fast and native.wanted() else None
+        if library is not None and rows.shape[0] <= native.END_TOKENS[library.isa].int8:
             y = compiled.int8_linear(library, rows, codes, scale, bias)
         else:
             y = portable.int8_linear(rows, codes, scale, bias)
@@ -46,8 +46,9 @@ def int4_linear_with(fast: bool) -> Any:
         decoded, rows = values(scale, scale_exponent), rows_of(x)
         if on_triton.serves(rows):
             return shaped_like(on_triton.int4_linear(rows, codes, decoded, bias, group_size), x)
-        library = compiled.kernels() if fast and scale_exponent is not None and _few(rows) else None
-        if library is not None and scale_exponent is not None:
+        library = compiled.kernels() if fast and native.wanted() else None
+        few = library is not None and rows.shape[0] <= native.END_TOKENS[library.isa].int4
+        if library is not None and few and scale_exponent is not None:
             power = int(scale_exponent)
             y = compiled.int4_linear(library, rows, codes, scale, bias, group_size=group_size, power=power)
         else:
@@ -71,11 +72,6 @@ def int4_embedding(
     """Implementation of bwla::int4_embedding."""
     _check_nibbles(codes, scale, width, group_size)
     return portable.int4_embedding(ids, codes, values(scale, scale_exponent), width, group_size, dtype)
-
-
-def _few(rows: Tensor) -> bool:
-    """Whether the kernel is as fast for so many tokens as a float product, and wanted."""
-    return native.wanted() and rows.shape[0] <= native.INT8_KERNEL_TOKENS
 
 
 def _check_nibbles(codes: Tensor, scale: Tensor, width: int, group_size: int) -> None:

@@ -7,9 +7,11 @@ import threading
 from array import array
 from ctypes import c_char_p, c_long, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
+from bwla_compiler.codegen.isa import Isa
 from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
@@ -19,8 +21,24 @@ from bwla_compiler.settings import chosen_kernels
 
 log = logging.getLogger(__name__)
 
-INT8_KERNEL_TOKENS = 32
-"""Beyond, torch's float matrix product on chunks of rows serves: as fast at 32 tokens, over twice as fast at 128."""
+ALWAYS = 2**62
+
+
+class EndTokens(NamedTuple):
+    """For how many tokens the kernels of a head serve; beyond, torch's float product on chunks of rows is faster."""
+
+    int8: int
+    int4: int
+
+
+END_TOKENS: dict[Isa, EndTokens] = {
+    "amx": EndTokens(ALWAYS, 128),
+    "avx512": EndTokens(128, 128),
+    "avx2": EndTokens(16, 128),
+    "neon": EndTokens(16, 32),
+    "portable": EndTokens(8, 32),
+}
+"""By instruction set; measured with AMX, AVX-512 and AVX2 (Xeon, EPYC), guessed from them elsewhere."""
 
 
 class NativeOperators:
@@ -29,11 +47,12 @@ class NativeOperators:
     def __init__(self, path: Path, kernels: KernelLibrary) -> None:
         self.registered = False
         self._entries = kernels.addresses()
+        self._tokens = END_TOKENS[kernels.isa]
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise BuildError(f"{path} does not load: {error}; delete it to have it built anew") from error
-        self._library.bwla_register.argtypes = [c_void_p, c_long]
+        self._library.bwla_register.argtypes = [c_void_p, c_long, c_long]
         self._library.bwla_forget.argtypes = [c_void_p]
         self._library.bwla_derived.restype = c_long
         self._library.bwla_team.restype, self._library.bwla_team.argtypes = c_long, [c_long]
@@ -46,7 +65,7 @@ class NativeOperators:
     def register(self) -> None:
         """Put the operators before the Python implementations: they serve from the next call on."""
         if not self.registered:
-            self._library.bwla_register(self._entries, INT8_KERNEL_TOKENS)
+            self._library.bwla_register(self._entries, *self._tokens)
         self.registered = True
 
     def unregister(self) -> None:

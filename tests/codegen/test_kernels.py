@@ -152,7 +152,7 @@ def test_linear(library: Library, shape: tuple[int, int, int], grouped: bool, pl
 
 
 @pytest.mark.parametrize("bits", [16, 8, 6])
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("tokens", [1, 6, 39])
 def test_low_rank_column_scale_and_bias(library: Library, tokens: int, bits: int) -> None:
     out, columns, rank = 77, 205, 37
     generator = torch.Generator().manual_seed(3)
@@ -184,6 +184,7 @@ def test_codes_equal_torch(library: Library, columns: int, bits: int) -> None:
     x[3] *= 1e-45
     x[4] *= 1e37
     x[5] = torch.arange(columns) - columns // 2 + 0.5  # ties
+    x[6], x[7] = (torch.nextafter(0.37 * x[5], torch.full((columns,), to)) for to in (-1e9, 1e9))
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(9, 1)
     library.quantize(x.data_ptr(), 0, 9, columns, 2 ** (bits - 1) - 1, codes.data_ptr(), scale.data_ptr())
     want_codes, want_scale = quantize_activation(x, bits=bits)
@@ -192,25 +193,48 @@ def test_codes_equal_torch(library: Library, columns: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_sick_token_gives_nan_and_no_other_does(library: Library, bad: float) -> None:
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_sick_token_gives_nan_and_no_other_does(library: Library, bad: float, tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 200, generator=generator)
+    x = torch.randn(tokens, 200, generator=generator)
     x[1, 150] = bad
     y = run_linear(library, x, random_signs(1, 10, 200, generator), torch.ones(1, 10, 1), 31)
     assert y[1].isnan().all()
-    assert y[[0, 2]].isfinite().all()
+    assert y[torch.arange(tokens) != 1].isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [9, 70])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_change_a_bit(library: Library, threads: int) -> None:
+def test_threads_do_not_change_a_bit(library: Library, threads: int, tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(9, 700, generator=generator)
+    x = torch.randn(tokens, 700, generator=generator)
     signs, scale = random_signs(1, 1030, 700, generator), torch.rand(1, 1030, 6, generator=generator)
     alone = run_linear(library, x, signs, scale, 31, threads=1)
     assert torch.equal(run_linear(library, x, signs, scale, 31, threads=threads), alone)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (7, 65, 33)], ids=str)
+@pytest.mark.parametrize("grouped", [False, True], ids=["row", "group"])
+def test_tokens_beside_it_do_not_change_a_token(library: Library, grouped: bool) -> None:
+    """Many tokens are multiplied in another way than one; sums are integers, and added up in the same order."""
+    generator = torch.Generator().manual_seed(6)
+    x, signs = torch.randn(37, 700, generator=generator), random_signs(2, 130, 700, generator)
+    scale = torch.rand(2, 130, 6 if grouped else 1, generator=generator)
+    one = run_linear(library, x[36:], signs, scale, 31)
+    assert torch.equal(run_linear(library, x, signs, scale, 31)[36:], one)
+
+
+def test_tiles_of_others_on_the_same_thread(library: Library) -> None:
+    """Products of bfloat16 in torch use the same registers where a processor has tiles, and remember their layout."""
+    generator = torch.Generator().manual_seed(8)
+    x, signs = torch.randn(40, 512, generator=generator), random_signs(1, 256, 512, generator)
+    half, weight = x.bfloat16(), signs[0].bfloat16()
+    theirs, ours = half @ weight.T, run_linear(library, x, signs, torch.ones(1, 256, 1), 31, threads=1)
+    for _ in range(3):
+        assert torch.equal(half @ weight.T, theirs)
+        assert torch.equal(run_linear(library, x, signs, torch.ones(1, 256, 1), 31, threads=1), ours)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (7, 65, 33), (37, 300, 1000)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool) -> None:
     tokens, out, columns = shape
@@ -228,6 +252,20 @@ def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool
     size = x.abs().double() @ codes.abs().double().T * scale + 1
     # float32 sums of 1000 terms in 16 or 32 lanes
     assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("tokens", [4, 19])
+def test_int8_linear_of_sick_and_small_tokens(library: Library, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, 100, generator=generator)
+    x[0], x[1], x[2, 7], x[3, 99] = 0, x[1] * 1e-30, float("nan"), -float("inf")
+    codes, scale = torch.ones(5, 100, dtype=torch.int8), torch.ones(5)
+    y = torch.empty(tokens, 5)
+    library.int8_linear(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), 0, y.data_ptr(), tokens, 5, 100, 1)
+    assert torch.equal(y[0], torch.zeros(5))
+    torch.testing.assert_close(y[1], x[1].double().sum().float().expand(5), rtol=1e-4, atol=0)
+    assert not y[2:4].isfinite().any()
+    assert y[4:].isfinite().all()
 
 
 def nibbles(out: int, columns: int, group: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
