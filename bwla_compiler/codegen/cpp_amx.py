@@ -43,6 +43,7 @@ class TileScope {
     };
     static const Layout layout;
     _tile_storeconfig(before);
+    asm volatile("" : "+m"(before));  // not every compiler knows that it was written
     _tile_loadconfig(&layout);
   }
   ~TileScope() {
