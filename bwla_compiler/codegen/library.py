@@ -120,5 +120,15 @@ def load(isa: Isa) -> KernelLibrary | None:
 
 
 def best_library() -> KernelLibrary | None:
-    """Return the kernels of the best instruction set of this processor; None where there is no compiler."""
-    return load(best_isa())
+    """Return the kernels of the best instruction set of this processor; None where there is no compiler.
+
+    Where the compiler is too old for AMX (before GCC 11), with a warning those of AVX-512. Raises BuildError.
+    """
+    best = best_isa()
+    try:
+        return load(best)
+    except BuildError as error:
+        if best != "amx":
+            raise
+        log.warning("no kernels for AMX, so prompts are read with AVX-512; a newer compiler would help: %s", error)
+        return load("avx512")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bwla_compiler.codegen import build as building
+from bwla_compiler.codegen import library
 from bwla_compiler.codegen.build import build, compiler_version
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import ISAS, best_isa, cpu_flags, describe, supported
@@ -94,3 +95,20 @@ def test_source_is_free_of_torch_and_deterministic(isa: str) -> None:
     assert "ATen" not in source
     assert ("immintrin.h" in source) == (isa == "amx" or isa.startswith("avx"))
     assert ("arm_neon.h" in source) == (isa == "neon")
+
+
+def test_a_compiler_too_old_for_amx(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def load(isa: str) -> str:
+        if isa == "amx":
+            raise BuildError("g++: error: unrecognized command line option -mamx-tile")
+        return isa
+
+    monkeypatch.setattr(library, "load", load)
+    monkeypatch.setattr(library, "best_isa", lambda: "amx")
+    assert library.best_library() == "avx512"
+    assert "unrecognized command line option" in caplog.text
+    monkeypatch.setattr(library, "best_isa", lambda: "avx2")
+    assert library.best_library() == "avx2"
+    monkeypatch.setattr(library, "load", lambda isa: load("amx"))
+    with pytest.raises(BuildError):
+        library.best_library()
