@@ -192,6 +192,94 @@ static inline void transpose(__m512i (&v)[16]) {
 }
 """
 
+PARTS = r"""
+// Floats as sums of bfloat16 numbers, whose products tiles add up in float32: what three hold is the whole float.
+using Half = uint16_t;
+constexpr long PARTS = 3, WIDE = 32;  // WIDE: of a row of a tile
+
+// One side of a product. Left: [n, depth] as tiles [parts, n / SIDE, steps, SIDE, WIDE]; right: [depth, n] as tiles
+// [parts, n / SIDE, steps, WIDE / 2, SIDE, 2]. Zeros beyond.
+struct Parts {
+  long parts, tiles, steps;
+  Half* data;
+
+  static Parts room(Buffer<Half>& buffer, long parts, long n, long depth) {
+    const long tiles = divide_up(n, STRIP) * 2, steps = divide_up(depth, WIDE);
+    return {parts, tiles, steps, buffer.get(parts * tiles * steps * SIDE * WIDE)};
+  }
+  long whole() const { return tiles * SIDE; }
+  long apart() const { return tiles * steps * SIDE * WIDE; }
+  Half* at(long part, long n, long step) const {
+    return data + ((part * tiles + n / SIDE) * steps + step) * SIDE * WIDE;
+  }
+
+  // Row `row` of the left side: n values.
+  void put_row(long row, const float* values, long n) const {
+    for (long k = 0; k < steps * WIDE; k += SIDE) {
+      const __mmask16 inside = k < n ? 0xFFFF >> (SIDE - std::min(SIDE, n - k)) : 0;
+      __m512 rest = _mm512_maskz_loadu_ps(inside, values + k);
+      Half* to = at(0, row, k / WIDE) + row % SIDE * WIDE + k % WIDE;
+      for (long part = 0; part < parts; part++, to += apart()) {
+        const __m512i top = take_top(rest);
+        _mm256_store_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(top, 16)));
+      }
+    }
+  }
+
+  // As few parts as hold all that was put: two where the floats were float16.
+  Parts trimmed() const {
+    Parts its = *this;
+    auto is_zero = [&](const Half* part) { return std::all_of(part, part + apart(), [](Half v) { return v == 0; }); };
+    while (its.parts > 1 && is_zero(data + (its.parts - 1) * apart())) its.parts--;
+    return its;
+  }
+
+  // Lines k and k + 1 of the right side, columns from n on.
+  void put_lines(long n, long k, __m512 even, __m512 odd) const {
+    Half* to = at(0, n, k / WIDE) + k % WIDE * SIDE;
+    for (long part = 0; part < parts; part++, to += apart()) {
+      const __m512i low = _mm512_srli_epi32(take_top(even), 16);
+      _mm512_store_si512(to, _mm512_or_si512(low, take_top(odd)));
+    }
+  }
+
+ private:
+  // The first eight bits of the values, as floats; `rest` keeps the others.
+  static __m512i take_top(__m512& rest) {
+    const __m512i top = _mm512_and_si512(_mm512_castps_si512(rest), _mm512_set1_epi32((int)0xFFFF0000));
+    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(top));
+    return top;
+  }
+};
+
+// sums = a strip of the left side times one of the right, four tiles; the smallest products are added first.
+static inline void multiply_parts(const Parts& left, long row, const Parts& right, long column, float* sums) {
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long order = PARTS - 1; order >= 0; order--)
+    for (long part = std::max(0L, order - right.parts + 1); part <= std::min(order, left.parts - 1); part++)
+      for (long s = 0; s < left.steps; s++) {
+        const Half *a = left.at(part, row, s), *b = right.at(order - part, column, s);
+        _tile_loadd(4, a, STEP);
+        _tile_loadd(5, a + left.steps * SIDE * WIDE, STEP);
+        _tile_loadd(6, b, STEP);
+        _tile_loadd(7, b + left.steps * SIDE * WIDE, STEP);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+  _tile_stored(0, sums, STEP);
+  _tile_stored(1, sums + TILE_SUMS, STEP);
+  _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
+  _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
+  asm volatile("" ::: "memory");
+}
+"""
+
 PANEL = r"""
 // Up to SIDE rows of codes int8 [n, in] as the right side of a product: tiles [steps, STEP / 4, SIDE, 4].
 static void turn(const int8_t* codes, long n, long in, int8_t* tiles) {
@@ -233,71 +321,32 @@ void project_on_pair<TileKernel>(const Wave<TileKernel>& wave, const Member& mem
   });
 }
 
-// The low-rank pair of a panel in bfloat16: codes fit it, and projections are sums of three parts that do.
+// The low-rank pair of a panel: projections of all tokens, and codes, which bfloat16 holds.
 class Pair {
-  using Half = uint16_t;
-  static constexpr long PARTS = 3, WIDE = 32;  // values of a row of a tile
   static inline thread_local Buffer<Half> left_buffer, right_buffer;
   const Member& member;
-  const long rank, steps, tiles;
-  Half* const left;   // [PARTS, tiles of tokens, steps, SIDE, WIDE]
-  Half* const right;  // [ROWS / SIDE, steps, WIDE / 2, SIDE, 2]
+  const Parts left, right;  // [tokens, rank], [rank, ROWS]
 
  public:
   Pair(const Member& member, const float* projected, long tokens)
-      : member(member), rank(member.rank), steps(divide_up(rank, WIDE)), tiles(divide_up(tokens, STRIP) * 2),
-        left(left_buffer.get(PARTS * tiles * steps * SIDE * WIDE)), right(right_buffer.get(ROWS * steps * WIDE)) {
-    for (long t = 0; t < tiles * SIDE; t++)
-      for (long r = 0; r < steps * WIDE; r += SIDE) {
-        const __mmask16 inside = t < tokens && r < rank ? 0xFFFF >> (SIDE - std::min(SIDE, rank - r)) : 0;
-        __m512 rest = _mm512_maskz_loadu_ps(inside, projected + t * rank + r);
-        for (long part = 0; part < PARTS; part++) {
-          const __m512i top = _mm512_and_si512(_mm512_castps_si512(rest), _mm512_set1_epi32((int)0xFFFF0000));
-          Half* to = left + (((part * tiles + t / SIDE) * steps + r / WIDE) * SIDE + t % SIDE) * WIDE + r % WIDE;
-          _mm256_store_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(top, 16)));
-          rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(top));
-        }
-      }
+      : member(member), left(Parts::room(left_buffer, PARTS, tokens, member.rank)),
+        right(Parts::room(right_buffer, 1, ROWS, member.rank)) {
+    for (long t = 0; t < left.whole(); t++)
+      left.put_row(t, projected + t * member.rank, t < tokens ? member.rank : 0);
   }
 
   // Take the codes of a block of rows.
   void take(long block) {
     auto line = [&](long r, long row) {
-      if (r >= rank) return _mm512_setzero_si512();
-      return _mm512_castps_si512((__m512)load_codes(member.rank_out + (block * rank + r) * ROWS + row));
+      if (r >= member.rank) return _mm512_setzero_ps();
+      return (__m512)load_codes(member.rank_out + (block * member.rank + r) * ROWS + row);
     };
     for (long row = 0; row < ROWS; row += SIDE)
-      for (long r = 0; r < steps * WIDE; r += 2)
-        _mm512_store_si512(right + row * steps * WIDE + r * SIDE,
-                           _mm512_or_si512(_mm512_srli_epi32(line(r, row), 16), line(r + 1, row)));
+      for (long r = 0; r < right.steps * WIDE; r += 2) right.put_lines(row, r, line(r, row), line(r + 1, row));
   }
 
   // sums = projections of the strip of tokens from m on times these codes of a strip of rows, four tiles.
-  void multiply(long m, long row, float* sums) const {
-    asm volatile("" ::: "memory");
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (long part = PARTS - 1; part >= 0; part--)  // the smallest first
-      for (long s = 0; s < steps; s++) {
-        const Half* a = left + ((part * tiles + m / SIDE) * steps + s) * SIDE * WIDE;
-        const Half* b = right + row * steps * WIDE + s * SIDE * WIDE;
-        _tile_loadd(4, a, STEP);
-        _tile_loadd(5, a + steps * SIDE * WIDE, STEP);
-        _tile_loadd(6, b, STEP);
-        _tile_loadd(7, b + steps * SIDE * WIDE, STEP);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    _tile_stored(0, sums, STEP);
-    _tile_stored(1, sums + TILE_SUMS, STEP);
-    _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
-    _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
-    asm volatile("" ::: "memory");
-  }
+  void multiply(long m, long row, float* sums) const { multiply_parts(left, m, right, row, sums); }
 };
 
 // The sums of one block of rows for all tokens of a wave.

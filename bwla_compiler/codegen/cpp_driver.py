@@ -12,8 +12,10 @@ HEADER = r"""
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <thread>
 #include <type_traits>
+#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 static long process_id() { return (long)getpid(); }

@@ -3,6 +3,7 @@
 from bwla_compiler.codegen import (
     cpp_amx,
     cpp_amx_ends,
+    cpp_amx_transform,
     cpp_avx2,
     cpp_avx512,
     cpp_driver,
@@ -35,8 +36,9 @@ def emit(isa: Isa) -> str:
         cpp_transform.VECTORS,
         cpp_driver.ROUNDING,
         cpp_driver.SWEEP,
-        *((cpp_amx.TILES,) if isa == "amx" else ()),
+        *((cpp_amx.TILES, cpp_amx.PARTS) if isa == "amx" else ()),
         cpp_transform.PRODUCT,
+        *((cpp_amx_transform.SPLIT,) if isa == "amx" else ()),
         cpp_transform.TRANSFORM,
         cpp_prologue.FUNCTIONS,
         cpp_prologue.PROLOGUE,

@@ -114,8 +114,17 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
   }
 }
 
+// The transform of a prologue for so many tokens; without one, that of none.
+static Transform transform_of(const Prologue* p, long tokens) {
+  if (!p) return {};
+  Transform transform{p->scale, p->left, p->right, p->n1, p->n2};
+  transform.prepare_for(tokens);
+  return transform;
+}
+
 // Token m after the prologue, valid until the next call on this thread; x itself where there is nothing to do.
-static const float* prepare(const Prologue* p, const float* x, long m, long n, long threads) {
+static const float* prepare(const Prologue* p, const Transform& transform, const float* x, long m, long n,
+                            long threads) {
   if (!p) return x;
   static thread_local Buffer<float> first, second;
   if (p->kind != NONE) {
@@ -124,7 +133,6 @@ static const float* prepare(const Prologue* p, const float* x, long m, long n, l
     x = y;
   }
   if (!p->scale && !p->left && !p->right) return x;
-  const Transform transform{p->scale, p->left, p->right, p->n1, p->n2};
   float* y = second.get(n);
   transform.token(x, y, transform.useful(threads, 1));
   return y;

@@ -132,6 +132,18 @@ TRANSFORM = r"""
 struct Transform {
   const float *scale, *left, *right;
   long n1, n2;
+#ifdef TILED
+  std::optional<SplitFactors> split;
+#endif
+
+  // Have what many tokens share made once, before any of them.
+  void prepare_for(long tokens) {
+#ifdef TILED
+    if ((left || right) && SplitFactors::pays(tokens, n1, n2)) split.emplace(left, right, n1, n2);
+#else
+    (void)tokens;
+#endif
+  }
 
   // Multiplications for one token; under some tens of microseconds a second thread costs more than it saves.
   long work() const { return n1 * n2 * ((left ? n1 : 0) + (right ? n2 : 0)); }
@@ -146,6 +158,9 @@ struct Transform {
       for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
       from = product;
     }
+#ifdef TILED
+    if (split) return split->token(from, to);
+#endif
     if (right) {
       product(from, n2, 1, right, left ? half : to, n1, n2, n2, threads);
       from = left ? half : to;
@@ -157,7 +172,8 @@ struct Transform {
 
 EXPORT void bwla_transform(const float* x, const float* scale, const float* left, const float* right, float* y,
                            long tokens, long n1, long n2, long threads) {
-  const Transform transform{scale, left, right, n1, n2};
+  Transform transform{scale, left, right, n1, n2};
+  transform.prepare_for(tokens);
   const long n = n1 * n2, useful = transform.useful(threads, tokens), across = tokens < useful ? 1 : useful;
   parallel(tokens, across, [&](long m) { transform.token(x + m * n, y + m * n, across > 1 ? 1 : useful); });
 }

@@ -340,7 +340,7 @@ def test_int4_embedding(library: Library, columns: int) -> None:
     assert torch.equal(y.double(), weight[ids] * 4)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50), (9, 33, 50), (11, 48, 80)], ids=str)
 @pytest.mark.parametrize("parts", ["scale left right", "left", "right", "scale", ""])
 def test_transform(library: Library, shape: tuple[int, int, int], parts: str) -> None:
     tokens, n1, n2 = shape
@@ -353,7 +353,7 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
     want = left.double().T @ want if "left" in parts else want
     addresses = [t.data_ptr() if n in parts else 0 for n, t in (("scale", scale), ("left", left), ("right", right))]
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
-    # two float32 sums of up to 50 terms of order one
+    # two float32 sums of up to 80 terms of order one
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)
 
 
