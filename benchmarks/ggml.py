@@ -19,6 +19,9 @@ from benchmarks.tiles import KeptTiles
 TYPES = {"BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q1_0": 41, "TQ2_0": 35, "IQ1_S": 19}
 """ggml's numbers of the types that are compared."""
 
+AMX_ROWS = 32
+"""What ggml's products by AMX tiles need the number of rows to be a multiple of."""
+
 _POINTERS = (
     "ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_backend_cpu_init", "ggml_get_data",
     "ggml_backend_alloc_ctx_tensors_from_buft", "ggml_backend_cpu_buffer_type", "ggml_backend_get_device",
@@ -121,7 +124,7 @@ class GgmlLinear:
         shape = (ctypes.c_int64(width), ctypes.c_int64(out))
         self._weights = init(_InitParams(1 << 16, None, True))
         tensor = call("ggml_new_tensor_2d", self._weights, kind_number, *shape)
-        buffer_type = self._repacked(kind) or call("ggml_backend_cpu_buffer_type")
+        buffer_type = self._repacked(kind, out) or call("ggml_backend_cpu_buffer_type")
         call("ggml_backend_alloc_ctx_tensors_from_buft", self._weights, buffer_type)
         call("ggml_backend_tensor_set", tensor, packed.ctypes.data, ctypes.c_size_t(0), ctypes.c_size_t(packed.nbytes))
         self._context = init(_InitParams((tokens * (width + out)) * 4 + (1 << 20), None, False))
@@ -133,8 +136,8 @@ class GgmlLinear:
         self.x = _tensor_at(call("ggml_get_data", source), (tokens, width))
         self.y = _tensor_at(call("ggml_get_data", product), (tokens, out))
 
-    def _repacked(self, kind: str) -> int:
-        """Return the buffer type of repacked weights where this type has one."""
+    def _repacked(self, kind: str, out: int) -> int:
+        """Return the buffer type of repacked weights where this type has one; that for AMX is the first of them."""
         if kind not in ("Q4_0", "Q8_0"):
             return 0
         device = self.ggml._call("ggml_backend_get_device", self.ggml.backend)
@@ -146,7 +149,8 @@ class GgmlLinear:
             return 0
         ask = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(getter)
         found = ask(device)
-        return int(found[0] or 0) if found else 0
+        skipped = int("amx_int8" in self.ggml.features() and out % AMX_ROWS != 0)
+        return int(found[skipped] or 0) if found else 0
 
     def run(self) -> Tensor:
         """Return y [tokens, out], valid until the next run."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.errors import ContenderError
 from benchmarks.runner import Runner
+from benchmarks.tiles import allow_tiles
 
 PACKAGE = "llama-cpp-python"
 _ERROR = 4
@@ -34,6 +35,7 @@ class Llama:
 
     def __init__(self, file: Path, *, length: int, threads: int) -> None:
         """Load it. Raises ContenderError, with llama.cpp's words, where it cannot."""
+        allow_tiles()
         self._api: Any = importlib.import_module("llama_cpp")
         self._api.llama_log_set(_log(self._api), ctypes.c_void_p(0))
         self._api.llama_backend_init()

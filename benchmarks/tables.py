@@ -252,7 +252,7 @@ class Block:
 BLOCKS = {
     "demo": Block("demo", demo_tables, "demo"),
     "models": Block("models", models_table, "models"),
-    "kernels": Block("kernels", kernels_table, "kernels"),
+    "kernels": Block("kernels", kernels_table, "kernels", every=True),  # a machine's kernels are those of its processor
     "transforms": Block("kernels", transforms_table, "kernels"),
     "profile": Block("profile", profile_table, "profile"),
     "quality": Block("quality-*", quality_table, "quality", every=True),  # perplexities do not depend on the machine

@@ -1,4 +1,4 @@
-"""The layout of AMX tiles of the calling thread, kept for libraries that set it once and never look again.
+"""What ggml takes for granted of AMX tiles: that the process may use them, and that threads keep them laid out.
 
 ggml lays tiles out at a thread's first product; oneDNN, which multiplies bfloat16 for torch, gives them back after each
 of its own, and the next product of ggml on that thread would be an illegal instruction.
@@ -11,6 +11,12 @@ from bwla_compiler.codegen.build import COMMON_FLAGS, build_library
 from bwla_compiler.codegen.isa import cpu_flags
 
 SOURCE = r"""
+#include <sys/syscall.h>
+#include <unistd.h>
+extern "C" long tiles_allow() {
+  const long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
 typedef char Layout[64];
 extern "C" void tiles_save(Layout* to) { asm volatile("sttilecfg %0" : "=m"(*to)); }
 extern "C" void tiles_load(const Layout* from) {
@@ -28,10 +34,17 @@ def _library() -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
+def allow_tiles() -> None:
+    """Ask the operating system for tiles, where the processor has them, on behalf of libraries that do not."""
+    if library := _library():
+        library.tiles_allow()
+
+
 class KeptTiles:
     """What a library expects of the calling thread's tiles: `restore` before its calls, `keep` after its first."""
 
     def __init__(self) -> None:
+        allow_tiles()
         self._layout = (ctypes.c_char * 64)()
 
     def restore(self) -> None:

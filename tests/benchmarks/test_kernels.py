@@ -15,6 +15,7 @@ from benchmarks.contest import Contender, contest
 from benchmarks.errors import RefusedError, ResultsError
 from benchmarks.ggml import ggml
 from benchmarks.record import context
+from benchmarks.tiles import KeptTiles
 from benchmarks.timing import Times, cold_bytes, copies, in_turn, interleaved, last_cache_bytes, quartiles
 from bwla_compiler.codegen.isa import best_isa
 
@@ -225,3 +226,13 @@ def test_kernels_are_held_to_an_instruction_set_that_this_processor_has(monkeypa
     monkeypatch.setattr(forced_isa.load, "cache_info", lambda: SimpleNamespace(currsize=1))
     with pytest.raises(ResultsError, match="needs a process of its own"), forced_isa.held_to("portable"):
         pass
+
+
+def test_tiles_are_laid_out_again_as_they_were_kept() -> None:
+    """What ggml needs around its calls; nothing happens where a processor has no tiles."""
+    tiles, others = KeptTiles(), KeptTiles()
+    tiles.restore()  # nothing is kept yet
+    others.keep()
+    tiles.keep()
+    others.restore()
+    tiles.restore()
