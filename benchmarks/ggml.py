@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.tiles import KeptTiles
+from benchmarks import tiles
 
 TYPES = {"BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q1_0": 41, "TQ2_0": 35, "IQ1_S": 19}
 """ggml's numbers of the types that are compared."""
@@ -57,7 +57,6 @@ class Ggml:
         self._function("ggml_blck_size").restype = ctypes.c_int64
         self._function("ggml_type_name").restype = ctypes.c_char_p
         self.backend = self._call("ggml_backend_cpu_init")
-        self.tiles = KeptTiles()
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
 
     def _function(self, name: str) -> Any:
@@ -155,9 +154,9 @@ class GgmlLinear:
     def run(self) -> Tensor:
         """Return y [tokens, out], valid until the next run."""
         self.ggml._call("ggml_backend_cpu_set_n_threads", self.ggml.backend, ctypes.c_int(self.threads))
-        self.ggml.tiles.restore()
+        tiles.GGML.restore()
         self.ggml._call("ggml_backend_graph_compute", self.ggml.backend, self._graph)
-        self.ggml.tiles.keep()
+        tiles.GGML.keep()
         return self.y
 
     def __del__(self) -> None:

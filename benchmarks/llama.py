@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import tiles
 from benchmarks.errors import ContenderError
 from benchmarks.runner import Runner
-from benchmarks.tiles import allow_tiles
 
 PACKAGE = "llama-cpp-python"
 _ERROR = 4
@@ -35,7 +35,6 @@ class Llama:
 
     def __init__(self, file: Path, *, length: int, threads: int) -> None:
         """Load it. Raises ContenderError, with llama.cpp's words, where it cannot."""
-        allow_tiles()
         self._api: Any = importlib.import_module("llama_cpp")
         self._api.llama_log_set(_log(self._api), ctypes.c_void_p(0))
         self._api.llama_backend_init()
@@ -84,7 +83,9 @@ class Llama:
         batch = self._batches.get(len(ids)) or self._new_batch(len(ids))
         for i, number in enumerate(ids):
             batch.token[i], batch.pos[i] = number, position + i
+        tiles.GGML.restore()
         code = self._api.llama_decode(self._context, batch)
+        tiles.GGML.keep()
         if code:
             raise ContenderError(f"llama_decode fails with {code}: {' '.join(_said[-2:])}")
         values = np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(ids), self.vocabulary))

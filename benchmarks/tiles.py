@@ -34,6 +34,7 @@ def _library() -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
+@functools.cache
 def allow_tiles() -> None:
     """Ask the operating system for tiles, where the processor has them, on behalf of libraries that do not."""
     if library := _library():
@@ -44,11 +45,11 @@ class KeptTiles:
     """What a library expects of the calling thread's tiles: `restore` before its calls, `keep` after its first."""
 
     def __init__(self) -> None:
-        allow_tiles()
         self._layout = (ctypes.c_char * 64)()
 
     def restore(self) -> None:
-        """Lay tiles out as they were kept, if they were."""
+        """Lay tiles out as they were kept, if they were; before, ask for them."""
+        allow_tiles()
         if library := _library():
             library.tiles_load(self._layout)
 
@@ -56,3 +57,7 @@ class KeptTiles:
         """Remember how they are laid out now."""
         if library := _library():
             library.tiles_save(self._layout)
+
+
+GGML = KeptTiles()
+"""Those of ggml on the thread that calls it, whichever library carries it."""

@@ -103,10 +103,12 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_a_table_is_of_one_device_and_says_where_it_is_from(results: Path) -> None:
-    text = block_text("kernels", results)
+    text, _, older = block_text("kernels", results).partition("| linear |")[2].partition("| linear |")
     assert "| 0.6B q | 2048 x 1024 | 1 | 1 | 200 | **100** | 80 | torch bf16: 0.50 (0.50-0.50) |" in text
     assert "`run on new machine` at abc, 2026-02-01" in text
     assert "old machine" not in text
+    assert "`run on old machine` at abc, 2026-01-01" in older
+    assert "new machine" not in older
     assert "load 0.5 to 1.5, steal up to 1.0%" in text
     assert "Without figures: ggml (llama-cpp-python is not installed)." in text
     assert "pure read 9.5 GB/s on 1" in text
