@@ -16,6 +16,7 @@ from bwla_compiler.codegen.triton_text import (
     indented,
     members,
     product_function,
+    rank_firsts,
 )
 from bwla_compiler.cost.factors import power_of_two
 
@@ -110,11 +111,6 @@ def choice(spec: LinearKernel, rows: int, *, sums: bool = True, rest: bool = Tru
             lines += choose_number("rank", spec.ranks, first)
             lines += choose_number("rank_first", rank_firsts(spec.ranks), first)
     return indented(lines + choose_pointers(pointers, first))
-
-
-def rank_firsts(ranks: Sequence[int]) -> list[int]:
-    """Return where each member's components stand in a row of t."""
-    return [sum(ranks[:i]) for i in range(len(ranks))]
 
 
 def constants(spec: LinearKernel) -> dict[str, int | float | str | bool]:
