@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import gpu_models
 from bwla_compiler.codegen import triton_module
+from bwla_compiler.runtime.modules import PackedLinear
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,9 +38,26 @@ def test_a_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert {choice["how"] for choice in found["tiles"].values()} == {"modelled"}
 
 
-def test_without_a_gpu_it_says_what_to_do() -> None:
-    import torch
+def on_a_gpu(layers: int) -> tuple[int, set[torch.dtype]]:
+    """Return the bytes that a GPU holds of the packed Qwen3-32B with fewer layers, and the dtypes of its signs."""
+    with FakeTensorMode():
+        model = gpu_models.empty_packed_model(gpu_models.config_of("Qwen3-32B", layers=layers))
+        linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        for linear in linears:
+            linear._apply(lambda tensor: tensor.new_empty(tensor.shape, device="cuda"))
+        held = [*model.parameters(), *model.buffers()]
+        decoded = sum(4 * tensor.numel() for tensor in held if tensor.dtype == torch.int16)  # of compiled graphs
+        return sum(tensor.nbytes for tensor in held) + decoded, {linear.signs.dtype for linear in linears}
 
+
+def test_a_32b_model_takes_less_than_7_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BWLA_KERNELS", raising=False)
+    (one, layouts), (two, _) = on_a_gpu(1), on_a_gpu(2)
+    assert layouts == {torch.int32}, "signs lie as the kernels read them, and nowhere else"
+    assert one + 63 * (two - one) < 7e9
+
+
+def test_without_a_gpu_it_says_what_to_do() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     done = run("-m", "benchmarks.gpu")
