@@ -21,7 +21,8 @@ from typing import Any
 if "--dry" in sys.argv:  # both are read when Triton and the package are imported
     os.environ |= {"TRITON_INTERPRET": "1", "BWLA_KERNELS": "triton"}
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    # in place of this folder, whose `kernels` transformers would import for the package of that name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 

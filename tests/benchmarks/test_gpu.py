@@ -63,3 +63,16 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
     done = run("-m", "benchmarks.gpu")
     assert done.returncode == 2
     assert "run it on a machine with one, or with --dry" in done.stderr
+
+
+def test_as_a_script_it_hides_no_package_behind_a_file_beside_it() -> None:
+    # what Python does for a script: its folder comes first, and transformers imports `kernels` where it finds that
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "sys.path[0], sys.argv = 'benchmarks', ['gpu.py', '--help']\n"
+        "try: runpy.run_path('benchmarks/gpu.py', run_name='__main__')\n"
+        "except SystemExit: print(importlib.util.find_spec('kernels'))\n"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "benchmarks/kernels.py" not in done.stdout
