@@ -224,13 +224,16 @@ def prologue_kernels(prologue: PrologueKernel, linears: LinearKernel, tokens: in
     """Return the kernels before linears, with the first half of their low-rank pairs where it is computed there."""
     if linears.mixed_before:
         ranks = tuple(rank for rank in linears.ranks if rank)
-        prologue = dataclasses.replace(prologue, ranks=ranks, mixed_rows=mixed_rows(linears.columns, tokens))
+        rows = mixed_rows(linears.columns, tokens, turned=prologue.online)
+        prologue = dataclasses.replace(prologue, ranks=ranks, mixed_rows=rows)
     return [emit_prologue(kernel) for kernel in ((prologue,) if prologue.fits else prologue.stages)]
 
 
 def linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel:
     """Return the kernel of linears of one spec for so many tokens, with the tile of least modelled time."""
     members, cuda = len(spec.out_features), gpu.backend == "cuda"
+    turned = spec.transform.left or spec.transform.right
+    beside = mixed_rows(spec.in_features, tokens, turned=turned) > 0
     kernel = LinearKernel(
         columns=spec.in_features,
         out_features=spec.out_features,
@@ -244,7 +247,7 @@ def linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel
         precision=gpu.precision,
         assembly=cuda,
         decodes=cuda,
-        mixed_before=spec.rank > 0 and spec.activation_bits < FLOAT_BITS and mixed_rows(spec.in_features, tokens) > 0,
+        mixed_before=spec.rank > 0 and spec.activation_bits < FLOAT_BITS and beside,
     )
     best = ranked(kernel, tokens, device_for([str(gpu)]), smallest=8 if cuda else 16)[0]
     return dataclasses.replace(kernel, tile=best)

@@ -66,10 +66,10 @@ _KEEP = [
 
 _MIX = [
     "component = (tile - first) * MIXED + tl.arange(0, MIXED)",
-    "inside = (component < rank)[:, None] & tl.reshape(live, (SIZE,))[None, :]",
+    "needed = (component < rank)[:, None] & tl.reshape(live, (SIZE,))[None, :]",
     "entry = low_rank_in + component[:, None] * COLUMNS + tl.reshape(at, (SIZE,))[None, :]",
-    "factor = tl.load(entry, mask=inside, other=0).to(tl.int32)",
-    "total = tl.sum(factor * tl.reshape(code, (SIZE,))[None, :], 1).to(tl.float32)",
+    "weight = tl.load(entry, mask=needed, other=0).to(tl.int32)",
+    "total = tl.sum(weight * tl.reshape(code, (SIZE,))[None, :], 1).to(tl.float32)",
     "total = total * tl.load(low_rank_scale + component, mask=component < rank, other=0.0)",
     "tl.store(mixed + token * RANKS + rank_first + component, total, mask=component < rank)",
 ]

@@ -32,13 +32,14 @@ LARGEST_MIXED = 65536
 """Entries of a low-rank pair's inner matrix that a program beside the rounding of a token holds: more of them spill."""
 
 
-def mixed_rows(columns: int, tokens: int) -> int:
+def mixed_rows(columns: int, tokens: int, *, turned: bool) -> int:
     """Return the low-rank components of a program beside the rounding of a token; 0 where `low_rank` computes them.
 
     Such a program rounds the token for itself, which is free while units idle: of one token two components, so that
-    many units read the matrix at once; of up to 8 tokens eight, so that all programs still run together.
+    many units read the matrix at once; of up to 8 tokens eight, so that all programs still run together. turned:
+    whether it has factors; the registers that they take leave room for four.
     """
-    rows = 2 if tokens == 1 else 8
+    rows = 2 if tokens == 1 else 4 if turned else 8
     return rows if tokens <= 8 and rows * power_of_two(columns) <= LARGEST_MIXED else 0
 
 

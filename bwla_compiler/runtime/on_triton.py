@@ -123,7 +123,7 @@ def fused(
     """
     rows = rows.contiguous()
     if bits < FLOAT_BITS:
-        codes = _rounded(rows, prologue, column_scale, bits, _pairs_beside(rows, linears))
+        codes = _rounded(rows, prologue, column_scale, bits, _pairs_beside(rows, prologue, linears))
     else:
         codes = _unrounded(rows, prologue, column_scale)
     results: dict[int, Tensor] = {}
@@ -145,9 +145,10 @@ def _alike(linears: Sequence[Linear]) -> list[list[int]]:
 # ---------------------------------------------------------------- before the linears
 
 
-def _pairs_beside(rows: Tensor, linears: Sequence[Linear]) -> list[Pair]:
+def _pairs_beside(rows: Tensor, prologue: Prologue, linears: Sequence[Linear]) -> list[Pair]:
     """Return the low-rank pairs whose first half is computed beside the rounding: where tokens are few, one launch."""
-    if not mixed_rows(rows.shape[1], rows.shape[0]) or len(_alike(linears)) > 1:
+    turned = prologue.left is not None or prologue.right is not None
+    if not mixed_rows(rows.shape[1], rows.shape[0], turned=turned) or len(_alike(linears)) > 1:
         return []
     return [linear.low_rank for linear in linears if linear.low_rank is not None]
 
@@ -199,7 +200,7 @@ def _rounded(
     mixed = None
     if pairs:
         ranks = tuple(pair[0].shape[0] for pair in pairs)
-        spec = replace(spec, ranks=ranks, mixed_rows=mixed_rows(spec.columns, tokens))
+        spec = replace(spec, ranks=ranks, mixed_rows=mixed_rows(spec.columns, tokens, turned=spec.online))
         results["mixed"] = mixed = rows.new_empty(1, tokens, sum(ranks), dtype=torch.float32)
         inputs |= {f"low_rank_in_{i}": pair[0].contiguous() for i, pair in enumerate(pairs)}
         inputs |= {f"low_rank_scale_{i}": float32(pair[2]) for i, pair in enumerate(pairs)}
