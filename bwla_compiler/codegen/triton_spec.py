@@ -213,6 +213,20 @@ class LinearKernel:
         return -(-self.groups // self.tile.parts)
 
     @property
+    def unrolled(self) -> int:
+        """Groups of one step of the matrix kernel's loop: several spare instructions where warps multiply alone."""
+        parts, chunk = self.tile.parts, self.part_groups
+        if self.tile.warps >= 4 or not self.rounds or parts * chunk != self.groups:
+            return 1
+        return next(n for n in (4, 5, 3, 2, 1) if chunk % n == 0)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the loop's pipeline: two steps of several groups of many tokens hold more than three of one, and
+        the registers of three spill."""
+        return 2 if self.unrolled > 1 and self.tile.tokens > 16 else self.tile.stages
+
+    @property
     def sum_tile(self) -> Tile:
         """The tile of the kernel that adds up parts."""
         return Tile(rows=64, tokens=self.tile.tokens, warps=4, stages=1)
