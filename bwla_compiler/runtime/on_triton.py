@@ -227,9 +227,12 @@ def _floats(
 def _run(spec: PrologueKernel, inputs: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
     """Launch a prologue: one program a token, or, where a device cannot hold that, a kernel for each of its stages.
 
-    Raises ShapeError for rows longer than the kernels take.
+    Raises ShapeError for rows longer than the kernels take, and Triton's OutOfResources where there are no stages.
     """
-    if spec.fits and spec not in _TOO_LARGE and (_attempt(spec, {**inputs, **results}) or not spec.online):
+    if spec.fits and not spec.online:
+        launch(prologue_of(spec), (inputs["x"].shape[0], spec.programs), {**inputs, **results})
+        return
+    if spec.fits and spec not in _TOO_LARGE and _attempt(spec, {**inputs, **results}):
         return
     if not spec.stages[-1].fits:
         raise ShapeError(f"a row of {spec.columns} channels is longer than the kernels take: 32768 at most")

@@ -338,6 +338,16 @@ def test_factors_that_the_device_cannot_hold(monkeypatch: pytest.MonkeyPatch) ->
     assert tried == ["prologue"], "asked once, remembered then"
 
 
+def test_a_kernel_without_stages_that_the_device_cannot_hold_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device(emitted: Emitted, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        raise OutOfResources(200_000, 100_000, "shared memory")
+
+    monkeypatch.setattr(on_triton, "launch", no_device)
+    for _ in range(2):
+        with pytest.raises(OutOfResources):
+            on_triton._rounded(torch.randn(3, 420), Prologue("rms_norm", 1e-6), None, 8)
+
+
 def test_rows_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_spec, "LARGEST_TILE", 512)
     with pytest.raises(ShapeError, match="a row of 600 channels"):

@@ -79,6 +79,20 @@ def test_the_widest_linear_of_a_model(tokens: int, names: list[str], launches: l
     assert {choice.how for choice in triton_tuner.choices().values()} == {"modelled"}
 
 
+@pytest.mark.parametrize("tokens, expected", [(1, 10), (8, 14), (32, 17)])
+def test_launches_of_a_layer_of_qwen3_32b(tokens: int, expected: int, launches: list[Launch]) -> None:
+    x, turned, wide = (torch.empty(tokens, n, dtype=torch.bfloat16) for n in (5120, 8192, 25600))
+    norm, turn = Prologue("rms_norm", 1e-6), Prologue(left=torch.empty(64, 64))
+    gate = Prologue("silu_mul", gate=wide, left=torch.empty(128, 128), right=torch.empty(200, 200))
+    qkv = [linear(8192, 5120, 80), linear(1024, 5120, 26), linear(1024, 5120, 26)]
+    on_triton.fused(x, norm, qkv, [None] * 3, None, 6)
+    on_triton.fused(turned, turn, [linear(5120, 8192, 80)], [x], None, 6)
+    on_triton.fused(x, norm, [linear(25600, 5120, 80)] * 2, [None] * 2, None, 6)
+    on_triton.fused(wide, gate, [linear(5120, 25600, 80)], [x], None, 6)
+    # of more tokens there are also sums of parts, and from 9 on kernels of low-rank pairs
+    assert len(launches) == expected
+
+
 def test_members_with_other_ranks_are_one_launch(launches: list[Launch]) -> None:
     x = torch.empty(1, 5120, dtype=torch.bfloat16)
     members = [linear(8192, 5120, 80), linear(1024, 5120, 26), linear(1024, 5120, 0)]
