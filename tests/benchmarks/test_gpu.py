@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def test_a_dry_run_goes_all_the_way(tmp_path: Path) -> None:
     assert {(row["way"], row["step"]) for row in found["models"]} == expected | {("bwla, int8 cache", "decode")}
     assert {"bf16", "bwla A6", "bwla A6, of codes"} <= {row["way"] for row in found["kernels"]}
     assert {choice["how"] for choice in found["tiles"].values()} == {"modelled"}
+    labels = [element.text for element in ElementTree.parse(tmp_path / "results.svg").iter() if element.text]
+    assert "tiny, 1 layers, decode, batch 2, int8 cache" in labels
 
 
 def on_a_gpu(layers: int) -> tuple[int, set[torch.dtype]]:
