@@ -36,7 +36,8 @@ def qkv(target: GpuTarget, tokens: int) -> LinearKernel:
     q = linear_kernel(Q, target, tokens)
     three = {"out_features": (8192, 1024, 1024), "ranks": (80, 26, 26)}
     merged = dataclasses.replace(q, **three, biases=(False,) * 3, residuals=(False,) * 3)
-    best = ranked(merged, tokens, device_for([str(target)]))[0]
+    smallest = 8 if target.backend == "cuda" else 16
+    best = ranked(merged, tokens, device_for([str(target)]), smallest=smallest)[0]
     return dataclasses.replace(merged, tile=best)
 
 
