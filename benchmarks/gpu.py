@@ -7,6 +7,7 @@ logic on a CPU with tiny sizes, in Triton's interpreter, and measures nothing.
 
 import argparse
 import dataclasses
+import html
 import importlib.util
 import json
 import os
@@ -21,7 +22,8 @@ from typing import Any
 if "--dry" in sys.argv:  # both are read when Triton and the package are imported
     os.environ |= {"TRITON_INTERPRET": "1", "BWLA_KERNELS": "triton"}
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    # in place of this folder, whose `kernels` transformers would import for the package of that name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
@@ -159,28 +161,32 @@ def _rates(steps: gpu_models.Steps, tokens: int, bench: Bench) -> dict[str, floa
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw how many times faster than bf16 steps are, by batch; nothing without matplotlib or models."""
-    if not importlib.util.find_spec("matplotlib") or not found.get("models"):
-        return
-    import matplotlib as mpl
+    """Draw how many times faster than bf16 steps are, as an SVG of bars; nothing where no model was measured twice."""
+    rows = {(m["model"], m["layers"], m["step"], m["batch"], m["way"]): m["seconds"] for m in found.get("models", ())}
+    bars = [
+        (f"{model}, {layers} layers, {step}, batch {batch}{way.removeprefix('bwla')}", other / seconds)
+        for (model, layers, step, batch, way), seconds in rows.items()
+        if way != "bf16" and (other := rows.get((model, layers, step, batch, "bf16")))
+    ]
+    if bars:
+        device = f"{found['machine']['device']}{' (dry run)' if found['dry'] else ''}"
+        path.write_text(bars_svg(bars, f"Times faster than bf16, {device}"), "utf-8")
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
-    rows = {(m["model"], m["layers"], m["step"], m["batch"], m["way"]): m["seconds"] for m in found["models"]}
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    labels, ratios = [], []
-    for (model, layers, step, batch, way), seconds in rows.items():
-        other = rows.get((model, layers, step, batch, "bf16"))
-        if way == "bwla" and other:
-            labels.append(f"{model}, {layers} layers\n{step}, batch {batch}")
-            ratios.append(other / seconds)
-    axes.barh(labels, ratios)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"times faster than bf16, {found['machine']['device']}{' (dry run)' if found['dry'] else ''}")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+def bars_svg(bars: Sequence[tuple[str, float]], title: str) -> str:
+    """Return an SVG of horizontal bars, a line at 1; drawn here, since a GPU machine may have no library for it."""
+    unit = 300 / max(1.0, *(value for _, value in bars))
+    height = 22 * len(bars) + 50
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" font-family="sans-serif"']
+    lines += [f' font-size="12"><rect width="760" height="{height}" fill="white"/>']
+    lines += [f'<text x="10" y="20" font-weight="bold">{html.escape(title)}</text>']
+    for i, (label, value) in enumerate(bars):
+        y = 35 + 22 * i
+        lines += [f'<text x="370" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>']
+        lines += [f'<rect x="380" y="{y}" width="{value * unit:.1f}" height="17" fill="#4477aa"/>']
+        lines += [f'<text x="{384 + value * unit:.1f}" y="{y + 13}">{value:.2f}</text>']
+    lines += [f'<path d="M{380 + unit:.1f} 30V{height - 12}" stroke="black"/></svg>']
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

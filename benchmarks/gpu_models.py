@@ -54,6 +54,16 @@ def float_model(config: Any, device: torch.device) -> nn.Module:
 
 def packed_model(config: Any, device: torch.device, *, recipe: str = "bwla-w1a6") -> nn.Module:
     """Return the packed model that a recipe would give, with random signs, scales and factors: no floats are packed."""
+    model = empty_packed_model(config, recipe=recipe).to_empty(device=device)
+    _fill(model, device)
+    # buffers that are computed, and not stored, were lost with meta
+    body: Any = model.model
+    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    return model.to(torch.bfloat16)
+
+
+def empty_packed_model(config: Any, *, recipe: str = "bwla-w1a6") -> nn.Module:
+    """Return the packed model that a recipe would give, on meta."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     chosen = load_recipe(recipe)
@@ -70,12 +80,7 @@ def packed_model(config: Any, device: torch.device, *, recipe: str = "bwla-w1a6"
     for name, module in list(model.named_modules()):
         if module is table:
             _set(model, name, EndEmbedding(*table.weight.shape, device="meta", dtype=torch.bfloat16))
-    model.to_empty(device=device).requires_grad_(False)
-    _fill(model, device)
-    # buffers that are computed, and not stored, were lost with meta
-    body: Any = model.model
-    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
-    return model.to(torch.bfloat16)
+    return model.requires_grad_(False)
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,14 +18,14 @@ from bwla_compiler.codegen.triton_gate import violations
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import NO_TILE, Emitted, LinearKernel, PrologueKernel
+from bwla_compiler.codegen.triton_spec import NO_TILE, Emitted, LinearKernel, PrologueKernel, mixed_rows
 from bwla_compiler.codegen.triton_tiles import device_for, is_decode, ranked
 from bwla_compiler.errors import BuildError, PlanError
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.passes.group_specs import packed_specs, planned_specs
 from bwla_compiler.recipe import Recipe, load_recipe
 from bwla_compiler.settings import settings
-from bwla_compiler.spec import LinearSpec
+from bwla_compiler.spec import FLOAT_BITS, LinearSpec
 
 Progress = Callable[[str, int, int], None]
 
@@ -207,21 +207,33 @@ def group_kernels(spec: LinearSpec, gpu: GpuTarget) -> list[Emitted]:
         activation_bits=spec.activation_bits,
         precision=gpu.precision,
     )
-    found = [emit_prologue(kernel) for kernel in ((prologue,) if prologue.fits else prologue.stages)]
+    found: list[Emitted] = []
     for tokens in TOKENS:
         kernel = linear_kernel(spec, gpu, tokens)
+        found += prologue_kernels(prologue, kernel, tokens)
         if is_decode(kernel, tokens):
             found.append(emit_linear_gemv(kernel))
         else:
             found.append(emit_linear_dot(kernel))
             found += [emit_linear_sum(kernel)] if kernel.tile.parts > 1 else []
-        found += [emit_low_rank(kernel)] if kernel.ranked else []
+        found += [emit_low_rank(kernel)] if kernel.ranked and not kernel.mixed_before else []
     return list(dict.fromkeys(found))
+
+
+def prologue_kernels(prologue: PrologueKernel, linears: LinearKernel, tokens: int) -> list[Emitted]:
+    """Return the kernels before linears, with the first half of their low-rank pairs where it is computed there."""
+    if linears.mixed_before:
+        ranks = tuple(rank for rank in linears.ranks if rank)
+        rows = mixed_rows(linears.columns, tokens, turned=prologue.online)
+        prologue = dataclasses.replace(prologue, ranks=ranks, mixed_rows=rows)
+    return [emit_prologue(kernel) for kernel in ((prologue,) if prologue.fits else prologue.stages)]
 
 
 def linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel:
     """Return the kernel of linears of one spec for so many tokens, with the tile of least modelled time."""
     members, cuda = len(spec.out_features), gpu.backend == "cuda"
+    turned = spec.transform.left or spec.transform.right
+    beside = mixed_rows(spec.in_features, tokens, turned=turned) > 0
     kernel = LinearKernel(
         columns=spec.in_features,
         out_features=spec.out_features,
@@ -235,6 +247,7 @@ def linear_kernel(spec: LinearSpec, gpu: GpuTarget, tokens: int) -> LinearKernel
         precision=gpu.precision,
         assembly=cuda,
         decodes=cuda,
+        mixed_before=spec.rank > 0 and spec.activation_bits < FLOAT_BITS and beside,
     )
     best = ranked(kernel, tokens, device_for([str(gpu)]), smallest=8 if cuda else 16)[0]
     return dataclasses.replace(kernel, tile=best)

@@ -16,6 +16,7 @@ from bwla_compiler.codegen.triton_text import (
     indented,
     members,
     product_function,
+    rank_firsts,
 )
 from bwla_compiler.cost.factors import power_of_two
 
@@ -112,18 +113,13 @@ def choice(spec: LinearKernel, rows: int, *, sums: bool = True, rest: bool = Tru
     return indented(lines + choose_pointers(pointers, first))
 
 
-def rank_firsts(ranks: Sequence[int]) -> list[int]:
-    """Return where each member's components stand in a row of t."""
-    return [sum(ranks[:i]) for i in range(len(ranks))]
-
-
 def constants(spec: LinearKernel) -> dict[str, int | float | str | bool]:
     """Return the compile-time numbers that the linear kernels share."""
     found: dict[str, int | float | str | bool] = {
         "GROUPS": spec.groups,
         "STRIDE": padded(spec.columns),
         "ROWS": spec.tile.rows,
-        "STAGES": spec.tile.stages,
+        "STAGES": spec.stages,
     }
     if spec.ranked and spec.tile.parts == 1:
         found |= {"RANK": power_of_two(max(spec.ranks)), "RANKS": sum(spec.ranks)}
@@ -166,7 +162,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     title = f"{describe(spec)}: tiles of {spec.tile.rows} x {spec.tile.tokens} tokens"
     title += "" if whole else f", sums over {spec.tile.parts} parts of the channels"
     planes = "".join(_plane(spec, p) for p in range(spec.planes))
-    steps = "".join(_STEP.format(step=step, planes=planes) for step in range(unrolled(spec)))
+    steps = "".join(_STEP.format(step=step, planes=planes) for step in range(spec.unrolled))
     sums = _SUMS.format(zeros=indented(_zeros(spec)), groups=_range(spec), steps=steps)
     body = tile_head("linear_dot", parameters, title=title, choice=choice(spec, spec.tile.rows, rest=whole)) + _LIVE
     body += sums + (_totals(spec) + finish(spec) if whole else _store_sums(spec))
@@ -181,7 +177,7 @@ def emit_linear_dot(spec: LinearKernel) -> Emitted:
     work = Work(
         tile.rows * spec.part_groups * GROUP * spec.planes, tile.tokens, _slabs(spec) if whole and spec.ranked else 1
     )
-    return Emitted("linear_dot", title, source, tuple(parameters), tile.warps, tile.stages, work)
+    return Emitted("linear_dot", title, source, tuple(parameters), tile.warps, spec.stages, work)
 
 
 def emit_linear_sum(spec: LinearKernel) -> Emitted:
@@ -214,17 +210,9 @@ def _slabs(spec: LinearKernel) -> int:
     return -(-max(spec.ranks) // RANK_SLAB)
 
 
-def unrolled(spec: LinearKernel) -> int:
-    """Return the groups of one step of the loop: several spare instructions where warps multiply alone."""
-    parts, chunk = spec.tile.parts, spec.part_groups
-    if spec.tile.warps >= 4 or not spec.rounds or parts * chunk != spec.groups:
-        return 1
-    return next(n for n in (4, 5, 3, 2, 1) if chunk % n == 0)
-
-
 def _range(spec: LinearKernel) -> str:
     """Return the groups that a program goes through."""
-    step = f"{unrolled(spec)}, num_stages=STAGES)"
+    step = f"{spec.unrolled}, num_stages=STAGES)"
     if spec.tile.parts == 1:
         return f"tl.range(0, GROUPS, {step}"
     return f"tl.range(tl.program_id(2) * CHUNK, tl.minimum(tl.program_id(2) * CHUNK + CHUNK, GROUPS), {step}"

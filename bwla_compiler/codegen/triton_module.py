@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,8 @@ def load(emitted: Emitted) -> Any:
 
 @functools.cache
 def _imported(path: str) -> ModuleType:
-    require_triton()
+    if interpreted():
+        _mend_interpreter()
     name = f"bwla_triton_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -81,3 +83,20 @@ def _imported(path: str) -> ModuleType:
     sys.modules[name] = module  # as the import system does: Triton looks up a kernel's globals there
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Have the interpreter of Triton 3.6 read scalars as numbers under numpy 2.4 and newer, as its successors do.
+
+    It keeps a scalar as an array of one entry, which numpy no longer converts (triton-lang/triton#9171).
+    """
+    from triton.runtime import interpreter
+
+    patch: Callable[[Any, Any], None] = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)  # the scope knows what was there before, and puts it back
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = mended

@@ -1,13 +1,23 @@
 """The Triton kernel before a linear: prologue, change of basis and rounding to codes, one program a token.
 
-Where a token's factors are too large for one program, a kernel with one factor and `block` turns a part of it.
+Where a token's factors are too large for one program, a kernel with one factor and `block` turns a part of it. Of few
+tokens, programs beside it take the first half of the linears' low-rank pairs along: each rounds the token for itself,
+and multiplies a few components. That is one launch fewer a linear, where launches take as long as what they do.
 
 x' by kind of prologue (a norm's statistics, an activation, a gate), x'' = (x' * scale) (left (x) right) as
 Y = left^T X' right on X' [n1, n2], codes = round(x'' * column_scale / token_scale), half to even.
 """
 
-from bwla_compiler.codegen.triton_spec import Emitted, PrologueKernel
-from bwla_compiler.codegen.triton_text import head, indented, product_function
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel
+from bwla_compiler.codegen.triton_text import (
+    choose_number,
+    choose_pointers,
+    head,
+    indented,
+    members,
+    product_function,
+    rank_firsts,
+)
 from bwla_compiler.cost.factors import power_of_two
 
 SLAB = 16
@@ -45,20 +55,38 @@ _ROUND = """\
     rounded = (tl.math.div_rn(y, step) + 12582912.0) - 12582912.0
     rounded = tl.minimum(tl.maximum(rounded, -LIMIT * 1.0), LIMIT * 1.0)
     code = tl.where(finite > 0, rounded, 0.0).to(tl.int32)
-    tl.store(token_scale + token, tl.where(finite > 0, step, float("nan")))
-    tl.store(code_sum + token, tl.sum(tl.where(live, code, 0)))
-    tl.store(out + at, code.to(tl.int8), mask=live)
 """
+
+_KEEP = [
+    'tl.store(token_scale + token, tl.where(finite > 0, step, float("nan")))',
+    "tl.store(code_sum + token, tl.sum(tl.where(live, code, 0)))",
+    "tl.store(out + at, code.to(tl.int8), mask=live)",
+]
+"""What the first program of a token does with its codes."""
+
+_MIX = [
+    "component = (tile - first) * MIXED + tl.arange(0, MIXED)",
+    "needed = (component < rank)[:, None] & tl.reshape(live, (SIZE,))[None, :]",
+    "entry = low_rank_in + component[:, None] * COLUMNS + tl.reshape(at, (SIZE,))[None, :]",
+    "weight = tl.load(entry, mask=needed, other=0).to(tl.int32)",
+    "total = tl.sum(weight * tl.reshape(code, (SIZE,))[None, :], 1).to(tl.float32)",
+    "total = total * tl.load(low_rank_scale + component, mask=component < rank, other=0.0)",
+    "tl.store(mixed + token * RANKS + rank_first + component, total, mask=component < rank)",
+]
+"""What the others do: some low-rank components of the token, in integers up to their scale."""
 
 
 def emit_prologue(spec: PrologueKernel) -> Emitted:
-    """Return the kernel `prologue`. Grid (tokens, programs that share a token).
+    """Return the kernel `prologue`. Grid (tokens, programs of a token).
 
     x, gate [tokens, n] any float; gain, shift, scale, column_scale [n], left [n1, n1], right [n2, n2] float; out
     [tokens, row_stride] int8 codes or floats; token_scale [tokens] float32, code_sum [tokens] int32: sum of codes.
+    With ranks also, of each pair, low_rank_in [rank, n] int8 and low_rank_scale [rank] float32, as for `low_rank`, and
+    mixed [tokens, sum of ranks] float32.
     """
     parameters = _parameters(spec)
     assert not spec.block or (spec.transform.left != spec.transform.right and not spec.rounds)
+    assert not spec.ranks or (spec.rounds and all(spec.ranks))
     title = _title(spec)
     names = ", ".join(name for name, _ in parameters)
     body = [
@@ -68,8 +96,7 @@ def emit_prologue(spec: PrologueKernel) -> Emitted:
         "    mean, inverse = statistics(x, eps)\n" if spec.normed else "",
         _factored(spec) if spec.online else _unfactored(spec),
         "    y = y * tl.load(column_scale + at, mask=live, other=0.0).to(tl.float32)\n" if spec.column_scaled else "",
-        _ROUND if spec.rounds else "    tl.store(out + at, y.to(out.dtype.element_ty), mask=live)\n",
-        _rest(spec),
+        _ROUND + _share(spec) if spec.rounds else indented([_STORE, *_rest(spec)]),
     ]
     functions = (_statistics(spec) if spec.normed else "") + _channels(spec)
     functions += product_function(spec.precision, name="from_left", x="b") if spec.transform.left else ""
@@ -85,6 +112,7 @@ def _title(spec: PrologueKernel) -> str:
         parts += [f"basis {t.n1 if t.left else f'I{t.n1}'} x {t.n2 if t.right else f'I{t.n2}'}"]
     parts += [f"{spec.blocks} programs a token"] if spec.block else []
     parts += [f"A{spec.activation_bits}" if spec.rounds else "floats"]
+    parts += [f"low-rank {' + '.join(map(str, spec.ranks))}"] if spec.ranks else []
     return f"{', '.join(parts)} of {spec.columns} channels"
 
 
@@ -102,7 +130,9 @@ def _parameters(spec: PrologueKernel) -> tuple[tuple[str, str], ...]:
         "token_scale": (spec.rounds, "*fp32"),
         "code_sum": (spec.rounds, "*i32"),
     }
-    return (("x", "*x"), *((name, kind) for name, (there, kind) in vectors.items() if there))
+    pairs = [(f"{n}_{i}", kind) for i in range(len(spec.ranks)) for n, kind in _PAIR]
+    pairs += [("mixed", "*fp32")] if pairs else []
+    return (("x", "*x"), *((name, kind) for name, (there, kind) in vectors.items() if there), *pairs)
 
 
 def _constants(spec: PrologueKernel) -> dict[str, int | float | str | bool]:
@@ -116,6 +146,9 @@ def _constants(spec: PrologueKernel) -> dict[str, int | float | str | bool]:
         constants["SLAB"] = min(SLAB, power_of_two(streamed))
     if spec.rounds:
         constants["LIMIT"] = 2 ** (spec.activation_bits - 1) - 1
+    if spec.ranks:
+        size = spec.sides[0] * spec.sides[1] if spec.online else power_of_two(spec.columns)
+        constants |= {"SIZE": size, "MIXED": spec.mixed_rows, "RANKS": sum(spec.ranks)}
     return constants
 
 
@@ -198,10 +231,26 @@ def _factor(name: str, first: str, second: str, side: str) -> list[str]:
     ]
 
 
-def _rest(spec: PrologueKernel) -> str:
+_STORE = "tl.store(out + at, y.to(out.dtype.element_ty), mask=live)"
+_PAIR = ("low_rank_in", "*i8"), ("low_rank_scale", "*fp32")
+
+
+def _share(spec: PrologueKernel) -> str:
+    """Return the lines that keep the codes; with ranks in the first program of a token, and what the others do."""
+    keep = [*_KEEP, *_rest(spec)]
+    if not spec.ranks:
+        return indented(keep)
+    first = LinearKernel.first_tiles(spec.ranks, spec.mixed_rows)[:-1]
+    chosen = choose_number("first", first, first) + choose_number("rank", spec.ranks, first)
+    chosen += choose_number("rank_first", rank_firsts(spec.ranks), first)
+    chosen += choose_pointers({name: members(name, [True] * len(first)) for name, _ in _PAIR}, first)
+    choice = indented(["tile = tl.program_id(1) - 1", "if tile < 0:"]) + indented(keep, 2)
+    return choice + indented(["else:"]) + indented([*chosen, *_MIX], 2)
+
+
+def _rest(spec: PrologueKernel) -> list[str]:
     """Return the lines that fill the row's last, incomplete group with zeros."""
     if spec.row_stride == spec.columns:
-        return ""
+        return []
     lines = ["rest = tl.arange(0, 128) + COLUMNS"]  # where programs share a token, each writes them
-    lines += ["tl.store(out + rest, tl.zeros((128,), out.dtype.element_ty), mask=rest < STRIDE)"]
-    return indented(lines)
+    return [*lines, "tl.store(out + rest, tl.zeros((128,), out.dtype.element_ty), mask=rest < STRIDE)"]

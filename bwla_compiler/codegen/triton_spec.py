@@ -28,6 +28,20 @@ LARGEST_FACTORED = 8192
 BLOCK = 16
 """Rows (or columns) of a token's matrix that one program turns where a token is shared between programs."""
 
+LARGEST_MIXED = 65536
+"""Entries of a low-rank pair's inner matrix that a program beside the rounding of a token holds: more of them spill."""
+
+
+def mixed_rows(columns: int, tokens: int, *, turned: bool) -> int:
+    """Return the low-rank components of a program beside the rounding of a token; 0 where `low_rank` computes them.
+
+    Such a program rounds the token for itself, which is free while units idle: of one token two components, so that
+    many units read the matrix at once; of up to 8 tokens eight, so that all programs still run together. turned:
+    whether it has factors; the registers that they take leave room for four.
+    """
+    rows = 2 if tokens == 1 else 4 if turned else 8
+    return rows if tokens <= 8 and rows * power_of_two(columns) <= LARGEST_MIXED else 0
+
 
 def padded(columns: int) -> int:
     """Return the columns of a row of codes: whole groups, the rest zeros."""
@@ -44,7 +58,8 @@ class PrologueKernel:
     columns: n. transform: its factors, and whether a diagonal comes first. column_scaled, gain, shift: which
     vectors [n] there are. activation_bits: 2 to 8 gives int8 codes, 16 floats. stride: columns of a row of the
     result, n or more; the rest is zeros. precision: of the factors' products. block: rows or columns, of the side
-    that is not turned, that a program computes, 0 for all; needs one factor and a result of floats.
+    that is not turned, that a program computes, 0 for all; needs one factor and a result of floats. ranks: of the
+    low-rank pairs whose inner products with the codes programs beside it compute, mixed_rows components each.
     """
 
     columns: int
@@ -57,6 +72,8 @@ class PrologueKernel:
     stride: int = 0
     precision: Precision = "tf32x2"
     block: int = 0
+    ranks: tuple[int, ...] = ()
+    mixed_rows: int = 0
 
     @property
     def gated(self) -> bool:
@@ -106,6 +123,11 @@ class PrologueKernel:
         return -(-(self.transform.n1 if self.transform.right else self.transform.n2) // self.block)
 
     @property
+    def programs(self) -> int:
+        """Programs of a token, with those of low-rank components."""
+        return self.blocks + (LinearKernel.first_tiles(self.ranks, self.mixed_rows)[-1] if self.ranks else 0)
+
+    @property
     def stages(self) -> tuple["PrologueKernel", ...]:
         """The kernels that do the same in turn, each reading the last one's floats: one factor each, then rounding."""
         t, found = self.transform, list["PrologueKernel"]()
@@ -116,7 +138,7 @@ class PrologueKernel:
                 first = plain if found else replace(plain, kind=self.kind, gain=self.gain, shift=self.shift)
                 found.append(replace(first, transform=only, block=BLOCK))
         last = replace(plain, column_scaled=self.column_scaled, activation_bits=self.activation_bits)
-        return (*found, replace(last, stride=self.stride))
+        return (*found, replace(last, stride=self.stride, ranks=self.ranks, mixed_rows=self.mixed_rows))
 
     @property
     def warps(self) -> int:
@@ -151,7 +173,8 @@ class LinearKernel:
 
     columns: n. planes: binary planes. grouped: one scale per 128 columns, else one per row. ranks: of the low-rank
     pair, 0 for none. biases, residuals: which members add one. assembly: CUDA's dp4a; else the same in plain Triton.
-    decodes: whether the device has that instruction, so that one token has a kernel of its own.
+    decodes: whether the device has that instruction, so that one token has a kernel of its own. mixed_before: whether
+    the kernel that rounds the input computes the low-rank pairs' first half too, else `low_rank` does.
     Where the tile has parts, `linear_dot` leaves their sums, and `linear_sum` adds them up and does the rest.
     """
 
@@ -167,6 +190,7 @@ class LinearKernel:
     precision: Precision = "tf32x2"
     assembly: bool = False
     decodes: bool = True
+    mixed_before: bool = False
 
     @property
     def groups(self) -> int:
@@ -189,15 +213,30 @@ class LinearKernel:
         return -(-self.groups // self.tile.parts)
 
     @property
+    def unrolled(self) -> int:
+        """Groups of one step of the matrix kernel's loop: several spare instructions where warps multiply alone."""
+        parts, chunk = self.tile.parts, self.part_groups
+        if self.tile.warps >= 4 or not self.rounds or parts * chunk != self.groups:
+            return 1
+        return next(n for n in (4, 5, 3, 2, 1) if chunk % n == 0)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the loop's pipeline: two steps of several groups of many tokens hold more than three of one, and
+        the registers of three spill."""
+        return 2 if self.unrolled > 1 and self.tile.tokens > 16 else self.tile.stages
+
+    @property
     def sum_tile(self) -> Tile:
         """The tile of the kernel that adds up parts."""
-        return Tile(rows=64, tokens=self.tile.tokens, warps=4, stages=1)
+        rows = 64 if self.tile.tokens <= 16 else 32  # twice as many spill, a few, on sm_80 under triton 3.6
+        return Tile(rows=rows, tokens=self.tile.tokens, warps=4, stages=1)
 
     @property
     def rank_tile(self) -> Tile:
         """The tile of the kernel of low-rank components: 16 of them; of few tokens programs share the channels."""
         few = self.tile.tokens <= 16
-        parts = min(16, max(1, self.groups // 8)) if few else 1
+        parts = min(16, max(1, self.groups // 8)) if few and not self.mixed_before else 1
         return Tile(rows=16, tokens=16 if few else min(64, self.tile.tokens), warps=2, stages=4, parts=parts)
 
     @staticmethod

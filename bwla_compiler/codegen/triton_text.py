@@ -109,3 +109,8 @@ def members(name: str, present: Sequence[bool]) -> list[str]:
     """Return each member's parameter name; one that has none borrows the first that there is, and is masked."""
     own = [f"{name}_{i}" for i, there in enumerate(present) if there]
     return [f"{name}_{i}" if there else own[0] for i, there in enumerate(present)]
+
+
+def rank_firsts(ranks: Sequence[int]) -> list[int]:
+    """Return where each member's low-rank components stand among those of all."""
+    return [sum(ranks[:i]) for i in range(len(ranks))]

@@ -23,6 +23,7 @@ from bwla_compiler.codegen.triton_spec import (
     LinearKernel,
     PrologueKernel,
     Tile,
+    mixed_rows,
     padded,
 )
 from bwla_compiler.codegen.triton_tiles import is_decode
@@ -52,11 +53,19 @@ _TOO_LARGE: set[PrologueKernel] = set()
 
 @dataclass(frozen=True)
 class _Codes:
-    """Tokens as the linear kernels read them; token_scale and code_sum are None for floats."""
+    """Tokens as the linear kernels read them; token_scale and code_sum are None for floats.
+
+    mixed: the low-rank pairs' first half [1, tokens, sum of ranks] where it was computed beside the rounding.
+    """
 
     values: Tensor
     token_scale: Tensor | None
     code_sum: Tensor | None
+    mixed: Tensor | None = None
+
+
+Pair = tuple[Tensor, Tensor, Tensor]
+"""A low-rank pair: low_rank_in [rank, in] int8, low_rank_out [out, rank] int8, low_rank_scale [rank]."""
 
 
 @functools.cache
@@ -114,7 +123,7 @@ def fused(
     """
     rows = rows.contiguous()
     if bits < FLOAT_BITS:
-        codes = _rounded(rows, prologue, column_scale, bits)
+        codes = _rounded(rows, prologue, column_scale, bits, _pairs_beside(rows, prologue, linears))
     else:
         codes = _unrounded(rows, prologue, column_scale)
     results: dict[int, Tensor] = {}
@@ -134,6 +143,14 @@ def _alike(linears: Sequence[Linear]) -> list[list[int]]:
 
 
 # ---------------------------------------------------------------- before the linears
+
+
+def _pairs_beside(rows: Tensor, prologue: Prologue, linears: Sequence[Linear]) -> list[Pair]:
+    """Return the low-rank pairs whose first half is computed beside the rounding: where tokens are few, one launch."""
+    turned = prologue.left is not None or prologue.right is not None
+    if not mixed_rows(rows.shape[1], rows.shape[0], turned=turned) or len(_alike(linears)) > 1:
+        return []
+    return [linear.low_rank for linear in linears if linear.low_rank is not None]
 
 
 def _kernel(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, *, bits: int, stride: int) -> PrologueKernel:
@@ -171,15 +188,24 @@ def _basis(columns: int, prologue: Prologue) -> TransformSpec:
     return TransformSpec("kronecker", n1, n2, left is not None, right is not None, scaled)
 
 
-def _rounded(rows: Tensor, prologue: Prologue, column_scale: Tensor | None, bits: int) -> _Codes:
-    """Return the codes of the prologue's result."""
-    spec = _kernel(rows, prologue, column_scale, bits=bits, stride=0)
-    tokens = rows.shape[0]
+def _rounded(
+    rows: Tensor, prologue: Prologue, column_scale: Tensor | None, bits: int, pairs: Sequence[Pair] = ()
+) -> _Codes:
+    """Return the codes of the prologue's result, and the first half of the low-rank pairs."""
+    spec, tokens = _kernel(rows, prologue, column_scale, bits=bits, stride=0), rows.shape[0]
     values = rows.new_empty(tokens, spec.row_stride, dtype=torch.int8)
     scale, total = rows.new_empty(tokens, dtype=torch.float32), rows.new_empty(tokens, dtype=torch.int32)
     results = {"out": values, "token_scale": scale, "code_sum": total}
-    _run(spec, _inputs(rows, prologue, column_scale), results)
-    return _Codes(values, scale, total)
+    inputs = _inputs(rows, prologue, column_scale)
+    mixed = None
+    if pairs:
+        ranks = tuple(pair[0].shape[0] for pair in pairs)
+        spec = replace(spec, ranks=ranks, mixed_rows=mixed_rows(spec.columns, tokens, turned=spec.online))
+        results["mixed"] = mixed = rows.new_empty(1, tokens, sum(ranks), dtype=torch.float32)
+        inputs |= {f"low_rank_in_{i}": pair[0].contiguous() for i, pair in enumerate(pairs)}
+        inputs |= {f"low_rank_scale_{i}": float32(pair[2]) for i, pair in enumerate(pairs)}
+    _run(spec, inputs, results)
+    return _Codes(values, scale, total, mixed)
 
 
 def _unrounded(rows: Tensor, prologue: Prologue, column_scale: Tensor | None) -> _Codes:
@@ -201,18 +227,21 @@ def _floats(
 def _run(spec: PrologueKernel, inputs: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
     """Launch a prologue: one program a token, or, where a device cannot hold that, a kernel for each of its stages.
 
-    Raises ShapeError for rows longer than the kernels take.
+    Raises ShapeError for rows longer than the kernels take, and Triton's OutOfResources where there are no stages.
     """
-    if spec.fits and spec not in _TOO_LARGE and (_attempt(spec, {**inputs, **results}) or not spec.online):
+    if spec.fits and not spec.online:
+        launch(prologue_of(spec), (inputs["x"].shape[0], spec.programs), {**inputs, **results})
+        return
+    if spec.fits and spec not in _TOO_LARGE and _attempt(spec, {**inputs, **results}):
         return
     if not spec.stages[-1].fits:
         raise ShapeError(f"a row of {spec.columns} channels is longer than the kernels take: 32768 at most")
     x = inputs["x"]
     for stage in spec.stages[:-1]:
         out = x.new_empty(x.shape, dtype=torch.float32)
-        launch(prologue_of(stage), (x.shape[0], stage.blocks), {**inputs, "x": x, "out": out})
+        launch(prologue_of(stage), (x.shape[0], stage.programs), {**inputs, "x": x, "out": out})
         x = out
-    launch(prologue_of(spec.stages[-1]), (x.shape[0], 1), {**inputs, **results, "x": x})
+    launch(prologue_of(spec.stages[-1]), (x.shape[0], spec.programs), {**inputs, **results, "x": x})
 
 
 def _attempt(spec: PrologueKernel, tensors: Mapping[str, Any]) -> bool:
@@ -220,7 +249,7 @@ def _attempt(spec: PrologueKernel, tensors: Mapping[str, Any]) -> bool:
     from triton.runtime.errors import OutOfResources
 
     try:
-        launch(prologue_of(spec), (tensors["x"].shape[0], 1), tensors)
+        launch(prologue_of(spec), (tensors["x"].shape[0], spec.programs), tensors)
     except OutOfResources:
         _TOO_LARGE.add(spec)
         return False
@@ -252,9 +281,9 @@ def _members(
     """Return y of members that one launch serves."""
     residuals = _alike_floats(residuals)
     ys = [rows.new_empty(rows.shape[0], n_rows(m.signs)) for m in members]
-    spec = _spec(rows, members, residuals, bits)
+    spec = replace(_spec(rows, members, residuals, bits), mixed_before=codes.mixed is not None)
     tensors: dict[str, Any] = {"codes": codes.values, "token_scale": codes.token_scale, "code_sum": codes.code_sum}
-    tensors |= {"tokens": rows.shape[0]}
+    tensors |= {"tokens": rows.shape[0], "mixed": codes.mixed}
     for i, (member, residual) in enumerate(zip(members, residuals, strict=True)):
         own = _member_tensors(member, residual, ys[i], columns=spec.columns)
         tensors |= {f"{name}_{i}": tensor for name, tensor in own.items()}
@@ -266,7 +295,7 @@ def _members(
 def _run_linears(spec: LinearKernel, tensors: dict[str, Any], tile: Tile) -> None:
     """Launch the kernels of linears that share their codes, with a tile."""
     spec, tokens, codes = replace(spec, tile=tile), tensors["tokens"], tensors["codes"]
-    if spec.ranked:
+    if spec.ranked and not spec.mixed_before:
         tensors = {**tensors, "mixed": _low_rank(spec, tensors)}
     grid = spec.first_tiles(spec.out_features, tile.rows)[-1], -(-tokens // tile.tokens)
     if is_decode(spec, tokens) and tile.tokens == 1:

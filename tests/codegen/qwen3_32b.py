@@ -6,10 +6,9 @@ from bwla_compiler.codegen.triton_aot import GpuTarget
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_int8 import emit_int8_linear, int8_tile
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_linear_sum, emit_low_rank
-from bwla_compiler.codegen.triton_prologue import emit_prologue
 from bwla_compiler.codegen.triton_spec import Emitted, Int8Kernel, LinearKernel, PrologueKernel
 from bwla_compiler.codegen.triton_tiles import device_for, is_decode, ranked
-from bwla_compiler.emit import linear_kernel
+from bwla_compiler.emit import linear_kernel, prologue_kernels
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
 SIZES = {
@@ -37,13 +36,14 @@ def qkv(target: GpuTarget, tokens: int) -> LinearKernel:
     q = linear_kernel(Q, target, tokens)
     three = {"out_features": (8192, 1024, 1024), "ranks": (80, 26, 26)}
     merged = dataclasses.replace(q, **three, biases=(False,) * 3, residuals=(False,) * 3)
-    best = ranked(merged, tokens, device_for([str(target)]))[0]
+    smallest = 8 if target.backend == "cuda" else 16
+    best = ranked(merged, tokens, device_for([str(target)]), smallest=smallest)[0]
     return dataclasses.replace(merged, tile=best)
 
 
 def launched(kernel: LinearKernel, tokens: int) -> list[Emitted]:
     """Return the kernels of one call."""
-    found = [emit_low_rank(kernel)] if kernel.ranked else []
+    found = [emit_low_rank(kernel)] if kernel.ranked and not kernel.mixed_before else []
     if is_decode(kernel, tokens):
         return [*found, emit_linear_gemv(kernel)]
     return [*found, emit_linear_dot(kernel), *([emit_linear_sum(kernel)] if kernel.tile.parts > 1 else [])]
@@ -57,14 +57,15 @@ def linears(target: GpuTarget, tokens: int) -> list[Emitted]:
     return list(dict.fromkeys(emitted for kernel in kernels for emitted in launched(kernel, tokens)))
 
 
-def prologues(target: GpuTarget) -> list[Emitted]:
-    """Return the kernels before a layer's linears."""
-    precision = target.precision
-    before = [PrologueKernel(5120, "rms_norm", activation_bits=6, precision=precision)]
-    before += [PrologueKernel(8192, transform=O.transform, activation_bits=6, precision=precision)]
-    down = PrologueKernel(25600, "silu_mul", DOWN.transform, activation_bits=6, precision=precision)
-    before += [down] if down.fits else down.stages
-    return [emit_prologue(kernel) for kernel in before]
+def prologues(target: GpuTarget, tokens: int) -> list[Emitted]:
+    """Return the kernels before a layer's linears of so many tokens, low-rank pairs' first half among them."""
+    norm = PrologueKernel(5120, "rms_norm", activation_bits=6, precision=target.precision)
+    turn = dataclasses.replace(norm, columns=8192, kind="none", transform=O.transform)
+    gate = dataclasses.replace(norm, columns=25600, kind="silu_mul", transform=DOWN.transform)
+    found = prologue_kernels(norm, qkv(target, tokens), tokens)
+    for prologue, spec in ((norm, UP), (turn, O), (gate, DOWN)):
+        found += prologue_kernels(prologue, linear_kernel(spec, target, tokens), tokens)
+    return list(dict.fromkeys(found))
 
 
 def heads(target: GpuTarget) -> list[Emitted]:

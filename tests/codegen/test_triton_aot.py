@@ -14,7 +14,7 @@ from bwla_compiler.codegen.triton_aot import compile_kernel, parse_target
 from bwla_compiler.codegen.triton_gemv import emit_linear_gemv
 from bwla_compiler.codegen.triton_linear import emit_linear_dot, emit_low_rank
 from bwla_compiler.codegen.triton_prologue import emit_prologue
-from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, Tile
+from bwla_compiler.codegen.triton_spec import Emitted, LinearKernel, PrologueKernel, Tile, mixed_rows
 from bwla_compiler.errors import BuildError
 from bwla_compiler.spec import TransformSpec
 
@@ -72,6 +72,20 @@ def test_prologue_on_nvidia_stays_in_registers() -> None:
     r = compile_kernel(emit_prologue(PrologueKernel(1280, "rms_norm", basis, gain=True)), H100).resources
     assert r.matrix > 0
     assert r.spills == r.stack_bytes == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("n1, n2, left, right", [(64, 80, True, True), (96, 128, False, False)])
+def test_low_rank_pairs_beside_the_rounding_stay_in_registers(
+    tokens: int, n1: int, n2: int, left: bool, right: bool
+) -> None:
+    rows = mixed_rows(n1 * n2, tokens, turned=True)
+    basis = TransformSpec("kronecker", n1, n2, left, right, scaled=left)
+    spec = PrologueKernel(n1 * n2, transform=basis, activation_bits=6, ranks=(80, 26), mixed_rows=rows)
+    r = compile_kernel(emit_prologue(spec), H100).resources
+    assert rows
+    assert r.spills == r.stack_bytes == 0
+    assert r.registers * spec.warps * 32 <= 65536
 
 
 @pytest.mark.parametrize("emit", [emit_linear_dot, emit_low_rank])

@@ -92,6 +92,7 @@ def test_linear_kernels_declare_what_they_read(
             check(emit_linear_sum(chosen))
         if spec.ranked:
             check(emit_low_rank(chosen))
+            check(emit_linear_dot(dataclasses.replace(chosen, mixed_before=True)))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
@@ -111,6 +112,10 @@ def test_prologues_declare_what_they_read(kind: Kind, left: bool, right: bool) -
         check(emit_prologue(spec))
         for stage in spec.stages:
             check(emit_prologue(stage))
+        if spec.rounds:
+            beside = dataclasses.replace(spec, ranks=(5, 1), mixed_rows=2)
+            check(emit_prologue(beside))
+            assert (beside.programs, beside.stages[-1].programs) == (1 + 3 + 1, 1 + 3 + 1)
 
 
 def test_stages_do_each_thing_once() -> None:

@@ -77,6 +77,24 @@ def test_operators_become_kernels_that_edit_nothing_but_their_results(
     assert not ExposeKernels().run(graph).changed, "twice is once"
 
 
+@pytest.mark.parametrize("tokens, kernels", [(1, 2), (8, 2), (32, 3)])
+def test_low_rank_pairs_are_read_only(tokens: int, kernels: int, gpu: FakeTensorMode) -> None:
+    with gpu, torch.device("cuda"):
+        into, onto = (torch.empty(shape, dtype=torch.int8) for shape in ((20, COLUMNS), (COLUMNS, 20)))
+        pair = (into, onto, torch.empty(20))
+
+    def function(x: Tensor, words: Tensor, scale: Tensor, *pair: Tensor) -> Tensor:
+        y: Tensor = OPS.linear.default(x, words, scale, None, *pair, None, 6)
+        return y
+
+    x, _, words, scale, _ = operands(gpu, tokens)
+    graph = traced(function, x, words, scale, *pair).graph
+    ExposeKernels().run(graph)
+    found = [set(node.kwargs["tensors_to_clone"]) for node in graph.nodes if node.target is KERNEL]
+    assert len(found) == kernels
+    assert set.union(*found) == {"out", "token_scale", "code_sum", "mixed", "y_0"}
+
+
 def test_calls_that_are_alike_are_traced_once(gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     made, graph_of = [], expose_kernels._graph_of
     monkeypatch.setattr(expose_kernels, "_graph_of", lambda f, v, s: made.append(f) or graph_of(f, v, s))

@@ -338,6 +338,16 @@ def test_factors_that_the_device_cannot_hold(monkeypatch: pytest.MonkeyPatch) ->
     assert tried == ["prologue"], "asked once, remembered then"
 
 
+def test_a_kernel_without_stages_that_the_device_cannot_hold_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device(emitted: Emitted, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        raise OutOfResources(200_000, 100_000, "shared memory")
+
+    monkeypatch.setattr(on_triton, "launch", no_device)
+    for _ in range(2):
+        with pytest.raises(OutOfResources):
+            on_triton._rounded(torch.randn(3, 420), Prologue("rms_norm", 1e-6), None, 8)
+
+
 def test_rows_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_spec, "LARGEST_TILE", 512)
     with pytest.raises(ShapeError, match="a row of 600 channels"):
@@ -374,6 +384,60 @@ def test_fused_is_the_steps_one_by_one() -> None:
     for got, member, residual in zip(results, members, added, strict=True):
         want = exact(found.values[:, :96], found.token_scale[:, None], member, residual)
         assert relative(got, want) < FLOAT
+
+
+# ---------------------------------------------------------------- low-rank pairs beside the rounding
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("parts", ["", "slr", *wider("l", "r")])
+def test_the_first_half_of_low_rank_pairs_is_exact(tokens: int, parts: str) -> None:
+    x = torch.randn(tokens, 240, generator=seeded(4))
+    steps = make_steps("rms_norm", x.shape, 12, 20, parts)
+    pairs = [make_linear(240, 20, rank=rank, seed=rank).low_rank for rank in (17, 1, 8)]
+    into, scale = torch.cat([pair[0] for pair in pairs if pair]), torch.cat([pair[2] for pair in pairs if pair])
+    plain, found = (on_triton._rounded(x, steps, None, 6, own) for own in ((), [pair for pair in pairs if pair]))
+    for name in ("values", "token_scale", "code_sum"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), "as without them"
+    # integers below 2^24, then one float32 product: nothing is left to rounding
+    assert found.mixed is not None
+    assert torch.equal(found.mixed[0], (found.values[:, :240].float() @ into.float().T) * scale)
+
+
+@pytest.mark.parametrize(
+    "tokens, beside, names",
+    [
+        (1, True, ["prologue", "linear_gemv"]),
+        (8, True, ["prologue", "linear_dot"]),
+        (9, True, ["prologue", "low_rank", "linear_dot"]),
+        (1, False, ["prologue", "low_rank", "linear_gemv"]),
+        *wider((8, False, ["prologue", "low_rank", "linear_dot"])),
+    ],
+)
+def test_low_rank_pairs_beside_the_rounding_and_after_it(
+    tokens: int, beside: bool, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not beside:
+        monkeypatch.setattr(triton_spec, "LARGEST_MIXED", 0)
+    calls = spied(monkeypatch)
+    x = torch.randn(tokens, 1100, generator=seeded(5))
+    members = [make_linear(1100, 40, rank=18), make_linear(1100, 17, bias=True), make_linear(1100, 24, rank=3)]
+    q, token_scale = portable.rounded(x, None, 8)
+    for got, member in zip(on_triton.linears(x, members, None, 8), members, strict=True):
+        assert relative(got, exact(q, token_scale, member)) < FLOAT
+    assert calls == names
+
+
+def test_low_rank_pairs_beside_the_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_spec, "LARGEST_FACTORED", 256)
+    calls = spied(monkeypatch)
+    x = torch.randn(2, 600, generator=seeded(4))
+    steps, member = make_steps("silu_mul", x.shape, 20, 30, "slr"), make_linear(600, 33, rank=11)
+    codes = on_triton._rounded(x, steps, None, 6)
+    assert codes.token_scale is not None
+    (got,) = on_triton.fused(x, steps, [member], [None], None, 6)
+    assert relative(got, exact(codes.values[:, :600], codes.token_scale[:, None], member)) < FLOAT
+    assert calls == [*["prologue"] * 6, "linear_dot"]
 
 
 # ---------------------------------------------------------------- heads

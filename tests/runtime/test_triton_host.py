@@ -59,7 +59,7 @@ TURNED = ["prologue"] * 3
 @pytest.mark.parametrize(
     "tokens, names",
     [
-        (1, [*TURNED, "low_rank", "linear_gemv"]),
+        (1, [*TURNED, "linear_gemv"]),
         (8, [*TURNED, "low_rank", "linear_dot", "linear_sum"]),
         (2048, [*TURNED, "low_rank", "linear_dot"]),
     ],
@@ -74,8 +74,23 @@ def test_the_widest_linear_of_a_model(tokens: int, names: list[str], launches: l
     for emitted, grid, own in launches:
         assert all(n > 0 for n in grid), emitted.title
         assert all(value.device.type == "cuda" for value in own.values() if isinstance(value, Tensor))
-    assert [grid for _, grid, _ in launches[:3]] == [(tokens, 8), (tokens, 13), (tokens, 1)]
+    beside = 40 if tokens == 1 else 0  # two components of the low-rank pair each
+    assert [grid for _, grid, _ in launches[:3]] == [(tokens, 8), (tokens, 13), (tokens, 1 + beside)]
     assert {choice.how for choice in triton_tuner.choices().values()} == {"modelled"}
+
+
+@pytest.mark.parametrize("tokens, expected", [(1, 10), (8, 14), (32, 17)])
+def test_launches_of_a_layer_of_qwen3_32b(tokens: int, expected: int, launches: list[Launch]) -> None:
+    x, turned, wide = (torch.empty(tokens, n, dtype=torch.bfloat16) for n in (5120, 8192, 25600))
+    norm, turn = Prologue("rms_norm", 1e-6), Prologue(left=torch.empty(64, 64))
+    gate = Prologue("silu_mul", gate=wide, left=torch.empty(128, 128), right=torch.empty(200, 200))
+    qkv = [linear(8192, 5120, 80), linear(1024, 5120, 26), linear(1024, 5120, 26)]
+    on_triton.fused(x, norm, qkv, [None] * 3, None, 6)
+    on_triton.fused(turned, turn, [linear(5120, 8192, 80)], [x], None, 6)
+    on_triton.fused(x, norm, [linear(25600, 5120, 80)] * 2, [None] * 2, None, 6)
+    on_triton.fused(wide, gate, [linear(5120, 25600, 80)], [x], None, 6)
+    # of more tokens there are also sums of parts, and from 9 on kernels of low-rank pairs
+    assert len(launches) == expected
 
 
 def test_members_with_other_ranks_are_one_launch(launches: list[Launch]) -> None:
@@ -83,7 +98,8 @@ def test_members_with_other_ranks_are_one_launch(launches: list[Launch]) -> None
     members = [linear(8192, 5120, 80), linear(1024, 5120, 26), linear(1024, 5120, 0)]
     ys = on_triton.fused(x, Prologue("rms_norm", 1e-6), members, [None] * 3, None, 6)
     assert [y.shape[1] for y in ys] == [8192, 1024, 1024]
-    assert [emitted.name for emitted, _, _ in launches] == ["prologue", "low_rank", "linear_gemv"]
+    assert [emitted.name for emitted, _, _ in launches] == ["prologue", "linear_gemv"]
+    assert launches[0][1] == (1, 1 + 40 + 13), "two components of the low-rank pairs a program"
     emitted, grid, own = launches[-1]
     assert "dp4a.u32.s32" in emitted.source
     rows = int(emitted.source.split("ROWS = tl.constexpr(")[1].split(")")[0])
