@@ -37,9 +37,9 @@ def test_families_differ_in_what_the_compiler_meets() -> None:
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_stopped_training_goes_on_to_the_same_model(family: str, tmp_path: Path) -> None:
-    whole = train_family(job(tmp_path / "whole", family), progress=quiet, documents=DOCUMENTS)
+@pytest.mark.parametrize(("family", "optimizer"), [*((family, "muon") for family in FAMILIES), ("llama", "adamw")])
+def test_a_stopped_training_goes_on_to_the_same_model(family: str, optimizer: str, tmp_path: Path) -> None:
+    whole = train_family(job(tmp_path / "whole", family, optimizer=optimizer), progress=quiet, documents=DOCUMENTS)
     assert whole["steps"] == 6
     parts = tmp_path / "parts"
 
@@ -47,7 +47,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(family: str, tmp_path: Pat
         if done >= 500:
             raise KeyboardInterrupt
 
-    stopped = job(parts, family)
+    stopped = job(parts, family, optimizer=optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.training.SAVE_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(KeyboardInterrupt):
@@ -66,6 +66,17 @@ def test_training_lowers_the_loss_and_another_job_is_refused(tmp_path: Path) -> 
     assert json.loads((tmp_path / "training.json").read_text())["family"] == "llama"
     with pytest.raises(ModelError, match="holds another training"):
         train_family(job(tmp_path, seed=1), progress=quiet)
+
+
+def test_adamw_alone_moves_every_parameter_and_is_remembered(tmp_path: Path) -> None:
+    facts = train_family(job(tmp_path, steps=40, optimizer="adamw"), progress=quiet, documents=DOCUMENTS)
+    assert facts["optimizer"] == "adamw"
+    assert facts["loss"] < 5
+    start = new_model("llama", SMALL["size"], facts["vocab_size"], seed=0)  # type: ignore[arg-type]
+    trained = load_file(tmp_path / "model.safetensors")
+    assert not any(torch.equal(trained[name], before) for name, before in start.named_parameters())
+    with pytest.raises(ModelError, match="holds another training"):
+        train_family(job(tmp_path, steps=50), progress=quiet)
 
 
 def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path) -> None:
