@@ -331,6 +331,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step, of 256 tokens.")] = 8,
     optimizer: Annotated[str, typer.Option(help="muon, or adamw for all parameters.")] = "muon",
     package: Annotated[list[str] | None, typer.Option(help="Read its docstrings too; installed; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Steps by torch.compile: faster after a minute.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
@@ -343,7 +344,7 @@ def train(
         raise typer.BadParameter(f"no optimizer is called {optimizer!r}; there are {', '.join(get_args(Optimizer))}")
     job = Job(
         family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), packages=tuple(package or ()),
-        batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer),
+        batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer), compiled=compiled,
     )  # fmt: skip
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)

@@ -29,13 +29,12 @@ from bwla_compiler.demo.corpus import Document
 from bwla_compiler.demo.muon import Muon
 from bwla_compiler.demo.tokenizer import encode_documents, train_tokenizer
 from bwla_compiler.errors import ModelError
+from bwla_compiler.numerics.products import native_bfloat16
 
 Progress = Callable[[str, int, int], None]
 Products = Literal["bfloat16", "float32"]
 Optimizer = Literal["muon", "adamw"]
 
-NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16")
-"""Processor's capabilities, as torch names them, with which products of bfloat16 are faster than those of float32."""
 CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 60.0
 WEIGHT_DECAY = 0.1
@@ -46,8 +45,7 @@ WARMUP, DECAY = 0.02, 0.3
 
 def native_products() -> Products:
     """Return the type in which this processor multiplies fastest."""
-    found = torch.cpu.get_capabilities()
-    return "bfloat16" if any(found.get(name) for name in NATIVE_BFLOAT16) else "float32"
+    return "bfloat16" if native_bfloat16() else "float32"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class Job:
     packages: installed ones, whose docstrings are read beside the standard library's; batch: sequences a step;
     optimizer: "muon" for the blocks' matrices and AdamW, at learning_rate, for the rest; or "adamw" for all, at
     adamw_rate, as models that are published are trained. products: type of the factors of matrix products, by default
-    what the processor multiplies fastest.
+    what the processor multiplies fastest. compiled: steps go through `torch.compile`, about 1.6 times as fast after a
+    minute of compiling; the weights differ by the order of sums alone.
     """
 
     family: str
@@ -75,10 +74,11 @@ class Job:
     matrix_rate: float = 0.02
     adamw_rate: float = 3e-3
     products: Products = field(default_factory=native_products)
+    compiled: bool = False
 
     def fixed(self) -> dict[str, Any]:
         """Return what may not change between the runs of one training."""
-        changing = ("folder", "minutes", "steps")
+        changing = ("folder", "minutes", "steps", "compiled")
         return {name: value for name, value in asdict(self).items() if name not in changing}
 
 
@@ -122,9 +122,12 @@ class _Trainer:
 
     def __init__(self, job: Job, vocab_size: int) -> None:
         self.job = job
-        self.model = new_model(job.family, job.size, vocab_size, seed=job.seed).train()
+        self.model: Any = new_model(job.family, job.size, vocab_size, seed=job.seed).train()
         self.adamw, self.muon = _alone(self.model, job) if job.optimizer == "adamw" else _beside_muon(self.model, job)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        if job.compiled:
+            self.model.set_attn_implementation("eager")  # its compiled gradient outruns that of the fused kernel
+            self.model.compile()
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises ModelError where it is of another job."""
