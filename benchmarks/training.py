@@ -122,11 +122,12 @@ class _Trainer:
 
     def __init__(self, job: Job, vocab_size: int) -> None:
         self.job = job
-        self.model: Any = new_model(job.family, job.size, vocab_size, seed=job.seed).train()
+        self.model = new_model(job.family, job.size, vocab_size, seed=job.seed).train()
         self.adamw, self.muon = _alone(self.model, job) if job.optimizer == "adamw" else _beside_muon(self.model, job)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         if job.compiled:
-            self.model.set_attn_implementation("eager")  # its compiled gradient outruns that of the fused kernel
+            # its compiled gradient outruns that of the fused kernel
+            self.model.set_attn_implementation("eager")  # type: ignore[operator]
             self.model.compile()
 
     def resume(self) -> None:
