@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -329,18 +329,22 @@ def train(
     hidden: Annotated[int, typer.Option(min=16, help="Width.")] = 384,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step, of 256 tokens.")] = 8,
+    optimizer: Annotated[str, typer.Option(help="muon, or adamw for all parameters.")] = "muon",
     package: Annotated[list[str] | None, typer.Option(help="Read its docstrings too; installed; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Steps by torch.compile: faster after a minute.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
     from benchmarks.families import FAMILIES, Size
-    from benchmarks.training import Job, train_family
+    from benchmarks.training import Job, Optimizer, train_family
 
     if family not in FAMILIES:
         raise typer.BadParameter(f"no family is called {family!r}; there are {', '.join(FAMILIES)}")
+    if optimizer not in get_args(Optimizer):
+        raise typer.BadParameter(f"no optimizer is called {optimizer!r}; there are {', '.join(get_args(Optimizer))}")
     job = Job(
         family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), packages=tuple(package or ()),
-        batch=batch, seed=seed,
+        batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer), compiled=compiled,
     )  # fmt: skip
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)

@@ -34,6 +34,11 @@ SEQUENCES, FILES = 96, 24
 RESAMPLES = 2000
 FLOOR = 1e-3
 """Least excess of a ratio over 1 that the plot shows."""
+MARKS = {
+    "as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "fair, tuned": ("^", "tab:green"),
+    "ours": ("D", "tab:red"),
+}  # fmt: skip
+"""Of each table's points: shape and colour."""
 
 
 def measure(
@@ -199,10 +204,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
         return None
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    marks = {"as published": ("o", "0.45"), "fair": ("s", "tab:blue"), "ours": ("D", "tab:red")}
     for axes, bits in zip(figure.subplots(1, len(BITS), sharex=True, sharey=True), BITS, strict=True):
-        for table, (marker, color) in marks.items():
+        for table, (marker, color) in MARKS.items():
             chosen = [r for r in rows if r["table"] == table]
+            if not chosen:
+                continue
             x, y, error = [r["true_bits"] for r in chosen], *_excess(chosen, bits)
             axes.errorbar(x, y, yerr=error, fmt=marker, color=color, capsize=2, label=table, markersize=5)
             for row, place, value in zip(chosen, x, y, strict=True):

@@ -29,6 +29,11 @@ HELP = {
 }
 """What a baseline can take of ours: rotations and smoothing before it, the drift-corrected target, the damping."""
 
+GENTLE = {f"tuning.{key}": rate for key, rate in (
+    ("scales", 0.003), ("pairs", 0.01), ("gains", 0.001), ("diagonals", 0.001), ("biases", 0.001)
+)}  # fmt: skip
+"""About a third of the default rates, for a model whose fit is near already."""
+
 TUNED = {f"tuning.{key}": getattr(load_recipe("bwla-w1a6").tuning, key) for key in ("steps", "signs")}
 """The last help, for weights that are packed."""
 
@@ -50,6 +55,7 @@ ROWS = (
     Row("ours", "bwla-w1a6", "ours"),
     Row("ours, 1.18 planes, no pair", "bwla-mixed-a6", "ours"),
     Row("ours, 288 steps", "bwla-w1a6", "ours", {"tuning.steps": 288}),
+    Row("ours, a third of the rates", "bwla-w1a6", "ours", GENTLE),
     Row("ours, not tuned", "bwla-w1a6", "ours", {"tuning.steps": 0}),
     Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
     Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),

@@ -152,7 +152,8 @@ class Tuning:
     their size; 0 keeps them. signs: how far chance alone would carry a sign's latent number over all steps, in units of
     its start; 0 keeps the signs, and their memory at a bit (see `calibrate.student`). signs_at_once: whether those of
     the whole "model" learn together, or in turn those of one "block", each for its share of the steps: two bytes of
-    memory then for each weight of a block, not of the model.
+    memory then for each weight of a block, not of the model. products: "fastest" rounds the factors of matrix products
+    to bfloat16 where the processor has units for these (see `numerics.products`), "float32" never does.
     """
 
     steps: int = 0
@@ -164,6 +165,7 @@ class Tuning:
     biases: float = 0.003
     signs: float = 0.0
     signs_at_once: Literal["model", "block"] = "model"
+    products: Literal["fastest", "float32"] = "fastest"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bwla_compiler.calibrate.student import Student, students
 from bwla_compiler.errors import GradientError
+from bwla_compiler.numerics.products import bfloat16_products
 from bwla_compiler.recipe import Tuning
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +62,7 @@ def tune(
         learning = _Learning(found, tuning)
         scope.enter_context(_recomputed(model, found, n_tokens=batches[0][: tuning.sequences].numel()))
         scope.enter_context(torch.enable_grad())
+        scope.enter_context(bfloat16_products(wanted=tuning.products == "fastest"))
         optimizer, first = _optimizer(found, gains, tuning), math.nan
         for step, lesson in zip(range(tuning.steps), _lessons(batches, teacher, tuning.sequences), strict=False):
             _set_rates(optimizer, tuning, step)

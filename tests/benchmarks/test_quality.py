@@ -82,7 +82,20 @@ def test_rows_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.importorskip("matplotlib")
     path = quality.plot(rows, tmp_path / "plot.svg")
     assert path is not None
-    assert path.read_text("utf-8").startswith("<?xml")
+    drawn = path.read_text("utf-8")
+    assert drawn.startswith("<?xml")
+    assert "fair, tuned" not in drawn  # no such row, no such mark
+
+
+def test_every_table_of_rows_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tables = {row.table for row in (*quality.ROWS, *quality.fair_rows())}
+    figures = {f"a{bits}": 1.1 for bits in quality.BITS} | {f"a{bits}_95": "1.05-1.15" for bits in quality.BITS}
+    rows = [{"way": "x", "table": table, "true_bits": 1.2, **figures} for table in tables]
+    path = quality.plot(rows, tmp_path / "plot.svg")
+    assert path is not None
+    drawn = path.read_text("utf-8")
+    assert all(f"<!-- {table} -->" in drawn for table in tables)
 
 
 def test_text_without_questions_has_no_figures_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,9 @@ def test_families_differ_in_what_the_compiler_meets() -> None:
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_stopped_training_goes_on_to_the_same_model(family: str, tmp_path: Path) -> None:
-    whole = train_family(job(tmp_path / "whole", family), progress=quiet, documents=DOCUMENTS)
+@pytest.mark.parametrize(("family", "optimizer"), [*((family, "muon") for family in FAMILIES), ("llama", "adamw")])
+def test_a_stopped_training_goes_on_to_the_same_model(family: str, optimizer: str, tmp_path: Path) -> None:
+    whole = train_family(job(tmp_path / "whole", family, optimizer=optimizer), progress=quiet, documents=DOCUMENTS)
     assert whole["steps"] == 6
     parts = tmp_path / "parts"
 
@@ -47,7 +47,7 @@ def test_a_stopped_training_goes_on_to_the_same_model(family: str, tmp_path: Pat
         if done >= 500:
             raise KeyboardInterrupt
 
-    stopped = job(parts, family)
+    stopped = job(parts, family, optimizer=optimizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.training.SAVE_SECONDS", -1.0)  # a checkpoint at every step
         with pytest.raises(KeyboardInterrupt):
@@ -66,6 +66,37 @@ def test_training_lowers_the_loss_and_another_job_is_refused(tmp_path: Path) -> 
     assert json.loads((tmp_path / "training.json").read_text())["family"] == "llama"
     with pytest.raises(ModelError, match="holds another training"):
         train_family(job(tmp_path, seed=1), progress=quiet)
+
+
+def test_adamw_alone_moves_every_parameter_and_is_remembered(tmp_path: Path) -> None:
+    facts = train_family(job(tmp_path, steps=40, optimizer="adamw"), progress=quiet, documents=DOCUMENTS)
+    assert facts["optimizer"] == "adamw"
+    assert facts["loss"] < 5
+    start = new_model("llama", SMALL["size"], facts["vocab_size"], seed=0)  # type: ignore[arg-type]
+    trained = load_file(tmp_path / "model.safetensors")
+    assert not any(torch.equal(trained[name], before) for name, before in start.named_parameters())
+    with pytest.raises(ModelError, match="holds another training"):
+        train_family(job(tmp_path, steps=50), progress=quiet)
+
+
+def test_compiled_steps_give_the_same_model_but_for_the_order_of_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, compiled = torch.nn.Module.compile, []
+
+    def traced(module: torch.nn.Module) -> None:  # without a compiler of C++: what matters here is what is traced
+        compiled.append(type(module).__name__)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    exact = {"steps": 3, "products": "float32"}
+    for name in ("plain", "compiled"):
+        train_family(job(tmp_path / name, **exact, compiled=name == "compiled"), progress=quiet, documents=DOCUMENTS)
+    assert compiled == ["LlamaForCausalLM"]
+    plain, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == other.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_batches_follow_from_the_step_and_short_texts_are_refused(tmp_path: Path) -> None:
@@ -115,6 +146,6 @@ def test_products_of_bfloat16_train_as_well_and_leave_the_weights_float32(tmp_pa
 
 
 def test_products_follow_from_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, products in (({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+    for native, products in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(training, "native_bfloat16", lambda native=native: native)
         assert training.native_products() == products

@@ -85,6 +85,16 @@ def flipped(model: nn.Module, other: nn.Module) -> set[str]:
     return {k for k, v in model.state_dict().items() if k.endswith("signs") and not torch.equal(v, theirs[k])}
 
 
+def test_products_of_bfloat16_tune_as_well(still: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, report = quantized("llama", steps=96, tuning__signs=0.0, tuning__products="float32")
+    assert loss(still[1]) == pytest.approx(loss(report), rel=0.1)
+    monkeypatch.setattr("bwla_compiler.numerics.products.native_bfloat16", lambda: False)
+    elsewhere, _ = quantized("llama", steps=96, tuning__signs=0.0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(exact.state_dict().values(), elsewhere.state_dict().values(), strict=True)
+    )
+
+
 def packed() -> PackedLinear:
     return PackedLinear.from_binary(
         BinaryWeight(torch.ones(1, 3, 8, dtype=torch.int8), torch.ones(1, 3, 1)), activation_bits=16
