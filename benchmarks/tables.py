@@ -251,7 +251,7 @@ class Block:
 
 BLOCKS = {
     "demo": Block("demo", demo_tables, "demo"),
-    "models": Block("models", models_table, "models"),
+    "models": Block("models", models_table, "models", every=True),
     "kernels": Block("kernels", kernels_table, "kernels", every=True),  # a machine's kernels are those of its processor
     "transforms": Block("kernels", transforms_table, "kernels"),
     "profile": Block("profile", profile_table, "profile"),
