@@ -3,6 +3,8 @@
 from bwla_compiler.codegen import (
     cpp_amx,
     cpp_amx_ends,
+    cpp_amx_linear,
+    cpp_amx_parts,
     cpp_amx_transform,
     cpp_avx2,
     cpp_avx512,
@@ -28,6 +30,10 @@ KERNELS: dict[Isa, str] = {
 
 def emit(isa: Isa) -> str:
     """Return the C++17 source of all kernels for `isa`; the entries it exports are declared in library.py."""
+
+    def with_amx(*texts: str) -> tuple[str, ...]:
+        return texts if isa == "amx" else ()
+
     parts = (
         f"// bwla kernels for {isa}; generated",
         cpp_driver.HEADER,
@@ -36,15 +42,15 @@ def emit(isa: Isa) -> str:
         cpp_transform.VECTORS,
         cpp_driver.ROUNDING,
         cpp_driver.SWEEP,
-        *((cpp_amx.TILES, cpp_amx.PARTS) if isa == "amx" else ()),
+        *with_amx(cpp_amx.TILES, cpp_amx_parts.PARTS),
         cpp_transform.PRODUCT,
-        *((cpp_amx_transform.SPLIT,) if isa == "amx" else ()),
+        *with_amx(cpp_amx_transform.SPLIT),
         cpp_transform.TRANSFORM,
         cpp_prologue.FUNCTIONS,
         cpp_prologue.PROLOGUE,
         cpp_ends.DOTS,
         cpp_entries.LINEAR,
-        *((cpp_amx.PANEL, cpp_amx_ends.INT8) if isa == "amx" else ()),
+        *with_amx(cpp_amx_linear.PANEL, cpp_amx_ends.INT8),
         cpp_entries.ENTRIES,
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,

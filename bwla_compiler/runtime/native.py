@@ -22,6 +22,7 @@ from bwla_compiler.settings import chosen_kernels
 log = logging.getLogger(__name__)
 
 ALWAYS = 2**62
+"""More tokens than there are."""
 
 
 class EndTokens(NamedTuple):
