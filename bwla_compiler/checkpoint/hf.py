@@ -24,6 +24,7 @@ from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.numerics.bits import Bits
 from bwla_compiler.passes.apply import replace_module
+from bwla_compiler.passes.shared_attention import share_attention
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.device_signs import settle_signs
@@ -123,6 +124,7 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         """Have norms and activation functions computed as the kernels do, and the cache as the recipe says."""
         _align_floats(model)
         share_functions(model)
+        share_attention(model)
         settle_signs(model)
         set_cache_bits(model, self.quantization_config.recipe.get("cache", {}).get("bits", FLOAT_BITS))
         return model
@@ -180,6 +182,7 @@ def attach(model: Any, *, recipe: Recipe, plan: Plan, bits: Bits) -> None:
     """Make a model that was quantized in place what from_pretrained would give: with its config and operators."""
     if not recipe.simulated:
         share_functions(model)
+        share_attention(model)
     modules = packed_modules(model)
     config = BwlaConfig(
         modules={name: describe(module, modules) for name, module in modules.items()},

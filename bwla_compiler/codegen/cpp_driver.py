@@ -14,7 +14,9 @@ HEADER = r"""
 #include <new>
 #include <optional>
 #include <thread>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>

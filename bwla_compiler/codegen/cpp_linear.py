@@ -6,6 +6,7 @@ from bwla_compiler.codegen import (
     cpp_amx_linear,
     cpp_amx_parts,
     cpp_amx_transform,
+    cpp_attention,
     cpp_avx2,
     cpp_avx512,
     cpp_driver,
@@ -55,5 +56,6 @@ def emit(isa: Isa) -> str:
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,
         cpp_int4.INT4,
+        cpp_attention.ATTENTION,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -5,6 +5,7 @@ The one translation unit with torch's headers. Its kernels are registered and ta
 shapes that do not fit) it hands to the portable implementation, whose words explain what is wrong.
 """
 
+from bwla_compiler.codegen.cpp_ops_attention import ATTENTION
 from bwla_compiler.codegen.cpp_ops_derived import DERIVED
 from bwla_compiler.codegen.cpp_ops_ends import ENDS
 from bwla_compiler.codegen.cpp_ops_fused import FUSED
@@ -62,6 +63,23 @@ struct Prologue {
   long n1, n2;
 };
 
+// Keys or values, and attention of one token a sequence to them; mirror the structs of the kernels.
+struct Cached {
+  const void* data;
+  long batch, head, token;
+  const float* scale;
+  long scale_batch, scale_head, scale_token;
+};
+struct Attention {
+  const float* queries;
+  const void* mask;
+  float* y;
+  Cached keys, values;
+  long query_batch, query_head, mask_batch, mask_head, mask_bytes;
+  long batch, heads, group, length, size, bytes;
+  float scale;
+};
+
 // The kernels' entries, in the order of OPS_ENTRIES in library.py.
 struct Kernels {
   long (*packed_bytes)(long, long, long);
@@ -79,6 +97,7 @@ struct Kernels {
   void (*int4_embedding)(const void*, const void*, const void*, void*, long, long, long, long);
   long (*packed_pair)(long, long);
   void (*pack_pair)(const void*, void*, long, long);
+  void (*attend)(const Attention*, long);
 };
 Kernels kernels;
 """
@@ -116,6 +135,7 @@ EXPORT void bwla_register(const void* entries, long most_int8, long most_int4) {
   registered.back()->impl("int4_embedding", TORCH_FN(int4_embedding));
   registered.back()->impl("transform", TORCH_FN(transform));
   registered.back()->impl("prologue", TORCH_FN(prologue));
+  registered.back()->impl("attend", TORCH_FN(attend));
   registered.back()->impl("sin", [](const Tensor& x) { return at::sin(x); });
   registered.back()->impl("cos", [](const Tensor& x) { return at::cos(x); });
   registered.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "bwla", c10::DispatchKey::Autograd,
@@ -129,6 +149,7 @@ EXPORT void bwla_register(const void* entries, long most_int8, long most_int4) {
   registered.back()->impl("int8_embedding", torch::CppFunction::makeFallthrough());
   registered.back()->impl("int4_linear", TORCH_FN(Int4Route::differentiable<int4_linear>));
   registered.back()->impl("int4_embedding", torch::CppFunction::makeFallthrough());
+  registered.back()->impl("attend", TORCH_FN(AttendRoute::differentiable<attend>));
 }
 
 // Take them back, and drop what was derived from tensors.
@@ -172,6 +193,7 @@ def emit_operators() -> str:
         DERIVED,
         LINEAR,
         ENDS,
+        ATTENTION,
         FUSED,
         ROUTINES,
         registration,

@@ -56,12 +56,13 @@ _CALLS: dict[str, tuple[type, ...]] = {
     "transform": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
     "use_team": (c_void_p,),
+    "attend": (c_void_p, c_long),
 }
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
     "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
-    "pack_pair",
+    "pack_pair", "attend",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 

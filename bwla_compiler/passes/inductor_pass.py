@@ -15,6 +15,7 @@ from bwla_compiler.passes.bind_calls import BindCalls
 from bwla_compiler.passes.expose_kernels import ExposeKernels
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.keep_sines import KeepSines
+from bwla_compiler.passes.read_codes import ReadCodes
 from bwla_compiler.passes.unrepeat_heads import UnrepeatHeads
 from bwla_compiler.runtime import routines, triton_tuner
 from bwla_compiler.settings import settings
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = (
     "bind_calls", "expose_kernels", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines", "match_activations",
-    "match_graph", "match_norms", "match_prologue", "packed_calls", "unrepeat_heads",
+    "match_graph", "match_norms", "match_prologue", "packed_calls", "read_codes", "unrepeat_heads",
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ class InductorFusion(CustomGraphPass):
         if dump is not None:
             dump.add("decomposed", graph_text(graph))
         last = (ExposeKernels(self._exact),) if settings().inline else ()
-        for step in (UnrepeatHeads(), FuseKernels(), BindCalls(), *last):
+        for step in (UnrepeatHeads(), ReadCodes(), FuseKernels(), BindCalls(), *last):
             report = step.run(graph)
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
             log.info("%s: %d changed, %d left alone", report.name, len(report.changed), len(report.skipped))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import compiled, end_ops, native, on_triton, portable, programs, routines
+from bwla_compiler.runtime import attention, compiled, end_ops, native, on_triton, portable, programs, routines
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -60,6 +60,8 @@ SCHEMAS = (
     "-> Tensor",
     "int4_embedding(Tensor ids, Tensor codes, Tensor scale, int width, int group_size, ScalarType dtype, "
     "Tensor? scale_exponent=None) -> Tensor",
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, Tensor? key_scale=None, "
+    "Tensor? value_scale=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
@@ -230,6 +232,7 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "int8_embedding": _installing("int8_embedding", end_ops.int8_embedding),
     "int4_linear": _installing("int4_linear", end_ops.int4_linear_with(True)),
     "int4_embedding": _installing("int4_embedding", end_ops.int4_embedding),
+    "attend": _installing("attend", attention.attend),
 }
 ELSEWHERE: dict[str, Callable[..., Any]] = {
     "transform": _transform,
@@ -241,6 +244,7 @@ ELSEWHERE: dict[str, Callable[..., Any]] = {
     "int8_embedding": end_ops.int8_embedding,
     "int4_linear": end_ops.int4_linear_with(False),
     "int4_embedding": end_ops.int4_embedding,
+    "attend": attention.attend,
 }
 """Operators by what they do on other devices, of which a GPU's compiled graph can be made: kernels and torch's own."""
 
@@ -303,6 +307,7 @@ _FAKES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("int4_linear", end_ops.fake_linear),
     ("int8_embedding", end_ops.fake_int8_embedding),
     ("int4_embedding", end_ops.fake_int4_embedding),
+    ("attend", attention.fake_attend),
     ("refuse_gradient", _fake_refuse_gradient),
 )
 for _name, _fake in _FAKES:
@@ -373,5 +378,6 @@ for _name in (
     "experts",
     "int8_linear",
     "int4_linear",
+    "attend",
 ):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)
