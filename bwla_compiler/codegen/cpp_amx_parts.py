@@ -34,6 +34,28 @@ struct Parts {
     }
   }
 
+  // Columns n to n + SIDE of a step of the right side: as many rows of values, `stride` apart, of which `inside` are
+  // there, with `depth` values from this step on.
+  void put_block(long n, long step, const float* values, long stride, long inside, long depth) const {
+    __m512 rest[SIDE][2];
+    for (long r = 0; r < SIDE; r++)
+      for (long half = 0; half < 2; half++) {
+        const long k = r < inside ? std::clamp(depth - half * SIDE, 0L, SIDE) : 0;
+        rest[r][half] = _mm512_maskz_loadu_ps(k ? 0xFFFF >> (SIDE - k) : 0, values + r * stride + half * SIDE);
+      }
+    Half* to = at(0, n, step);
+    for (long part = 0; part < parts; part++, to += apart()) {
+      __m512i lines[SIDE];
+      for (long r = 0; r < SIDE; r++) {
+        const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(take_top(rest[r][0]), 16));
+        const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(take_top(rest[r][1]), 16));
+        lines[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      }
+      transpose(lines);
+      for (long k = 0; k < SIDE; k++) _mm512_store_si512(to + k * WIDE, lines[k]);
+    }
+  }
+
   // As few parts as hold all that was put: two where the floats were float16.
   Parts trimmed() const {
     Parts its = *this;
@@ -60,8 +82,10 @@ struct Parts {
   }
 };
 
-// sums = a strip of the left side times one of the right, four tiles; the smallest products are added first.
-static inline void multiply_parts(const Parts& left, long row, const Parts& right, long column, float* sums) {
+// sums = a strip of the left side times one of the right, from step `from` of that on, four tiles; the smallest
+// products are added first.
+static inline void multiply_parts(const Parts& left, long row, const Parts& right, long column, float* sums,
+                                  long from = 0) {
   asm volatile("" ::: "memory");
   _tile_zero(0);
   _tile_zero(1);
@@ -70,11 +94,11 @@ static inline void multiply_parts(const Parts& left, long row, const Parts& righ
   for (long order = PARTS - 1; order >= 0; order--)
     for (long part = std::max(0L, order - right.parts + 1); part <= std::min(order, left.parts - 1); part++)
       for (long s = 0; s < left.steps; s++) {
-        const Half *a = left.at(part, row, s), *b = right.at(order - part, column, s);
+        const Half *a = left.at(part, row, s), *b = right.at(order - part, column, from + s);
         _tile_loadd(4, a, STEP);
         _tile_loadd(5, a + left.steps * SIDE * WIDE, STEP);
         _tile_loadd(6, b, STEP);
-        _tile_loadd(7, b + left.steps * SIDE * WIDE, STEP);
+        _tile_loadd(7, b + right.steps * SIDE * WIDE, STEP);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);

@@ -6,7 +6,7 @@ scores (online softmax: Milakov and Gimelshein, 2018), so that few heads fill ma
 how many there are. Keys that the mask hides from a whole group are not read: an empty place in a cache costs nothing.
 """
 
-ATTENTION = r"""
+STEP = r"""
 // Keys or values [batch, heads, length, size] of float32, bfloat16 or int8; strides in elements. scale
 // [batch, heads, length] of codes, else null.
 struct Cached {
@@ -16,15 +16,16 @@ struct Cached {
   long scale_batch, scale_head, scale_token;
 };
 
-// Attention of one token a sequence. Mirrored by the operators. y [batch, heads * group, size].
+// Attention. Mirrored by the operators. y [batch, tokens, heads * group, size].
 struct Attention {
-  const float* queries;  // [batch, heads * group, size]
-  const void* mask;      // [batch, heads * group, length], floats to be added or bytes that say what is shown; or null
+  const float* queries;  // [batch, heads * group, tokens, size]
+  const void* mask;      // [batch, heads * group, tokens, length]: floats to be added, or bytes, 1 for shown; or null
   float* y;
   Cached keys, values;
-  long query_batch, query_head, mask_batch, mask_head, mask_bytes;
-  long batch, heads, group, length, size, bytes;  // bytes: of an element of the cache
+  long query_batch, query_head, query_token, mask_batch, mask_head, mask_token, mask_bytes;
+  long batch, heads, group, tokens, length, size, bytes;  // bytes: of an element of the cache
   float scale;
+  bool causal;  // token m sees keys up to m alone
 };
 
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
@@ -251,10 +252,24 @@ static void attend(const Attention& a, long threads) {
     for (long g = 0; g < a.group; g++)
       put_together(a, seen(row * spans), spans, apart, g, a.y + (row * a.group + g) * a.size);
 }
+"""
 
+ENTRY = r"""
+// Attention of one token, or with AMX of any number of tokens to floats; a thread or more.
 EXPORT void bwla_attend(const Attention* a, long threads) {
+#ifdef TILED
+  if (a->tokens > 1) return TiledAttention::attend(*a, threads);
+#endif
   if (a->bytes == 1) return attend<int8_t>(*a, threads);
   if (a->bytes == 2) return attend<uint16_t>(*a, threads);
   attend<float>(*a, threads);
+}
+
+// Whether it takes so many tokens.
+EXPORT long bwla_attends(long tokens) {
+#ifdef TILED
+  if (TILED(tokens)) return 1;
+#endif
+  return tokens == 1;
 }
 """

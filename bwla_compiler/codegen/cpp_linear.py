@@ -2,6 +2,7 @@
 
 from bwla_compiler.codegen import (
     cpp_amx,
+    cpp_amx_attention,
     cpp_amx_ends,
     cpp_amx_linear,
     cpp_amx_parts,
@@ -56,6 +57,8 @@ def emit(isa: Isa) -> str:
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,
         cpp_int4.INT4,
-        cpp_attention.ATTENTION,
+        cpp_attention.STEP,
+        *with_amx(cpp_amx_attention.TILED),
+        cpp_attention.ENTRY,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -63,7 +63,7 @@ struct Prologue {
   long n1, n2;
 };
 
-// Keys or values, and attention of one token a sequence to them; mirror the structs of the kernels.
+// Keys or values, and attention to them; mirror the structs of the kernels.
 struct Cached {
   const void* data;
   long batch, head, token;
@@ -75,9 +75,10 @@ struct Attention {
   const void* mask;
   float* y;
   Cached keys, values;
-  long query_batch, query_head, mask_batch, mask_head, mask_bytes;
-  long batch, heads, group, length, size, bytes;
+  long query_batch, query_head, query_token, mask_batch, mask_head, mask_token, mask_bytes;
+  long batch, heads, group, tokens, length, size, bytes;
   float scale;
+  bool causal;
 };
 
 // The kernels' entries, in the order of OPS_ENTRIES in library.py.
@@ -98,6 +99,7 @@ struct Kernels {
   long (*packed_pair)(long, long);
   void (*pack_pair)(const void*, void*, long, long);
   void (*attend)(const Attention*, long);
+  long (*attends)(long);
 };
 Kernels kernels;
 """

@@ -40,6 +40,7 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
     "packed_bytes": (c_long, (c_long,) * 3),
     "packed_scales": (c_long, (c_long,) * 3),
     "packed_pair": (c_long, (c_long,) * 2),
+    "attends": (c_long, (c_long,)),
 }
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
@@ -62,7 +63,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
     "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
-    "pack_pair", "attend",
+    "pack_pair", "attend", "attends",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 

@@ -25,10 +25,13 @@ class ReadCodes:
     def run(self, graph: Graph) -> PassReport:
         """Rewrite what can be; the report lists each attention whose cache holds codes, and why one was left."""
         report = PassReport(self.name)
+        node: Any
         for node in graph.find_nodes(op="call_function", target=_ATTEND):
-            operands: tuple[Any, ...] = node.args[1:3]
+            query, *operands = node.args[:3]
             keys, values = map(_codes_of, operands)
-            if keys is None or values is None:
+            if query.meta["val"].shape[2] != 1:
+                report.skip(node.name, "it has more than one token")
+            elif keys is None or values is None:
                 report.skip(node.name, "its keys and values are no codes with scales")
             elif edit := next((e for floats in operands if (e := mutation_between(graph, floats, node))), None):
                 report.skip(node.name, f"{edit.name} edits a tensor in place between its operands and it")
@@ -43,9 +46,9 @@ class ReadCodes:
 
 def _replace(graph: Graph, node: Node, keys: tuple[Node, Node], values: tuple[Node, Node]) -> None:
     """Put a call on codes in the place of one on floats. A new one: a call remembers what it was traced with."""
-    query, _, _, mask, scale = node.args[:5]
+    query, _, _, mask, scale, *_ = node.args
     with graph.inserting_before(node):
-        call = graph.call_function(_ATTEND, (query, keys[0], values[0], mask, scale, keys[1], values[1]))
+        call = graph.call_function(_ATTEND, (query, keys[0], values[0], mask, scale, False, keys[1], values[1]))
     call.meta = {"val": node.meta["val"]}
     node.replace_all_uses_with(call)
     graph.erase_node(node)

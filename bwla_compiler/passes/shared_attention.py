@@ -1,7 +1,8 @@
-"""Attention of packed models: one token a sequence goes to bwla::attend, compiled or not, and all else to torch.
+"""Attention of packed models goes to bwla::attend, compiled or not, where that takes it, and else to torch.
 
 It is an attention function of transformers, by the name OURS, in place of "sdpa". On a CPU it reads each key once for
-all queries of a group and nothing that the mask hides, and has the same bits in a graph and outside.
+all queries of a group and nothing that the mask hides, and has the same bits in a graph and outside: a prompt that is
+read into an empty cache has no mask in eager mode, and one in a graph, which cannot know that the cache is empty.
 """
 
 import inspect
@@ -21,9 +22,8 @@ assert ops.LIBRARY is not None  # defines the operators
 OURS = "bwla"
 REPLACED = "sdpa"
 
-DTYPES = (torch.float32, torch.bfloat16)
 REFUSED = ("position_bias", "cache")
-"""Arguments of some families and of paged caches."""
+"""Arguments of some families, and of paged caches, that bwla::attend has no place for."""
 
 
 def attention(
@@ -33,18 +33,26 @@ def attention(
 
     key, value [batch, kv heads, length, size].
     """
-    if not _is_step(query, key, value, attention_mask) or _asks_more(options):
+    if not _is_ours(query, key, value, attention_mask) or _asks_more(options):
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
-    scaling = options.get("scaling")
+    tokens, scaling, causal = query.shape[2], options.get("scaling"), options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if bool(causal) and attention_mask is None and tokens > 1:
+        # keys that an empty static cache has beyond the prompt are not written yet
+        key, value = (t[:, :, :tokens] if t.shape[2] > tokens else t for t in (key, value))
+    else:
+        causal = False
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    y = torch.ops.bwla.attend(query, key, value, attention_mask, scale)
+    y = torch.ops.bwla.attend(query, key, value, attention_mask, scale, bool(causal))
     return y.transpose(1, 2).contiguous(), None
 
 
-def _is_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether bwla::attend takes these."""
-    if query.shape[2] != 1 or not query.is_cpu or query.dtype not in DTYPES:
+def _is_ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether bwla::attend takes these: bfloat16 for one token alone, since torch multiplies many of them faster."""
+    if not query.is_cpu or query.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if query.dtype != torch.float32 and query.shape[2] > 1:
         return False
     if key.dtype != query.dtype or key.shape != value.shape or key.shape[-1] != query.shape[-1]:
         return False

@@ -60,8 +60,8 @@ SCHEMAS = (
     "-> Tensor",
     "int4_embedding(Tensor ids, Tensor codes, Tensor scale, int width, int group_size, ScalarType dtype, "
     "Tensor? scale_exponent=None) -> Tensor",
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, Tensor? key_scale=None, "
-    "Tensor? value_scale=None) -> Tensor",
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal=False, "
+    "Tensor? key_scale=None, Tensor? value_scale=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
