@@ -99,6 +99,8 @@ class KernelLibrary:
         self.transform = self._library.bwla_transform
         self.int8_embedding = self._library.bwla_int8_embedding
         self.use_team = self._library.bwla_use_team
+        self.attend = self._library.bwla_attend
+        self.attends = self._library.bwla_attends
 
     def addresses(self) -> ctypes.Array[c_void_p]:
         """Return the addresses of OPS_ENTRIES, as `bwla_register` of the C++ operators takes them."""

@@ -85,4 +85,5 @@ def _is_open(model: nn.Module) -> bool:
     home = sys.modules.get(type(model).__module__)
     if can_set is None or home is None or not can_set():
         return False
-    return "_attn_implementation ==" not in inspect.getsource(home)
+    source = inspect.getsource(home)
+    return not any(f'_attn_implementation {sign} "{REPLACED}"' in source for sign in ("==", "!="))

@@ -35,6 +35,32 @@ class Prologue(ctypes.Structure):
     )
 
 
+class Cached(ctypes.Structure):
+    """Mirrors `struct Cached` of the emitted source."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("batch", "head", "token")),
+        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("scale_batch", "scale_head", "scale_token")),
+    )
+
+
+class Attention(ctypes.Structure):
+    """Mirrors `struct Attention` of the emitted source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("queries", "mask", "y")),
+        ("keys", Cached),
+        ("values", Cached),
+        *((f"query_{name}", ctypes.c_long) for name in ("batch", "head", "token")),
+        *((f"mask_{name}", ctypes.c_long) for name in ("batch", "head", "token", "bytes")),
+        *((name, ctypes.c_long) for name in ("batch", "heads", "group", "tokens", "length", "size", "bytes")),
+        ("scale", ctypes.c_float),
+        ("causal", ctypes.c_bool),
+    )
+
+
 @dataclass(frozen=True)
 class Region:
     """Memory of this process that an entry is given. address: 0 for none. links: what pointers at offsets point to."""
@@ -147,6 +173,24 @@ class EmulatedLibrary:
         inputs = Region(ids, 8 * tokens), *self._nibbles(codes, scale, rows, width, group)
         result = Region(y, 4 * tokens * width, returned=True)
         self._call("int4_embedding", *inputs, result, tokens, width, group, power)
+
+    def attends(self, tokens: int) -> int:
+        return self._call("attends", tokens)
+
+    def attend(self, given: Any, threads: int) -> None:
+        """All that it reads must lie in rows one behind another."""
+        a = given._obj
+        queries, cached = 4 * a.batch * a.heads * a.group * a.tokens * a.size, a.batch * a.heads * a.length
+        links = [
+            (Attention.queries.offset, Region(a.queries, queries)),
+            (Attention.y.offset, Region(a.y, queries, returned=True)),
+            (Attention.mask.offset, Region(a.mask, a.mask_bytes * a.batch * a.tokens * a.length)),
+        ]
+        for name in ("keys", "values"):
+            at, its = getattr(Attention, name).offset, getattr(a, name)
+            links.append((at + Cached.data.offset, Region(its.data, a.bytes * cached * a.size)))
+            links.append((at + Cached.scale.offset, Region(its.scale, 4 * cached)))
+        self._call("attend", Region(ctypes.addressof(a), ctypes.sizeof(a), links=tuple(links)), threads)
 
     @staticmethod
     def _nibbles(codes: int, scale: int, rows: int, columns: int, group: int) -> tuple[Region, Region]:

@@ -1,0 +1,99 @@
+"""The attention kernels of every instruction set against float64, on odd shapes."""
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bwla_compiler.codegen.isa import ISAS
+from bwla_compiler.runtime.kv_cache import rounded
+from tests.codegen.emulated import Attention, Cached, kernels
+from tests.codegen.test_kernels import Library
+
+SHAPES = [(1, 4, 2, 1, 5), (2, 2, 1, 300, 24), (1, 3, 7, 257, 33)]
+"""(batch, kv heads, group, length, size): no vector, tile of keys or span divides them all."""
+
+KINDS = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@pytest.fixture(params=ISAS)
+def library(request: pytest.FixtureRequest) -> Library:
+    return kernels(request.param)
+
+
+def cached(held: Tensor, scale: Tensor | None) -> Cached:
+    _, heads, length, size = held.shape
+    strides = (heads * length * size, length * size, size)
+    address = None if scale is None else scale.data_ptr()
+    return Cached(held.data_ptr(), *strides, address, heads * length, length, 1)
+
+
+def attended(
+    library: Library, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return what the kernel makes of contiguous query [batch, heads, tokens, size], mask for all heads."""
+    batch, heads, tokens, size = query.shape
+    kv_heads, length = key.shape[1:3]
+    y = torch.full((batch, tokens, heads, size), torch.nan)
+    key_scale, value_scale = scales or (None, None)
+    a = Attention(
+        query.data_ptr(), None if mask is None else mask.data_ptr(), y.data_ptr(), cached(key, key_scale),
+        cached(value, value_scale), heads * tokens * size, tokens * size, size, tokens * length, 0, length,
+        0 if mask is None else mask.element_size(), batch, kv_heads, heads // kv_heads, tokens, length, size,
+        key.element_size(), 0.3, causal,
+    )  # fmt: skip
+    library.attend(ctypes.byref(a), 2)
+    return y.transpose(1, 2)
+
+
+def operands(shape: tuple[int, ...], tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return query, key, value and a mask of which some tokens see nothing."""
+    batch, heads, group, length, size = shape
+    g = torch.Generator().manual_seed(length)
+    query = torch.randn(batch, heads * group, tokens, size, generator=g)
+    key, value = (torch.randn(batch, heads, length, size, generator=g) for _ in range(2))
+    mask = torch.rand(batch, 1, tokens, length, generator=g) < 0.5
+    mask[-1, :, tokens // 2 + 1 :] = False
+    return query, key, value, mask
+
+
+def check(
+    found: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False
+) -> None:
+    added = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    wanted = scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=added, is_causal=causal, scale=0.3, enable_gqa=True
+    )
+    assert (found - wanted).norm() <= 2e-6 * wanted.norm()  # float32's summation
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "bytes", "floats"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_token(library: Library, shape: tuple[int, ...], kind: str, hidden: str) -> None:
+    query, key, value, mask = operands(shape, 1)
+    given = {"nothing": None, "bytes": mask, "floats": torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)}[hidden]
+    scales, held = None, (key, value)
+    if kind == "bfloat16":
+        held = (key.bfloat16(), value.bfloat16())
+        key, value = (t.float() for t in held)
+    if kind == "int8":
+        (codes, scale), (value_codes, value_scale) = rounded(key), rounded(value)
+        held, scales = (codes, value_codes), (scale, value_scale)
+        key, value = codes * scale, value_codes * value_scale
+    check(attended(library, query, *held, given, scales=scales), query, key, value, given)
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "bytes", "floats", "causal"])
+@pytest.mark.parametrize("tokens", [5, 40, 600])
+def test_many_tokens(library: Library, tokens: int, hidden: str) -> None:
+    if not library.attends(tokens):
+        pytest.skip(f"{library.isa} leaves many tokens to torch")
+    query, key, value, mask = operands((2, 2, 3, 600, 24), tokens)
+    floats = torch.randn(mask.shape).masked_fill(~mask, -torch.inf)
+    given = {"bytes": mask, "floats": floats}.get(hidden)
+    causal = hidden == "causal"
+    check(attended(library, query, key, value, given, causal=causal), query, key, value, given, causal=causal)
