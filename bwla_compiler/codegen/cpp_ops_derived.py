@@ -106,7 +106,23 @@ bool are_values(const Maybe& t, const Maybe& exponent) { return t ? are_values(*
 Tensor plain(const Tensor& t) {  // float32 and contiguous; t itself where it is so
   return t.scalar_type() == at::kFloat && t.is_contiguous() ? t : t.to(at::kFloat).contiguous();
 }
-Tensor new_floats(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions().dtype(at::kFloat)); }
+
+constexpr size_t PAGE = 2 << 20;  // a huge one
+
+// A hint that n bytes be huge pages where the system has them; small pages serve as well.
+void advise_huge([[maybe_unused]] void* from, [[maybe_unused]] size_t n) {
+#ifdef __linux__
+  const uintptr_t first = ((uintptr_t)from + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)from + n) / PAGE * PAGE;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// Logits of a prompt are new memory at every call: of small pages, finding them takes as long as filling them.
+Tensor new_floats(at::IntArrayRef sizes) {
+  Tensor t = at::empty(sizes, at::TensorOptions().dtype(at::kFloat));
+  if (t.nbytes() > 2 * PAGE) advise_huge(t.mutable_data_ptr(), t.nbytes());
+  return t;
+}
 
 int power_of(const Maybe& exponent) { return exponent ? *exponent->const_data_ptr<int8_t>() : NO_EXPONENT; }
 
@@ -134,7 +150,7 @@ Tensor values_of(const Maybe& t, const Maybe& exponent) { return t ? values_of(*
 // Bytes for packed signs, some tensors to a block of huge pages where the system has them: a linear reads all of its
 // signs at every call, and finding small pages takes a tenth of its time. A block lives as long as what lies in it.
 Tensor new_bytes(size_t n) {
-  constexpr size_t LINE = 64, PAGE = 2 << 20, BLOCK = 16 << 20;
+  constexpr size_t LINE = 64, BLOCK = 16 << 20;
   static std::mutex mutex;
   static std::shared_ptr<uint8_t> block;
   static size_t used = 0, size = 0;
@@ -144,9 +160,7 @@ Tensor new_bytes(size_t n) {
     used = 0, size = std::max(BLOCK, (wanted + PAGE - 1) / PAGE * PAGE);
     block.reset((uint8_t*)::operator new(size, std::align_val_t(PAGE)),
                 [](uint8_t* p) { ::operator delete(p, std::align_val_t(PAGE)); });
-#ifdef __linux__
-    madvise(block.get(), size, MADV_HUGEPAGE);  // a hint: small pages serve as well
-#endif
+    advise_huge(block.get(), size);
   }
   uint8_t* at = block.get() + used;
   used += wanted;
