@@ -35,7 +35,8 @@ class TorchRunner(Runner):
         super().__init__(ids, prompt=prompt)
         start = time.perf_counter()
         self.model = _loaded(way, folder)
-        self.cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1])
+        cache = StaticCache(config=self.model.config, max_cache_len=ids.shape[1])
+        self.cache = api.int8_cache(cache) if way.int8_cache else cache
         self.call, self.freeze = _compiled(way, self.model), way.freeze
         self.load_seconds = time.perf_counter() - start
         self.n_bytes, self.about = model_bytes(self.model), way.version()

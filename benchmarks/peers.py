@@ -29,7 +29,7 @@ class Way:
     of `reference` (another way's name, "" for none), above which it is not timed. quantize: edits the loaded model.
     options: the mode of torch.compile. freeze: whether Inductor may take weights for constants, and pack them as it
     likes (its setting `freezing`). needs: packages. ggml: the type of the linears in the file that llama.cpp reads.
-    default: whether it is run unasked.
+    int8_cache: whether keys and values are kept in int8. default: whether it is run unasked.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Way:
     options: str = ""
     freeze: bool = False
     ggml: str = ""
+    int8_cache: bool = False
     default: bool = True
     quantize: Callable[[nn.Module], None] | None = None
 
@@ -112,6 +113,10 @@ WAYS = (
     _llama("IQ1_S"),
     Way("bwla, eager", FP32, "eager", "packed", reference=""),
     Way("bwla", FP32, "bwla", "packed", reference="bwla, eager", tolerance=0.05),
+    Way(
+        "bwla, int8 cache", FP32, "bwla", "packed", reference="bwla, eager", tolerance=0.3, int8_cache=True,
+        default=False,
+    ),
 )  # fmt: skip
 """In the order of the tables. `bwla` is held against the packed model's own eager logits: codes at a rounding boundary
 may fall to either side when sums are ordered otherwise."""

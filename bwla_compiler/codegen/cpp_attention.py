@@ -7,7 +7,7 @@ how many there are. Keys that the mask hides from a whole group are not read: an
 """
 
 STEP = r"""
-// Keys or values [batch, heads, length, size] of float32, bfloat16 or int8; strides in elements. scale
+// Keys or values [batch, heads, length, size]: floats, upper halves of floats, or int8; strides in elements. scale
 // [batch, heads, length] of codes, else null.
 struct Cached {
   const void* data;
