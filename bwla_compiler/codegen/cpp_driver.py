@@ -261,6 +261,11 @@ static void for_tiles(long tokens, const F& f) {
   for (; m < tokens; m++) f(Int<1>{}, m);
 }
 
+#ifndef OWN_ORDER
+// Where in a word of a block eight signs of a row lie.
+static inline long byte_of(long row, long octet) { return row * (long)sizeof(Word) + octet; }
+#endif
+
 // One plane of packed signs: bands of STACK blocks of rows, of a band its chunks of CHUNK words, of a chunk the blocks,
 // of a block [words, ROWS]. So what a thread reads for few tokens, some bands, lies in one piece, and in the order in
 // which it is read.
@@ -341,8 +346,13 @@ struct Tables {
 
   template <int T>
   void build(long m, long word, long n, typename K::Entry* to) const {
-    for (long k = word; k < word + n; k++)
-      for (int t = 0; t < T; t++, to += K::TABLE) K::build(row(m + t) + k * COLUMNS, to);
+    using Code = typename K::Code;
+    if constexpr (std::is_invocable_v<decltype(K::build), const Code*, long, long, typename K::Entry*>) {
+      for (int t = 0; t < T; t++) K::build(row(m + t) + word * COLUMNS, n, T * K::TABLE, to + t * K::TABLE);
+    } else {
+      for (long k = word; k < word + n; k++)
+        for (int t = 0; t < T; t++, to += K::TABLE) K::build(row(m + t) + k * COLUMNS, to);
+    }
   }
 };
 

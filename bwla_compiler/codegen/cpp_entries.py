@@ -231,7 +231,7 @@ EXPORT void bwla_pack(const uint8_t* signs, Word* packed, long planes, long out,
       std::memset(to, 0, ROWS * EACH);
       for (long r = 0; r < std::min(ROWS, out - first); r++) {
         const uint8_t* row = signs + (plane * out + first + r) * bytes;
-        for (long b = word * EACH; b < std::min((word + 1) * EACH, bytes); b++) to[r * EACH + b % EACH] = row[b];
+        for (long b = word * EACH; b < std::min((word + 1) * EACH, bytes); b++) to[byte_of(r, b % EACH)] = row[b];
       }
     }
   });

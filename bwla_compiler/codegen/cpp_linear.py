@@ -16,12 +16,13 @@ from bwla_compiler.codegen import (
     cpp_portable,
     cpp_prologue,
     cpp_transform,
+    cpp_vbmi,
 )
 from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
-    "amx": cpp_avx512.KERNELS,
-    "avx512": cpp_avx512.KERNELS,
+    "amx": cpp_avx512.COMMON + cpp_vbmi.KERNELS + cpp_avx512.FLOAT,
+    "avx512": cpp_avx512.COMMON + cpp_avx512.KERNELS + cpp_avx512.FLOAT,
     "avx2": cpp_avx2.KERNELS,
     "neon": cpp_neon.KERNELS,
     "portable": cpp_portable.KERNELS,
