@@ -12,7 +12,6 @@ HEADER = r"""
 #include <memory>
 #include <mutex>
 #include <new>
-#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>

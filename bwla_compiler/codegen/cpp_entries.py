@@ -185,13 +185,12 @@ static void linear(const float* x, const Prologue* prologue, const float* column
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
   if (tokens <= FEW) fetch(members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
-  const Transform transform = transform_of(prologue, tokens);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
     const auto tables = Tables<K>::room(n, words);
     float* scale = scale_buffer.get(n);
     parallel(n, helpers, [&](long m) {
-      const float* token = prepare(prologue, transform, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
+      const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
       scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
       tables.put(m);
     });

@@ -78,8 +78,8 @@ class Derived {
 
 // Never destroyed: tensors may die after static destructors ran.
 struct Caches {
-  Derived signs, values, groups, pairs;
-  std::array<Derived*, 4> all() { return {&signs, &values, &groups, &pairs}; }
+  Derived signs, values, groups, pairs, factors;
+  std::array<Derived*, 5> all() { return {&signs, &values, &groups, &pairs, &factors}; }
 };
 Caches& caches() {
   static auto* all = new Caches;
@@ -182,6 +182,19 @@ Tensor packed_pair(const Tensor& codes) {
     const long out = source.size(0), rank = source.size(1);
     Tensor packed = at::empty({kernels.packed_pair(out, rank)}, at::TensorOptions().dtype(at::kChar));
     kernels.pack_pair(source.const_data_ptr(), packed.mutable_data_ptr(), out, rank);
+    return packed;
+  });
+}
+
+// A square factor of a transform as the kernel takes it.
+Tensor packed_factor(const Maybe& factor, const Maybe& exponent, bool is_left) {
+  if (!factor) return Tensor();
+  const int power = power_of(exponent);
+  return caches().factors.get(*factor, 2 * power + is_left, [&] {
+    const Tensor source = exponent ? decode(*factor, power) : plain(*factor);
+    const long n = source.size(0);
+    Tensor packed = new_floats({kernels.packed_factor(n)});
+    kernels.pack_factor(source.const_data_ptr(), packed.mutable_data_ptr(), n, is_left);
     return packed;
   });
 }
