@@ -37,14 +37,6 @@ struct Parts {
     for (; k < steps * WIDE; k += WIDE, to += SIDE * WIDE) put<P>(to, some(k), some(k + SIDE));
   }
 
-  // As few parts as hold all that was put: two where the floats were float16.
-  Parts trimmed() const {
-    Parts its = *this;
-    auto is_zero = [&](const Half* part) { return std::all_of(part, part + apart(), [](Half v) { return v == 0; }); };
-    while (its.parts > 1 && is_zero(data + (its.parts - 1) * apart())) its.parts--;
-    return its;
-  }
-
   // Where lines k and k + SIDE of the right side, columns from n on, are to be put.
   Half* lines(long n, long k) const { return at(0, n, k / WIDE) + k % WIDE * WIDE; }
 

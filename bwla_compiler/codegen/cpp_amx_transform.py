@@ -10,26 +10,31 @@ struct SplitFactor {
   static constexpr long LINE = 64 / sizeof(float);
   static long behind(long n) { return divide_up(n * n, LINE) * LINE; }
   static long room(long n) {
-    return behind(n) + LINE + Parts::of(SPLIT, n, n, nullptr).apart() * SPLIT / (long)(sizeof(float) / sizeof(Half));
+    return behind(n) + Parts::of(SPLIT, n, n, nullptr).apart() * SPLIT / (long)(sizeof(float) / sizeof(Half));
   }
 
   static void pack(const float* factor, long n, bool is_left, float* packed) {
     std::memcpy(packed, factor, n * n * sizeof(float));
-    Parts parts = Parts::of(SPLIT, n, n, (Half*)(packed + behind(n) + LINE));
+    const Parts to = parts(packed, n);
     if (is_left) {
       std::vector<float> row(n);
-      for (long i = 0; i < parts.whole(); i++) {
+      for (long i = 0; i < to.whole(); i++) {
         for (long k = 0; k < n && i < n; k++) row[k] = factor[k * n + i];
-        parts.put_row<SPLIT>(i, row.data(), i < n ? n : 0);
+        to.put_row<SPLIT>(i, row.data(), i < n ? n : 0);
       }
     } else {
-      put_matrix(factor, n, n, parts);
+      put_matrix(factor, n, n, to);
     }
-    packed[behind(n)] = (float)parts.trimmed().parts;
   }
 
   static Parts parts(const float* packed, long n) {
-    return Parts::of((long)packed[behind(n)], n, n, (Half*)(packed + behind(n) + LINE));
+    return Parts::of(SPLIT, n, n, (Half*)(packed + behind(n)));
+  }
+
+  // Have what a product reads fetched.
+  static void fetch(const float* packed, long n) {
+    for (long part = 0; packed && part < SPLIT; part++)
+      fetch_ahead(parts(packed, n).at(part, 0, 0), divide_up(n, SIDE) * parts(packed, n).steps * TILE_BYTES);
   }
 
   // values [depth, n] as a right side.
@@ -60,6 +65,11 @@ class TiledTransform {
   }
 
   TiledTransform(const float* left, const float* right, long n1, long n2) : left(left), right(right), n1(n1), n2(n2) {}
+
+  void fetch() const {
+    SplitFactor::fetch(right, n2);
+    SplitFactor::fetch(left, n1);
+  }
 
   void token(const float* x, float* y) const {
     const TileScope scope;

@@ -171,10 +171,11 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
   parallel(jobs * parts, threads, job);
 }
 
-// Have the first signs and scales fetched while the tokens are rounded.
-static inline void fetch(const Member& member, long words) {
-  const long n = std::min(AHEAD, Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word));
-  for (long i = 0; i < n; i += 64) __builtin_prefetch((const char*)member.signs + i);
+// Have what comes before the first linear, and its first signs, fetched while tokens are prepared and rounded.
+static inline void fetch(const Prologue* prologue, const Member& member, long words) {
+  if (prologue) transform_of(*prologue).fetch();
+  const long n = Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word);
+  fetch_ahead(member.signs, std::min(AHEAD, n));
 }
 
 template <class K>
@@ -183,7 +184,7 @@ static void linear(const float* x, const Prologue* prologue, const float* column
   using Code = typename K::Code;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
-  if (tokens <= FEW) fetch(members[0], words);
+  if (tokens <= FEW) fetch(prologue, members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;

@@ -15,6 +15,7 @@ from bwla_compiler.codegen import (
     cpp_neon,
     cpp_portable,
     cpp_prologue,
+    cpp_sweep,
     cpp_transform,
     cpp_vbmi,
 )
@@ -42,7 +43,7 @@ def emit(isa: Isa) -> str:
         cpp_driver.THREADS,
         cpp_transform.VECTORS,
         cpp_driver.ROUNDING,
-        cpp_driver.SWEEP,
+        cpp_sweep.SWEEP,
         *with_amx(cpp_amx.TILES, cpp_amx_parts.PARTS),
         cpp_transform.PRODUCT,
         *with_amx(cpp_amx_transform.SPLIT),

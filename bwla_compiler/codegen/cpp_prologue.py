@@ -112,6 +112,8 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
   }
 }
 
+static Transform transform_of(const Prologue& p) { return {p.scale, p.left, p.right, p.n1, p.n2}; }
+
 // Token m after the prologue, valid until the next call on this thread; x itself where there is nothing to do.
 static const float* prepare(const Prologue* p, const float* x, long m, long n, long threads) {
   if (!p) return x;
@@ -123,7 +125,7 @@ static const float* prepare(const Prologue* p, const float* x, long m, long n, l
   }
   if (!p->scale && !p->left && !p->right) return x;
   float* y = second.get(n);
-  const Transform transform{p->scale, p->left, p->right, p->n1, p->n2};
+  const Transform transform = transform_of(*p);
   transform.token(x, y, transform.useful(threads, 1));
   return y;
 }

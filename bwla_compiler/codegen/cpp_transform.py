@@ -170,6 +170,22 @@ struct Transform {
 
   // Multiplications for one token; under some tens of microseconds a second thread costs more than it saves.
   long work() const { return n1 * n2 * ((left ? n1 : 0) + (right ? n2 : 0)); }
+  bool is_tiled() const {
+#ifdef OWN_FACTORS
+    return TiledTransform::serves(n1, n2, work());
+#else
+    return false;
+#endif
+  }
+  // Have what is read fetched, in its order.
+  void fetch() const {
+    fetch_ahead(scale, n1 * n2 * (long)sizeof(float));
+#ifdef OWN_FACTORS
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).fetch();
+#endif
+    fetch_ahead(right, n2 * n2 * (long)sizeof(float));
+    fetch_ahead(left, n1 * n1 * (long)sizeof(float));
+  }
   long useful(long threads, long tokens) const { return work() * tokens < (1 << 20) ? 1 : threads; }
 
   void token(const float* from, float* to, long threads) const {
@@ -182,7 +198,7 @@ struct Transform {
       from = product;
     }
 #ifdef OWN_FACTORS
-    if (TiledTransform::serves(n1, n2, work())) return TiledTransform(left, right, n1, n2).token(from, to);
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(from, to);
 #endif
     if (right) {
       product(from, n2, 1, right, left ? half : to, n1, n2, n2, threads);

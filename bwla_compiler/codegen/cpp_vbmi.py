@@ -12,7 +12,7 @@ KERNELS = r"""
 using Word = uint16_t;
 constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 32, TILE = 4;
 constexpr long HELD = 64;     // tables that the first cache holds
-constexpr long AHEAD = 8192;  // bytes of weights fetched to the second cache ahead of use, measured best
+constexpr long AHEAD = 16384;  // bytes of weights fetched to the second cache ahead of use, measured best
 constexpr long SOON = 1024;   // to the first
 
 // A word of a block is four lines: of 64 rows their first eight signs, then the other eight, and of the next 64 rows.
@@ -111,7 +111,7 @@ struct ByteKernel {
     index[2] = _mm512_ternarylogic_epi32(upper, next, _mm512_set1_epi8(3), 0xE4);  // third ? first : second
   }
 
-  static void fetch_ahead(const Word* w) {
+  static void fetch_block(const Word* w) {
     UNROLL for (int line = 0; line < 4; line++) {
       _mm_prefetch((const char*)(w + LINE * line) + AHEAD, _MM_HINT_T1);
       _mm_prefetch((const char*)(w + LINE * line) + SOON, _MM_HINT_T0);
@@ -140,7 +140,7 @@ struct ByteKernel {
       Bytes acc[2][T][PLANES];
       int32_t totals[T] = {};
       for (long k = first; k < last; k++, w += ROWS) {
-        fetch_ahead(w);
+        fetch_block(w);
         __m512i index[2][3];
         UNROLL for (int h = 0; h < 2; h++) indices(w + 2 * LINE * h, index[h]);
         UNROLL for (int t = 0; t < T; t++) {
