@@ -71,7 +71,9 @@ def _budget(minutes: float) -> Any:
     )
 )
 def kernels(
-    shape: Annotated[list[str] | None, typer.Option(help="This linear, or 'transform of N'; repeatable.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="This linear, 'transform of N' or 'prologue of LINEAR'; repeatable.")
+    ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="So many tokens; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="On so many threads; repeatable.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Beside this peer alone; repeatable.")] = None,

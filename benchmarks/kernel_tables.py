@@ -10,8 +10,9 @@ from benchmarks.markdown import LESS, Cell, Column, ending, table
 from benchmarks.record import Row, grouped, last_runs
 
 CASE = ("linear", "tokens", "threads")
-CEILING, TRANSFORM = "ceiling", "transform of"
-"""What stands in a linear's place: what the machine allows, and a change of basis of so many channels."""
+CEILING, TRANSFORM, PROLOGUE = "ceiling", "transform of", "prologue of"
+"""What stands in a linear's place: what the machine allows, a change of basis of so many channels, and what a linear of
+that name waits for."""
 
 OURS = ("bwla A8", "bwla A6", "bwla A4")
 READ = "pure read"
@@ -24,7 +25,7 @@ def timed_linears(rows: Sequence[Row]) -> list[Row]:
 
 def _of_linears(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of linears, those too that say why a contender was not timed."""
-    return last_runs([row for row in rows if "out" in row and not _is_transform(row)], by=CASE)
+    return last_runs([row for row in rows if "out" in row and not _is_other(row)], by=CASE)
 
 
 def _timed_transforms(rows: Sequence[Row]) -> list[Row]:
@@ -33,6 +34,10 @@ def _timed_transforms(rows: Sequence[Row]) -> list[Row]:
 
 def _is_transform(row: Row) -> bool:
     return str(row["linear"]).startswith(TRANSFORM)
+
+
+def _is_other(row: Row) -> bool:
+    return str(row["linear"]).startswith((TRANSFORM, PROLOGUE))
 
 
 def kernels_table(rows: Sequence[Row]) -> str:
@@ -104,7 +109,7 @@ def _left_out(rows: Sequence[Row], measured: Sequence[Row], *, transforms: bool)
     names: dict[tuple[int, int], list[str]] = {}
     for row in rows:
         case = tuple(row.get(name) for name in CASE)
-        if "missing" in row and row["linear"] and case not in have and _is_transform(row) == transforms:
+        if "missing" in row and row["linear"] and case not in have and _is_other(row) == transforms:
             found = names.setdefault((row["tokens"], row["threads"]), [])
             found += [row["linear"]] if row["linear"] not in found else []
     said = [f"{', '.join(found)} (tokens {m}, threads {n})" for (m, n), found in names.items()]
@@ -124,3 +129,22 @@ def transforms_table(rows: Sequence[Row]) -> str:
         cells.append([key[0].removeprefix(f"{TRANSFORM} "), key[1], key[2], *times])
     said = ["Microseconds a call.", _left_out(rows, transforms, transforms=True), ending(transforms)]
     return "\n\n".join(filter(None, [table(columns, cells, across=True), *said]))
+
+
+def prologues_table(rows: Sequence[Row]) -> str:
+    """Return what linears wait for at one token, and its share of them. "" for none."""
+    found = last_runs([row for row in rows if "us" in row and str(row["linear"]).startswith(PROLOGUE)], by=CASE)
+    if not found:
+        return ""
+    columns = [
+        Column("linear", left=True), Column("out x in"), Column("threads"), Column("transform and rounding, us"),
+        Column("rounding alone, us"), Column("linear, us"), Column("share"), Column("quartiles"),
+    ]  # fmt: skip
+    cells: list[list[Cell]] = []
+    for row in sorted(found, key=lambda row: row["threads"]):
+        name, shape = row["linear"].removeprefix(f"{PROLOGUE} "), f"{row['out']} x {row['in']}"
+        times = [f"{row['us']:.1f}", f"{row['rounding_us']:.1f}", f"{row['linear_us']:.0f}"]
+        quartiles = f"{row['share_low']:.1%}-{row['share_high']:.1%}"
+        cells.append([name, shape, row["threads"], *times, f"{row['share']:.1%}", quartiles])
+    said = "Medians over rounds; the share is of the linear without them, weights and factors cold, one token."
+    return "\n\n".join([table(columns, cells), said, ending(found)])

@@ -17,18 +17,20 @@ from benchmarks.ceilings import measure_ceilings, reader
 from benchmarks.contest import Call, Contender, check_result, contest
 from benchmarks.errors import RefusedError, ResultsError
 from benchmarks.kernel_peers import PEERS, SHORT, Product, release
-from benchmarks.kernel_tables import CEILING, TRANSFORM
+from benchmarks.kernel_tables import CEILING, PROLOGUE, TRANSFORM
 from benchmarks.noise import Noise, pinned
+from benchmarks.prologues import SERVED, prologue_rows
+from benchmarks.random_linear import random_linear
 from benchmarks.timing import copies
 from benchmarks.transforms import transform_rows
-from bwla_compiler.numerics.planes import BinaryWeight, unpack_signs
+from bwla_compiler.numerics.planes import unpack_signs
 from bwla_compiler.runtime.halves import read_half
 from bwla_compiler.runtime.modules import PackedLinear
 
 Progress = Callable[[str, int, int], None]
 Row = dict[str, Any]
 Case = tuple[str, int, int]
-"""(linear, tokens, threads); a transform's or the ceilings' name in place of the linear."""
+"""(linear, tokens, threads); in place of the linear the name of a transform, a linear's prologue or the ceilings."""
 
 SHAPES = {
     "0.6B q": (2048, 1024), "0.6B gate": (3072, 1024), "0.6B down": (1024, 3072),
@@ -60,7 +62,8 @@ def measure(
 ) -> list[Row]:
     """Return a row per shape, tokens, threads and contender, rows of transforms, and the ceilings on as many threads.
 
-    shapes, tokens, threads: these alone; a shape is a name of SHAPES or "transform of N". peers: by name. budget: of
+    shapes, tokens, threads: these alone; a shape is a name of SHAPES, "transform of N" or
+    "prologue of" one of SERVED, which is measured at one token alone. peers: by name. budget: of
     wall time; the cases that decide most come first. keep: gets the rows of each case as soon as they are there, and
     those without figures at the end. Rows with "missing" say which peers and cases have no figures.
     Raises ResultsError for an unknown name, RefusedError where a kernel's result is wrong.
@@ -91,7 +94,7 @@ def measure(
 
 def _cases(shapes: Sequence[str], tokens: Sequence[int], threads: Sequence[int]) -> list[Case]:
     """Return the cases in their order: ceilings, what decides, transforms, other shapes, other numbers of tokens."""
-    known = [*SHAPES, *(f"{TRANSFORM} {width}" for width in WIDTHS)]
+    known = [*SHAPES, *(f"{TRANSFORM} {width}" for width in WIDTHS), *(f"{PROLOGUE} {name}" for name in SERVED)]
     for name in shapes:
         if name not in known:
             raise ResultsError(f"no shape is called {name!r}; there are: {', '.join(known)}")
@@ -100,7 +103,7 @@ def _cases(shapes: Sequence[str], tokens: Sequence[int], threads: Sequence[int])
         for n in threads or THREADS
         for m in tokens or TOKENS
         for name in shapes or known
-        if tokens or m in FIRST_TOKENS or (n == 1 and name in SHAPES)
+        if (tokens or m in FIRST_TOKENS or (n == 1 and name in SHAPES)) and (m == 1 or not name.startswith(PROLOGUE))
     ]
     return [*((CEILING, 0, n) for n in threads or THREADS), *sorted(cases, key=_rank)]
 
@@ -118,6 +121,8 @@ def _measured(case: Case, peers: Sequence[str]) -> list[Row]:
         return [{"linear": CEILING, **row} for row in measure_ceilings(threads)]
     if name in SHAPES:
         return _case(name, SHAPES[name], tokens=tokens, threads=threads, peers=peers)
+    if name.startswith(PROLOGUE):
+        return prologue_rows(name.removeprefix(f"{PROLOGUE} "), threads, rounds=ROUNDS)
     return transform_rows(int(name.split()[-1]), tokens, threads, rounds=ROUNDS)
 
 
@@ -148,7 +153,7 @@ def _case(name: str, shape: tuple[int, int], *, tokens: int, threads: int, peers
 def _packed(shape: tuple[int, int], x: Tensor, bits: int) -> Contender:
     out, width = shape
     n_bytes = out * -(-width // 8)
-    first = _random_linear(shape, bits)
+    first = random_linear(shape, bits)
     found = _call(first, x)()
     assert isinstance(found, Tensor)
     check_result(found, _reference(first, x, bits), f"bwla A{bits} {shape}")
@@ -161,16 +166,6 @@ def _call(linear: PackedLinear, x: Tensor) -> Call:
     scale, exponent = linear.row_scale, linear.row_scale_exponent
     operands = (x, linear.signs, scale, None, None, None, None, None, linear.activation_bits, exponent)
     return partial(torch.ops.bwla.linear.default, *operands)
-
-
-def _random_linear(shape: tuple[int, int], bits: int) -> PackedLinear:
-    """Return a linear of random signs and row scales."""
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.rand(1, shape[0], 1, generator=generator) + 0.5
-    binary = BinaryWeight(torch.ones(1, *shape, dtype=torch.int8), scale)
-    linear = PackedLinear.from_binary(binary, activation_bits=bits, dtype=torch.float32)
-    linear.signs.random_(0, 256, generator=generator)
-    return linear
 
 
 def _reference(linear: PackedLinear, x: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.kernel_tables import kernels_table, transforms_table
+from benchmarks.kernel_tables import kernels_table, prologues_table, transforms_table
 from benchmarks.markdown import LESS, MORE, Cell, Column, ending, table
 from benchmarks.record import Row, devices, grouped, last_runs, latest, machines, read
 from bwla_compiler.inspector.table import size
@@ -254,6 +254,7 @@ BLOCKS = {
     "models": Block("models", models_table, "models", every=True),
     "kernels": Block("kernels", kernels_table, "kernels", every=True),  # a machine's kernels are those of its processor
     "transforms": Block("kernels", transforms_table, "kernels"),
+    "prologues": Block("kernels", prologues_table, "kernels"),
     "profile": Block("profile", profile_table, "profile"),
     "quality": Block("quality-*", quality_table, "quality", every=True),  # perplexities do not depend on the machine
     "ends": Block("ends-*", ends_table, "quality --ends"),

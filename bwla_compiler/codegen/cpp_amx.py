@@ -96,24 +96,26 @@ struct Tables<TileKernel> {
   }
 };
 
-// Signs of 32 rows and up to four words as bytes +-1, two tiles [STEP / 4, SIDE, 4]; the rest of both is not touched.
-static inline void spread(const Word* w, long words, int8_t* to) {
+// Signs of 32 rows from `row` of a block on, of up to four words, as bytes +-1: two tiles [STEP / 4, SIDE, 4]; what is
+// beyond is not touched.
+static inline void spread(const Word* w, long row, long words, int8_t* to) {
   struct Places {
     alignas(64) uint8_t of[2][2][64];
     constexpr Places() : of() {
-      for (int tile = 0; tile < 2; tile++)
-        for (int half = 0; half < 2; half++)
-          for (int i = 0; i < 64; i++) of[tile][half][i] = (uint8_t)(2 * (16 * tile + i / 4) + half);
+      for (int odd = 0; odd < 2; odd++)
+        for (int tile = 0; tile < 2; tile++)
+          for (int i = 0; i < 64; i++) of[odd][tile][i] = (uint8_t)(2 * (16 * tile + i / 4) + odd);
     }
   };
   static constexpr Places places;
   const __m512i low = _mm512_set1_epi32(0x08040201), high = _mm512_set1_epi32((int)0x80402010);
   const __m512i minus = _mm512_set1_epi8(-1), plus = _mm512_set1_epi8(1);
   for (long j = 0; j < words; j++) {
-    const __m512i word = _mm512_loadu_si512(w + j * ROWS);
-    _mm_prefetch((const char*)(w + j * ROWS) + AHEAD, _MM_HINT_T0);
+    const Word* line = w + j * ROWS + row / (2 * LINE) * 2 * LINE;
+    _mm_prefetch((const char*)(w + j * ROWS + row) + AHEAD, _MM_HINT_T0);
     UNROLL for (int tile = 0; tile < 2; tile++) UNROLL for (int half = 0; half < 2; half++) {
-      const __m512i byte = _mm512_permutexvar_epi8(_mm512_load_si512(places.of[tile][half]), word);
+      const __m512i eight = _mm512_loadu_si512(line + half * LINE);
+      const __m512i byte = _mm512_permutexvar_epi8(_mm512_load_si512(places.of[row / LINE % 2][tile]), eight);
       int8_t* at = to + tile * TILE_BYTES + (2 * j + half) * 2 * STEP;
       _mm512_store_si512(at, _mm512_mask_blend_epi8(_mm512_test_epi8_mask(byte, low), minus, plus));
       _mm512_store_si512(at + STEP, _mm512_mask_blend_epi8(_mm512_test_epi8_mask(byte, high), minus, plus));
@@ -164,9 +166,9 @@ static inline void multiply(const int8_t* codes, long apart, const int8_t* signs
 // Signs of 32 rows from `row` of a block on, of a chunk of words, as tiles [steps, 2, STEP / 4, SIDE, 4].
 static inline long spread_strip(const Plane& plane, long block, long row, long word, int8_t* signs) {
   const long words = std::min(CHUNK, plane.words - word);
-  const Word* from = plane.at(block, word) + row;
+  const Word* from = plane.at(block, word);
   for (long k = 0; k < words; k += STEP_WORDS)
-    spread(from + k * ROWS, std::min(STEP_WORDS, words - k), signs + k / STEP_WORDS * 2 * TILE_BYTES);
+    spread(from + k * ROWS, row, std::min(STEP_WORDS, words - k), signs + k / STEP_WORDS * 2 * TILE_BYTES);
   return divide_up(words, STEP_WORDS);
 }
 

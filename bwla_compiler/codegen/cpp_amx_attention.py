@@ -42,7 +42,7 @@ class TiledAttention {
       const long n = row < rows ? a.size : 0;
       const float* from = a.queries + b * a.query_batch + query(row) * a.query_head + token(row) * a.query_token;
       for (long i = 0; i < n; i++) scaled[i] = from[i] * scale;
-      queries.put_row(row, scaled, n);
+      queries.put_row<PARTS>(row, scaled, n);
     }
   }
 
@@ -82,14 +82,13 @@ class TiledAttention {
     const long first = (range.first - begin) / STRIP * STRIP, end = range.end - begin;
     for (long l = first; l < divide_up(end, STRIP) * STRIP; l += SIDE)
       for (long step = 0; step < keys.steps; step++)
-        keys.put_block(l, step, key.line(l) + step * WIDE, key.stride, end - l, a.size - step * WIDE);
-    for (long l = first; l < divide_up(end, STRIP) * STRIP; l += 2)
+        keys.put_columns(l, step, key.line(l) + step * WIDE, key.stride, end - l, a.size - step * WIDE);
+    for (long l = first; l < end; l += l % WIDE == SIDE - 1 ? SIDE + 1 : 1)
       for (long i = 0; i < values.whole(); i += SIDE) {
         auto line = [&](long l) {
-          const long n = l < end ? a.size - i : 0;
-          return _mm512_maskz_loadu_ps(n >= SIDE ? 0xFFFF : n > 0 ? 0xFFFF >> (SIDE - n) : 0, value.line(l) + i);
+          return l < end ? _mm512_maskz_loadu_ps(first_lanes(a.size - i), value.line(l) + i) : _mm512_setzero_ps();
         };
-        values.put_lines(i, l, line(l), line(l + 1));
+        values.put<PARTS>(values.lines(i, l), line(l), line(l + SIDE));
       }
   }
 
@@ -146,7 +145,7 @@ class TiledAttention {
     const long first = (range.first - begin) / STRIP * STRIP, n = divide_up(range.end - begin - first, STRIP) * STRIP;
     alignas(64) float tiles[4 * TILE_SUMS];
     for (long l = 0; l < n; l += STRIP) {
-      multiply_parts(queries, row, keys, first + l, tiles);
+      multiply_parts(queries, keys, {row, first + l, 2}, tiles);
       put_tiles<false>(tiles, scores + l, SPAN_KEYS);
     }
     const Parts chances = Parts::room(chance_buffer, PARTS, STRIP, n);
@@ -156,10 +155,10 @@ class TiledAttention {
         hide(row + r, begin + first, range.end, score, n);
         soften_row(row + r, score, n);
       }
-      chances.put_row(r, score, row + r < rows ? n : 0);
+      chances.put_row<PARTS>(r, score, row + r < rows ? n : 0);
     }
     for (long i = 0; i < padded; i += STRIP) {
-      multiply_parts(chances, 0, values, i, tiles, first / WIDE);
+      multiply_parts(chances, values, {0, i, 2}, tiles, first / WIDE);
       put_tiles<true>(tiles, sums + row * padded + i, padded);
     }
   }

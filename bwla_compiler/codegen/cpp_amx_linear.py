@@ -52,7 +52,7 @@ class Pair {
       : member(member), left(Parts::room(left_buffer, PARTS, tokens, member.rank)),
         right(Parts::room(right_buffer, 1, ROWS, member.rank)) {
     for (long t = 0; t < left.whole(); t++)
-      left.put_row(t, projected + t * member.rank, t < tokens ? member.rank : 0);
+      left.put_row<PARTS>(t, projected + t * member.rank, t < tokens ? member.rank : 0);
   }
 
   // Take the codes of a block of rows.
@@ -62,11 +62,12 @@ class Pair {
       return (__m512)load_codes(member.rank_out + (block * member.rank + r) * ROWS + row);
     };
     for (long row = 0; row < ROWS; row += SIDE)
-      for (long r = 0; r < right.steps * WIDE; r += 2) right.put_lines(row, r, line(r, row), line(r + 1, row));
+      for (long step = 0; step < right.steps * WIDE; step += WIDE)
+        for (long r = step; r < step + SIDE; r++) right.put<1>(right.lines(row, r), line(r, row), line(r + SIDE, row));
   }
 
   // sums = projections of the strip of tokens from m on times these codes of a strip of rows, four tiles.
-  void multiply(long m, long row, float* sums) const { multiply_parts(left, m, right, row, sums); }
+  void multiply(long m, long row, float* sums) const { multiply_parts(left, right, {m, row, 2}, sums); }
 };
 
 // The sums of one block of rows for all tokens of a wave.

@@ -1,96 +1,141 @@
-"""C++ text of the online transform of many tokens on processors with AMX: the factors are split once a call."""
+"""C++ text of the online transform on processors with AMX, whose factors are split once, when they are packed."""
 
 SPLIT = r"""
-// y = left^T x right for x [n1, n2] by tiles of bfloat16 parts, as exact as in float32.
-class SplitFactors {
-  static inline thread_local Buffer<Half> left_factor, right_factor, left_buffer, right_buffer;
-  const long n1, n2;
-  const bool has_left, has_right;
-  Parts left, right;  // left^T [n1, n1], right [n2, n2]
+// Products with a packed factor, [n, n] floats and behind them its parts: of the transposed one as a left side, or of
+// itself as a right one. All numbers are two parts: of x, 2^-16 is lost, where rounding to codes of a few bits follows;
+// of factors that were float16, nothing.
+#define OWN_FACTORS
+constexpr long SPLIT = 2;
+struct SplitFactor {
+  static constexpr long LINE = 64 / sizeof(float);
+  static long behind(long n) { return divide_up(n * n, LINE) * LINE; }
+  static long room(long n) {
+    return behind(n) + Parts::of(SPLIT, n, n, nullptr).apart() * SPLIT / (long)(sizeof(float) / sizeof(Half));
+  }
 
- public:
-  // Below, splitting takes longer than what is saved.
-  static bool pays(long tokens, long n1, long n2) { return TILED(tokens) && std::min(n1, n2) >= SIDE; }
-
-  SplitFactors(const float* left, const float* right, long n1, long n2)
-      : n1(n1), n2(n2), has_left(left), has_right(right),
-        left(Parts::room(left_factor, PARTS, n1, n1)), right(Parts::room(right_factor, PARTS, n2, n2)) {
-    if (has_left) {
-      std::vector<float> row(n1);
-      for (long i = 0; i < this->left.whole(); i++) {
-        for (long k = 0; k < n1 && i < n1; k++) row[k] = left[k * n1 + i];
-        this->left.put_row(i, row.data(), i < n1 ? n1 : 0);
+  static void pack(const float* factor, long n, bool is_left, float* packed) {
+    std::memcpy(packed, factor, n * n * sizeof(float));
+    const Parts to = parts(packed, n);
+    if (is_left) {
+      std::vector<float> row(n);
+      for (long i = 0; i < to.whole(); i++) {
+        for (long k = 0; k < n && i < n; k++) row[k] = factor[k * n + i];
+        to.put_row<SPLIT>(i, row.data(), i < n ? n : 0);
       }
-      this->left = this->left.trimmed();
-    }
-    if (has_right) {
-      put_matrix(right, n2, n2, this->right);
-      this->right = this->right.trimmed();
+    } else {
+      put_matrix(factor, n, n, to);
     }
   }
 
-  // One token; `y` may be `x`.
-  void token(const float* x, float* y) const {
-    const TileScope scope;
-    if (!has_left) return turn_right(x, [&](long row, long column, const float* sums) {
-      write(sums, row, column, y);
-    });
-    const Parts half = Parts::room(right_buffer, PARTS, n2, n1);
-    if (has_right)
-      turn_right(x, [&](long row, long column, const float* sums) { put_tiles(sums, row, column, half); });
-    else
-      put_matrix(x, n1, n2, half);
-    alignas(64) float sums[4 * TILE_SUMS];
-    for (long row = 0; row < n1; row += STRIP)
-      for (long column = 0; column < n2; column += STRIP) {
-        multiply_parts(left, row, half, column, sums);
-        write(sums, row, column, y);
-      }
+  static Parts parts(const float* packed, long n) {
+    return Parts::of(SPLIT, n, n, (Half*)(packed + behind(n)));
   }
 
- private:
-  // Call f(row, column, four tiles) for all of x right.
-  template <class F>
-  void turn_right(const float* x, const F& f) const {
-    const Parts rows = Parts::room(left_buffer, PARTS, n1, n2);
-    for (long row = 0; row < rows.whole(); row++) rows.put_row(row, x + row * n2, row < n1 ? n2 : 0);
-    alignas(64) float sums[4 * TILE_SUMS];
-    for (long row = 0; row < n1; row += STRIP)
-      for (long column = 0; column < n2; column += STRIP) {
-        multiply_parts(rows, row, right, column, sums);
-        f(row, column, sums);
-      }
+  // Have what a product reads fetched.
+  static void fetch(const float* packed, long n) {
+    for (long part = 0; packed && part < SPLIT; part++)
+      fetch_ahead(parts(packed, n).at(part, 0, 0), divide_up(n, SIDE) * parts(packed, n).steps * TILE_BYTES);
   }
-
-  static __mmask16 first(long n) { return n >= SIDE ? 0xFFFF : n > 0 ? 0xFFFF >> (SIDE - n) : 0; }
 
   // values [depth, n] as a right side.
   static void put_matrix(const float* values, long depth, long n, const Parts& to) {
-    for (long k = 0; k < to.steps * WIDE; k += 2)
+    for (long step = 0; step < to.steps * WIDE; step += WIDE)
       for (long column = 0; column < to.whole(); column += SIDE) {
-        auto line = [&](long k) {
-          return _mm512_maskz_loadu_ps(k < depth ? first(n - column) : 0, values + k * n + column);
-        };
-        to.put_lines(column, k, line(k), line(k + 1));
+        const __mmask16 inside = first_lanes(n - column);
+        const float* from = values + step * n + column;
+        Half* line = to.lines(column, step);
+        for (long k = step; k < step + SIDE; k++, from += n, line += WIDE)
+          to.put<SPLIT>(line, _mm512_maskz_loadu_ps(k < depth ? inside : 0, from),
+                        _mm512_maskz_loadu_ps(k + SIDE < depth ? inside : 0, from + SIDE * n));
       }
   }
+};
 
-  // Four tiles of sums as part of a right side, which has whole steps: what is beyond the rows is zero in the tiles.
-  static void put_tiles(const float* sums, long row, long column, const Parts& to) {
-    for (long r = 0; r < STRIP && row + r < to.steps * WIDE; r += 2)
-      for (long half = 0; half < 2; half++) {
-        const float* from = sums + (r / SIDE * 2 + half) * TILE_SUMS + r % SIDE * SIDE;
-        to.put_lines(column + half * SIDE, row + r, _mm512_load_ps(from), _mm512_load_ps(from + SIDE));
-      }
+// y = left^T x right for x [n1, n2] and packed factors, null for none; `y` may be `x`.
+class TiledTransform {
+  static inline thread_local Buffer<Half> row_buffer, line_buffer;
+  const float *const left, *const right;
+  const long n1, n2;
+
+ public:
+  // Less than this float products do as soon; smaller sides would leave most of a tile empty. How many
+  // tokens there are does not matter: a token's bits do not depend on those beside it.
+  static bool serves(long n1, long n2, long work) {
+    return std::min(n1, n2) >= SIDE && work >= (1 << 18) && has_tiles();
   }
 
-  void write(const float* sums, long row, long column, float* y) const {
-    for (long r = 0; r < std::min(STRIP, n1 - row); r++)
-      for (long half = 0; half < 2; half++) {
-        const float* from = sums + (r / SIDE * 2 + half) * TILE_SUMS + r % SIDE * SIDE;
-        const long at = column + half * SIDE;
-        _mm512_mask_storeu_ps(y + (row + r) * n2 + at, first(n2 - at), _mm512_load_ps(from));
+  TiledTransform(const float* left, const float* right, long n1, long n2) : left(left), right(right), n1(n1), n2(n2) {}
+
+  void fetch() const {
+    SplitFactor::fetch(right, n2);
+    SplitFactor::fetch(left, n1);
+  }
+
+  void token(const float* x, float* y) const {
+    const TileScope scope;
+    auto write_to = [&](const Block& block, const float* sums) { write(block, sums, y); };
+    if (!left) return turn_right(x, write_to);
+    const Parts half = Parts::room(line_buffer, SPLIT, n2, n1), turned = SplitFactor::parts(left, n1);
+    if (right)
+      turn_right(x, [&](const Block& block, const float* sums) { put_block(block, sums, half); });
+    else
+      SplitFactor::put_matrix(x, n1, n2, half);
+    const auto nothing = [](long) {};
+    in_blocks(turned, half, nothing, write_to);
+  }
+
+ private:
+  // Call f(block, four tiles) for all of a product of n1 rows and n2 columns, and before(row) at each strip of rows. A
+  // block is only looked at when the next one is under way, which takes tiles as long as vectors take for this.
+  template <class Before, class F>
+  void in_blocks(const Parts& a, const Parts& b, const Before& before, const F& f) const {
+    alignas(64) float sums[2][4 * TILE_SUMS];
+    Block last{};
+    long turn = 0;
+    for (long row = 0; row < n1; row += STRIP) {
+      before(row);
+      for (long column = 0; column < n2;) {
+        const Block block = Block::at(row, column, n1);
+        multiply_parts(a, b, block, sums[turn % 2]);
+        if (turn++) f(last, sums[turn % 2]);
+        last = block, column += block.wide();
       }
+    }
+    f(last, sums[(turn + 1) % 2]);
+  }
+
+  // The same for x right.
+  template <class F>
+  void turn_right(const float* x, const F& f) const {
+    const Parts rows = Parts::room(row_buffer, SPLIT, n1, n2);
+    const auto before = [&](long first) {
+      const long whole = divide_up(std::min(n1, first + STRIP), SIDE) * SIDE;
+      for (long r = first; r < whole; r++) rows.put_row<SPLIT>(r, x + std::min(r, n1 - 1) * n2, r < n1 ? n2 : 0);
+    };
+    in_blocks(rows, SplitFactor::parts(right, n2), before, f);
+  }
+
+  // A block, which has the rows of a step or the upper half of them, as part of a right side. What is beyond the rows
+  // is zero in the tiles.
+  void put_block(const Block& block, const float* sums, const Parts& to) const {
+    for (long t = 0; t < 4 / block.high && block.column_of(t) < n2; t++) {
+      const float* from = sums + t * TILE_SUMS;
+      Half* line = to.lines(block.column_of(t), block.row);
+      for (long r = 0; r < SIDE; r++, from += SIDE, line += WIDE)
+        to.put<SPLIT>(line, _mm512_load_ps(from),
+                      block.high == 2 ? _mm512_load_ps(from + 2 * TILE_SUMS) : _mm512_setzero_ps());
+    }
+  }
+
+  void write(const Block& block, const float* sums, float* y) const {
+    for (long t = 0; t < 4; t++) {
+      const long row = block.row_of(t), column = block.column_of(t);
+      const __mmask16 inside = first_lanes(n2 - column);
+      const float* from = sums + t * TILE_SUMS;
+      float* to = y + row * n2 + column;
+      for (long r = 0; inside && r < std::min(SIDE, n1 - row); r++, from += SIDE, to += n2)
+        _mm512_mask_storeu_ps(to, inside, _mm512_load_ps(from));
+    }
   }
 };
 """

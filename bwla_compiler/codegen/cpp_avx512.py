@@ -6,14 +6,9 @@ times 4 floats), so that adding sixteen products costs three (or four) permutati
 Needs F, BW, VL and DQ alone. Source of the method: lookup-table GEMM as in T-MAC (EuroSys 2025), kept in registers.
 """
 
-KERNELS = r"""
+COMMON = r"""
 #include <immintrin.h>
 #define UNROLL _Pragma("GCC unroll 8")
-
-using Word = uint16_t;
-constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 32, TILE = 4;
-constexpr long HELD = 128;    // tables that the first cache holds
-constexpr long AHEAD = 8192;  // bytes of weights fetched ahead of use, measured best
 
 static inline void add(int32_t* to, __m512i v) {
   _mm512_storeu_si512(to, _mm512_add_epi32(v, _mm512_loadu_si512(to)));
@@ -25,6 +20,24 @@ static inline void add_scaled(float* to, __m512 v, const float* scale) {
 static inline void add_scaled(float* to, __m512i v, const float* scale) {
   add_scaled(to, _mm512_cvtepi32_ps(v), scale);
 }
+
+static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
+  __m512i acc = _mm512_setzero_si512();
+  long i = 0;
+  for (; i + 32 <= n; i += 32)
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(a + i))),
+                                                  _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(b + i)))));
+  int32_t sum = _mm512_reduce_add_epi32(acc);
+  for (; i < n; i++) sum += (int32_t)a[i] * b[i];
+  return sum;
+}
+"""
+
+KERNELS = r"""
+using Word = uint16_t;
+constexpr long ROWS = 128, COLUMNS = 16, CHUNK = 32, TILE = 4;
+constexpr long HELD = 128;    // tables that the first cache holds
+constexpr long AHEAD = 8192;  // bytes of weights fetched ahead of use, measured best
 
 struct IntKernel {
   using Code = int8_t;
@@ -117,6 +130,13 @@ struct IntKernel {
   }
 };
 
+// Signs 8 o .. 8 o + 7 of rows 16 v .. 16 v + 15, a 32-bit lane each; what lies above them means nothing.
+static inline __m512i octet(const Word* at, int v, int o) {
+  return _mm512_srli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + 16 * v))), 8 * o);
+}
+"""
+
+FLOAT = r"""
 struct FloatKernel {
   using Code = float;
   using Entry = float;
@@ -147,15 +167,14 @@ struct FloatKernel {
           _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
           _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
           __m512i index[4];
-          UNROLL for (int v = 0; v < 4; v++)
-            index[v] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + 16 * v)));
           UNROLL for (int part = 0; part < 4; part++) {
+            UNROLL for (int v = 0; v < 4; v++)  // vpermps reads the low four bits of each lane
+              index[v] = part % 2 ? _mm512_srli_epi32(index[v], 4) : octet(at, v, part / 2);
             UNROLL for (int t = 0; t < T; t++) {
               __m512 a = _mm512_loadu_ps(table + (k * T + t) * TABLE + 16 * part);
-              UNROLL for (int v = 0; v < 4; v++)  // vpermps reads the low four bits of each lane
+              UNROLL for (int v = 0; v < 4; v++)
                 acc[v][t] = _mm512_add_ps(acc[v][t], _mm512_permutexvar_ps(index[v], a));
             }
-            UNROLL for (int v = 0; v < 4; v++) index[v] = _mm512_srli_epi32(index[v], 4);
           }
         }
         UNROLL for (int t = 0; t < T; t++)
@@ -164,15 +183,4 @@ struct FloatKernel {
     }
   }
 };
-
-static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
-  __m512i acc = _mm512_setzero_si512();
-  long i = 0;
-  for (; i + 32 <= n; i += 32)
-    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(a + i))),
-                                                  _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(b + i)))));
-  int32_t sum = _mm512_reduce_add_epi32(acc);
-  for (; i < n; i++) sum += (int32_t)a[i] * b[i];
-  return sum;
-}
 """

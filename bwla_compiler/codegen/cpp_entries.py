@@ -171,10 +171,11 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
   parallel(jobs * parts, threads, job);
 }
 
-// Have the first signs and scales fetched while the tokens are rounded.
-static inline void fetch(const Member& member, long words) {
-  const long n = std::min(AHEAD, Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word));
-  for (long i = 0; i < n; i += 64) __builtin_prefetch((const char*)member.signs + i);
+// Have what comes before the first linear, and its first signs, fetched while tokens are prepared and rounded.
+static inline void fetch(const Prologue* prologue, const Member& member, long words) {
+  if (prologue) transform_of(*prologue).fetch();
+  const long n = Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word);
+  fetch_ahead(member.signs, std::min(AHEAD, n));
 }
 
 template <class K>
@@ -183,15 +184,14 @@ static void linear(const float* x, const Prologue* prologue, const float* column
   using Code = typename K::Code;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
-  if (tokens <= FEW) fetch(members[0], words);
+  if (tokens <= FEW) fetch(prologue, members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
-  const Transform transform = transform_of(prologue, tokens);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
     const auto tables = Tables<K>::room(n, words);
     float* scale = scale_buffer.get(n);
     parallel(n, helpers, [&](long m) {
-      const float* token = prepare(prologue, transform, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
+      const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
       scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
       tables.put(m);
     });
@@ -231,7 +231,7 @@ EXPORT void bwla_pack(const uint8_t* signs, Word* packed, long planes, long out,
       std::memset(to, 0, ROWS * EACH);
       for (long r = 0; r < std::min(ROWS, out - first); r++) {
         const uint8_t* row = signs + (plane * out + first + r) * bytes;
-        for (long b = word * EACH; b < std::min((word + 1) * EACH, bytes); b++) to[r * EACH + b % EACH] = row[b];
+        for (long b = word * EACH; b < std::min((word + 1) * EACH, bytes); b++) to[byte_of(r, b % EACH)] = row[b];
       }
     }
   });

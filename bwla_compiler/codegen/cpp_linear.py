@@ -17,13 +17,15 @@ from bwla_compiler.codegen import (
     cpp_neon,
     cpp_portable,
     cpp_prologue,
+    cpp_sweep,
     cpp_transform,
+    cpp_vbmi,
 )
 from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
-    "amx": cpp_avx512.KERNELS,
-    "avx512": cpp_avx512.KERNELS,
+    "amx": cpp_avx512.COMMON + cpp_vbmi.KERNELS + cpp_avx512.FLOAT,
+    "avx512": cpp_avx512.COMMON + cpp_avx512.KERNELS + cpp_avx512.FLOAT,
     "avx2": cpp_avx2.KERNELS,
     "neon": cpp_neon.KERNELS,
     "portable": cpp_portable.KERNELS,
@@ -43,7 +45,7 @@ def emit(isa: Isa) -> str:
         cpp_driver.THREADS,
         cpp_transform.VECTORS,
         cpp_driver.ROUNDING,
-        cpp_driver.SWEEP,
+        cpp_sweep.SWEEP,
         *with_amx(cpp_amx.TILES, cpp_amx_parts.PARTS),
         cpp_transform.PRODUCT,
         *with_amx(cpp_amx_transform.SPLIT),

@@ -78,8 +78,8 @@ class Derived {
 
 // Never destroyed: tensors may die after static destructors ran.
 struct Caches {
-  Derived signs, values, groups, pairs;
-  std::array<Derived*, 4> all() { return {&signs, &values, &groups, &pairs}; }
+  Derived signs, values, groups, pairs, factors;
+  std::array<Derived*, 5> all() { return {&signs, &values, &groups, &pairs, &factors}; }
 };
 Caches& caches() {
   static auto* all = new Caches;
@@ -124,30 +124,7 @@ Tensor new_floats(at::IntArrayRef sizes) {
   return t;
 }
 
-int power_of(const Maybe& exponent) { return exponent ? *exponent->const_data_ptr<int8_t>() : NO_EXPONENT; }
-
-// float16(bits) * 2^power, as `halves.decode` has it: the power is put together from its bits.
-Tensor decode(const Tensor& bits, int power) {
-  const Tensor source = bits.contiguous();
-  Tensor values = new_floats(source.sizes());
-  const int32_t word = (power + 127) << 23;
-  float factor;
-  std::memcpy(&factor, &word, sizeof factor);
-  const auto* from = (const uint16_t*)source.const_data_ptr();
-  float* to = values.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < source.numel(); i++)
-    to[i] = (float)c10::Half(from[i], c10::Half::from_bits()) * factor;
-  return values;
-}
-
-Tensor values_of(const Tensor& t, const Maybe& exponent) {
-  if (!exponent) return plain(t);
-  const int power = power_of(exponent);
-  return caches().values.get(t, power, [&] { return decode(t, power); });
-}
-Tensor values_of(const Maybe& t, const Maybe& exponent) { return t ? values_of(*t, exponent) : Tensor(); }
-
-// Bytes for packed signs, some tensors to a block of huge pages where the system has them: a linear reads all of its
+// Bytes of what is derived, some tensors to a block of huge pages where the system has them: a linear reads all of its
 // signs at every call, and finding small pages takes a tenth of its time. A block lives as long as what lies in it.
 Tensor new_bytes(size_t n) {
   constexpr size_t LINE = 64, BLOCK = 16 << 20;
@@ -166,6 +143,31 @@ Tensor new_bytes(size_t n) {
   used += wanted;
   return at::from_blob(at, {(int64_t)n}, [held = block](void*) {}, at::TensorOptions().dtype(at::kByte));
 }
+Tensor new_kept_floats(at::IntArrayRef sizes) {
+  return new_bytes(c10::multiply_integers(sizes) * sizeof(float)).view(at::kFloat).view(sizes);
+}
+
+int power_of(const Maybe& exponent) { return exponent ? *exponent->const_data_ptr<int8_t>() : NO_EXPONENT; }
+
+// values = float16(bits) * 2^power, as `halves.decode` has it: the power is put together from its bits.
+Tensor decode(const Tensor& bits, int power, Tensor values) {
+  const Tensor source = bits.contiguous();
+  const int32_t word = (power + 127) << 23;
+  float factor;
+  std::memcpy(&factor, &word, sizeof factor);
+  const auto* from = (const uint16_t*)source.const_data_ptr();
+  float* to = values.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < source.numel(); i++)
+    to[i] = (float)c10::Half(from[i], c10::Half::from_bits()) * factor;
+  return values;
+}
+
+Tensor values_of(const Tensor& t, const Maybe& exponent) {
+  if (!exponent) return plain(t);
+  const int power = power_of(exponent);
+  return caches().values.get(t, power, [&] { return decode(t, power, new_kept_floats(t.sizes())); });
+}
+Tensor values_of(const Maybe& t, const Maybe& exponent) { return t ? values_of(*t, exponent) : Tensor(); }
 
 Tensor packed_signs(const Tensor& signs, long columns) {
   return caches().signs.get(signs, 0, [&] {
@@ -182,7 +184,7 @@ Tensor packed_scale(const Tensor& scale, const Maybe& exponent) {
   if (scale.size(2) == 1) return values_of(scale, exponent);
   const int power = power_of(exponent);
   return caches().groups.get(scale, power, [&] {
-    const Tensor source = exponent ? decode(scale, power) : plain(scale);
+    const Tensor source = exponent ? decode(scale, power, new_floats(scale.sizes())) : plain(scale);
     const long planes = source.size(0), out = source.size(1), groups = source.size(2);
     Tensor packed = new_floats({kernels.packed_scales(planes, out, groups)});
     kernels.pack_scale(source.const_data_ptr(), packed.mutable_data_ptr(), planes, out, groups);
@@ -196,6 +198,19 @@ Tensor packed_pair(const Tensor& codes) {
     const long out = source.size(0), rank = source.size(1);
     Tensor packed = at::empty({kernels.packed_pair(out, rank)}, at::TensorOptions().dtype(at::kChar));
     kernels.pack_pair(source.const_data_ptr(), packed.mutable_data_ptr(), out, rank);
+    return packed;
+  });
+}
+
+// A square factor of a transform as the kernel takes it.
+Tensor packed_factor(const Maybe& factor, const Maybe& exponent, bool is_left) {
+  if (!factor) return Tensor();
+  const int power = power_of(exponent);
+  return caches().factors.get(*factor, 2 * power + is_left, [&] {
+    const Tensor source = exponent ? decode(*factor, power, new_floats(factor->sizes())) : plain(*factor);
+    const long n = source.size(0);
+    Tensor packed = new_kept_floats({kernels.packed_factor(n)});
+    kernels.pack_factor(source.const_data_ptr(), packed.mutable_data_ptr(), n, is_left);
     return packed;
   });
 }

@@ -115,7 +115,7 @@ struct Factors {
     fit = n1 * n2 == n;
     if (!fit) return;
     this->scale = values_of(scale, scale_exponent);
-    this->left = values_of(left, left_exponent), this->right = values_of(right, right_exponent);
+    this->left = packed_factor(left, left_exponent, true), this->right = packed_factor(right, right_exponent, false);
   }
 
   static bool is_square(const Maybe& factor) {

@@ -9,8 +9,6 @@ from bwla_compiler.spec import PROLOGUES
 FUNCTIONS = r"""
 typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 
-static inline Vec spread(float v) { return Vec{} + v; }
-
 // e^x, at the ends of the range the smallest and largest normal powers of two; NaN stays NaN.
 static inline Vec exponential(Vec x) {
   x = x < -87.0f ? spread(-87.0f) : x;
@@ -78,7 +76,7 @@ struct Prologue {
   float eps;
   const float* gate;                 // [tokens, in]
   const float *gain, *shift;         // [in]
-  const float *scale, *left, *right; // of the transform, on [n1, n2]
+  const float *scale, *left, *right; // of the transform, on [n1, n2]; packed factors
   long n1, n2;
 };
 
@@ -114,17 +112,10 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
   }
 }
 
-// The transform of a prologue for so many tokens; without one, that of none.
-static Transform transform_of(const Prologue* p, long tokens) {
-  if (!p) return {};
-  Transform transform{p->scale, p->left, p->right, p->n1, p->n2};
-  transform.prepare_for(tokens);
-  return transform;
-}
+static Transform transform_of(const Prologue& p) { return {p.scale, p.left, p.right, p.n1, p.n2}; }
 
 // Token m after the prologue, valid until the next call on this thread; x itself where there is nothing to do.
-static const float* prepare(const Prologue* p, const Transform& transform, const float* x, long m, long n,
-                            long threads) {
+static const float* prepare(const Prologue* p, const float* x, long m, long n, long threads) {
   if (!p) return x;
   static thread_local Buffer<float> first, second;
   if (p->kind != NONE) {
@@ -134,6 +125,7 @@ static const float* prepare(const Prologue* p, const Transform& transform, const
   }
   if (!p->scale && !p->left && !p->right) return x;
   float* y = second.get(n);
+  const Transform transform = transform_of(*p);
   transform.token(x, y, transform.useful(threads, 1));
   return y;
 }

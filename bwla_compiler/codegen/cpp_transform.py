@@ -44,7 +44,9 @@ static inline Vec load_codes(const int8_t* from) {
 }
 #endif
 constexpr long WIDTH = sizeof(Vec) / sizeof(float);
-static inline Vec multiply_add(Vec a, float b, Vec c) { return multiply_add(a, Vec{} + b, c); }
+// b - 0 is b, whatever b: no instruction but the broadcast is left, which may read memory.
+static inline Vec spread(float b) { return b - Vec{}; }
+static inline Vec multiply_add(Vec a, float b, Vec c) { return multiply_add(a, spread(b), c); }
 typedef int32_t Lanes __attribute__((vector_size(sizeof(Vec))));  // what a comparison of vectors gives
 
 static inline Vec absolute(Vec v) { return (Vec)((Lanes)v & 0x7FFFFFFF); }
@@ -100,16 +102,34 @@ static inline void product_tile(const float* a, long row, long step, const float
     for (int v = 0; v < V; v++) std::memcpy(y + r * n + v * WIDTH, &acc[r][v], sizeof(Vec));
 }
 
-template <int R>
-static inline void product_rows(const float* a, long row, long step, const float* b, float* y, long depth, long n) {
-  long j = 0;
-  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_tile<R, 2>(a, row, step, b + j, y + j, depth, n);
-  for (; j + WIDTH <= n; j += WIDTH) product_tile<R, 1>(a, row, step, b + j, y + j, depth, n);
-  for (int r = 0; r < R && j < n; r++) {
+// All rows of Y, V * WIDTH columns of it: what is read of B stays in the first cache.
+template <int V>
+static inline void product_columns(const float* a, long row, long step, const float* b, float* y, long rows, long depth,
+                                   long n) {
+  long r = 0;
+  for (; r + TALL <= rows; r += TALL) product_tile<TALL, V>(a + r * row, row, step, b, y + r * n, depth, n);
+  for (; r + 2 <= rows; r += 2) product_tile<2, V>(a + r * row, row, step, b, y + r * n, depth, n);
+  for (; r < rows; r++) product_tile<1, V>(a + r * row, row, step, b, y + r * n, depth, n);
+}
+
+// Fewer columns than fill a register.
+static void product_narrow(const float* a, long row, long step, const float* b, float* y, long rows, long depth,
+                           long n) {
+  for (long r = 0; r < rows; r++) {
     float sums[WIDTH] = {};
     for (long k = 0; k < depth; k++)
-      for (long c = j; c < n; c++) sums[c - j] += a[r * row + k * step] * b[k * n + c];
-    for (long c = j; c < n; c++) y[r * n + c] = sums[c - j];
+      for (long c = 0; c < n; c++) sums[c] += a[r * row + k * step] * b[k * n + c];
+    for (long c = 0; c < n; c++) y[r * n + c] = sums[c];
+  }
+}
+
+static void product_part(const float* a, long row, long step, const float* b, float* y, long rows, long depth, long n) {
+  if (n < WIDTH) return product_narrow(a, row, step, b, y, rows, depth, n);
+  long j = 0;
+  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_columns<2>(a, row, step, b + j, y + j, rows, depth, n);
+  for (; j < n; j += WIDTH) {
+    j = std::min(j, n - WIDTH);  // the last ones may be some of those before once more
+    product_columns<1>(a, row, step, b + j, y + j, rows, depth, n);
   }
 }
 
@@ -118,35 +138,54 @@ static void product(const float* a, long row, long step, const float* b, float* 
                     long threads) {
   const long height = threads > 1 ? divide_up(divide_up(rows, threads), TALL) * TALL : rows;
   parallel(divide_up(rows, height), threads, [&](long job) {
-    long r = job * height;
-    const long last = std::min(r + height, rows);
-    for (; r + TALL <= last; r += TALL) product_rows<TALL>(a + r * row, row, step, b, y + r * n, depth, n);
-    for (; r + 2 <= last; r += 2) product_rows<2>(a + r * row, row, step, b, y + r * n, depth, n);
-    for (; r < last; r++) product_rows<1>(a + r * row, row, step, b, y + r * n, depth, n);
+    const long r = job * height;
+    product_part(a + r * row, row, step, b, y + r * n, std::min(height, rows - r), depth, n);
   });
 }
 """
 
 TRANSFORM = r"""
-// y = left^T (x * scale) right for tokens [n1, n2]; scale [n1 * n2], left [n1, n1], right [n2, n2]; null for none.
+#ifndef OWN_FACTORS
+struct SplitFactor {
+  static long room(long n) { return n * n; }
+  static void pack(const float* factor, long n, bool, float* packed) {
+    std::memcpy(packed, factor, n * n * sizeof(float));
+  }
+};
+#endif
+
+// How many floats a factor [n, n] takes as the transform reads it.
+EXPORT long bwla_packed_factor(long n) { return SplitFactor::room(n); }
+
+// A factor [n, n], the left or the right one, as the transform reads it: itself first; from a cache line on.
+EXPORT void bwla_pack_factor(const float* factor, float* packed, long n, long is_left) {
+  SplitFactor::pack(factor, n, is_left, packed);
+}
+
+// y = left^T (x * scale) right for tokens [n1, n2]; scale [n1 * n2], left and right packed factors of n1 and n2
+// channels; null for none.
 struct Transform {
   const float *scale, *left, *right;
   long n1, n2;
-#ifdef TILED
-  std::optional<SplitFactors> split;
-#endif
-
-  // Have what many tokens share made once, before any of them.
-  void prepare_for(long tokens) {
-#ifdef TILED
-    if ((left || right) && SplitFactors::pays(tokens, n1, n2)) split.emplace(left, right, n1, n2);
-#else
-    (void)tokens;
-#endif
-  }
 
   // Multiplications for one token; under some tens of microseconds a second thread costs more than it saves.
   long work() const { return n1 * n2 * ((left ? n1 : 0) + (right ? n2 : 0)); }
+  bool is_tiled() const {
+#ifdef OWN_FACTORS
+    return TiledTransform::serves(n1, n2, work());
+#else
+    return false;
+#endif
+  }
+  // Have what is read fetched, in its order.
+  void fetch() const {
+    fetch_ahead(scale, n1 * n2 * (long)sizeof(float));
+#ifdef OWN_FACTORS
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).fetch();
+#endif
+    fetch_ahead(right, n2 * n2 * (long)sizeof(float));
+    fetch_ahead(left, n1 * n1 * (long)sizeof(float));
+  }
   long useful(long threads, long tokens) const { return work() * tokens < (1 << 20) ? 1 : threads; }
 
   void token(const float* from, float* to, long threads) const {
@@ -158,8 +197,8 @@ struct Transform {
       for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
       from = product;
     }
-#ifdef TILED
-    if (split) return split->token(from, to);
+#ifdef OWN_FACTORS
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(from, to);
 #endif
     if (right) {
       product(from, n2, 1, right, left ? half : to, n1, n2, n2, threads);
@@ -172,8 +211,7 @@ struct Transform {
 
 EXPORT void bwla_transform(const float* x, const float* scale, const float* left, const float* right, float* y,
                            long tokens, long n1, long n2, long threads) {
-  Transform transform{scale, left, right, n1, n2};
-  transform.prepare_for(tokens);
+  const Transform transform{scale, left, right, n1, n2};
   const long n = n1 * n2, useful = transform.useful(threads, tokens), across = tokens < useful ? 1 : useful;
   parallel(tokens, across, [&](long m) { transform.token(x + m * n, y + m * n, across > 1 ? 1 : useful); });
 }

@@ -41,11 +41,13 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
     "packed_scales": (c_long, (c_long,) * 3),
     "packed_pair": (c_long, (c_long,) * 2),
     "attends": (c_long, (c_long,)),
+    "packed_factor": (c_long, (c_long,)),
 }
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),
     "pack_scale": (c_void_p, c_void_p, c_long, c_long, c_long),
     "pack_pair": (c_void_p, c_void_p, c_long, c_long),
+    "pack_factor": (c_void_p, c_void_p, c_long, c_long),
     "prologue": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_long),
     "fused_group": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
     "linear": (c_void_p, c_void_p, c_long, c_long, c_int, POINTER(Member), c_long, c_long),
@@ -63,7 +65,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
     "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
-    "pack_pair", "attend", "attends",
+    "pack_pair", "packed_factor", "pack_factor", "attend", "attends",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -90,6 +92,8 @@ class KernelLibrary:
         self.pack_scale = self._library.bwla_pack_scale
         self.packed_pair = self._library.bwla_packed_pair
         self.pack_pair = self._library.bwla_pack_pair
+        self.packed_factor = self._library.bwla_packed_factor
+        self.pack_factor = self._library.bwla_pack_factor
         self.linear = self._library.bwla_linear
         self.quantize = self._library.bwla_quantize
         self.accumulate = self._library.bwla_accumulate

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings, forced_isa, kernel_peers, kernels, timing, transforms
+from benchmarks import ceilings, forced_isa, kernel_peers, kernels, prologues, timing, transforms
 from benchmarks.budget import LEFT_OUT, Budget
 from benchmarks.contest import Contender, contest
 from benchmarks.errors import RefusedError, ResultsError
@@ -192,6 +192,33 @@ def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.Mo
             transforms.transform_rows(96, 2, 1, rounds=2)
 
 
+def test_what_a_linear_waits_for_is_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {
+        "whole": Times((13.0, 15.0)), "without": Times((11.0, 12.0)),
+        "rounding": Times((1.0 * prologues.ROUNDED_AT_ONCE, 2.0 * prologues.ROUNDED_AT_ONCE)),
+    }  # fmt: skip
+    found = prologues._shares(times)
+    assert (found["us"], found["rounding_us"], found["linear_us"]) == (
+        4e6,
+        1.5e6,
+        10e6,
+    )  # of 3 and 5, 1 and 2, 10 and 10
+    assert (found["share"], found["share_low"], found["share_high"]) == (0.4, 0.35, 0.45)
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+def test_a_prologue_is_checked_before_it_is_timed(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.cold_bytes", lambda: 1)
+    monkeypatch.setitem(prologues.SERVED, "tiny", prologues.Served((24, 96), heads))
+    with torch.no_grad():
+        [row] = prologues.prologue_rows("tiny", 1, rounds=2)
+        assert row["linear"] == "prologue of tiny"
+        assert row["rounding_us"] > 0
+        monkeypatch.setattr(prologues, "_reference", lambda *_: torch.ones(1, 24, dtype=torch.float64))
+        with pytest.raises(RefusedError, match="prologue of tiny is wrong"):
+            prologues.prologue_rows("tiny", 1, rounds=2)
+
+
 def test_what_decides_comes_first_under_ceilings_of_the_same_run() -> None:
     cases = kernels._cases((), (), ())
     assert len(cases) == len(set(cases))
@@ -206,6 +233,7 @@ def test_what_decides_comes_first_under_ceilings_of_the_same_run() -> None:
 def test_shapes_tokens_and_threads_can_be_chosen() -> None:
     assert kernels._cases(("8B gate",), (16,), (2,)) == [(kernels.CEILING, 0, 2), ("8B gate", 16, 2)]
     assert kernels._cases(("transform of 4096",), (1,), (1,))[1:] == [("transform of 4096", 1, 1)]
+    assert kernels._cases(("prologue of 8B o",), (1, 8), (1,))[1:] == [("prologue of 8B o", 1, 1)]
     with pytest.raises(ResultsError, match=r"no shape is called '9B'; there are: 0\.6B q"):
         kernels._cases(("9B",), (), ())
 

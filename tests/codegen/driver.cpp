@@ -55,8 +55,9 @@ int main() {
       {"int8_linear", entry(bwla_int8_linear)},     {"transform", entry(bwla_transform)},
       {"int8_embedding", entry(bwla_int8_embedding)}, {"prologue", entry(bwla_prologue)},
       {"packed_pair", entry(bwla_packed_pair)},     {"pack_pair", entry(bwla_pack_pair)},
-      {"int4_linear", entry(bwla_int4_linear)},     {"int4_embedding", entry(bwla_int4_embedding)},
-      {"attend", entry(bwla_attend)},               {"attends", entry(bwla_attends)}};
+      {"attend", entry(bwla_attend)},               {"attends", entry(bwla_attends)},
+      {"packed_factor", entry(bwla_packed_factor)}, {"pack_factor", entry(bwla_pack_factor)},
+      {"int4_linear", entry(bwla_int4_linear)},     {"int4_embedding", entry(bwla_int4_embedding)}};
   for (;;) {
     std::string name(number(), ' ');
     receive(name.data(), name.size());

@@ -106,6 +106,13 @@ class EmulatedLibrary:
         own = Region(packed, self.packed_pair(out, rank), returned=True)
         self._call("pack_pair", Region(codes, out * rank), own, out, rank)
 
+    def packed_factor(self, n: int) -> int:
+        return self._call("packed_factor", n)
+
+    def pack_factor(self, factor: int, packed: int, n: int, is_left: int) -> None:
+        own = Region(packed, 4 * self.packed_factor(n), returned=True)
+        self._call("pack_factor", Region(factor, 4 * n * n), own, n, is_left)
+
     def quantize(
         self, x: int, column_scale: int, tokens: int, columns: int, limit: int, codes: int, scale: int
     ) -> None:
@@ -149,7 +156,7 @@ class EmulatedLibrary:
         self, x: int, scale: int, left: int, right: int, y: int, tokens: int, n1: int, n2: int, threads: int
     ) -> None:
         inputs = Region(x, 4 * tokens * n1 * n2), Region(scale, 4 * n1 * n2)
-        factors = Region(left, 4 * n1 * n1), Region(right, 4 * n2 * n2)
+        factors = (Region(factor, 4 * self.packed_factor(n)) for factor, n in ((left, n1), (right, n2)))
         result = Region(y, 4 * tokens * n1 * n2, returned=True)
         self._call("transform", *inputs, *factors, result, tokens, n1, n2, threads)
 
@@ -201,7 +208,7 @@ class EmulatedLibrary:
         p = given._obj
         lengths = {
             "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
-            "left": p.n1**2, "right": p.n2**2,
+            "left": self.packed_factor(p.n1), "right": self.packed_factor(p.n2),
         }  # fmt: skip
         links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())
         return Region(ctypes.addressof(p), ctypes.sizeof(p), links=links)

@@ -64,6 +64,14 @@ def packed_pair(
     return into, result, scale
 
 
+def packed_factor(library: Library, factor: Tensor, *, is_left: bool) -> Tensor:
+    """Return a factor [n, n] of a transform as the kernels take it; torch's memory begins with a cache line."""
+    n = len(factor)
+    packed = torch.empty(library.packed_factor(n))
+    library.pack_factor(factor.data_ptr(), packed.data_ptr(), n, int(is_left))
+    return packed
+
+
 def accumulate(library: Library, codes: Tensor, signs: Tensor, limit: int) -> Tensor:
     acc = torch.full((codes.shape[0], signs.shape[1]), -1, dtype=torch.int32)
     words = packed(library, signs)
@@ -351,10 +359,25 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
     want = want * scale if "scale" in parts else want
     want = want @ right.double() if "right" in parts else want
     want = left.double().T @ want if "left" in parts else want
-    addresses = [t.data_ptr() if n in parts else 0 for n, t in (("scale", scale), ("left", left), ("right", right))]
+    packed = [scale, packed_factor(library, left, is_left=True), packed_factor(library, right, is_left=False)]
+    addresses = [t.data_ptr() if n in parts else 0 for n, t in zip(("scale", "left", "right"), packed, strict=True)]
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
-    # two float32 sums of up to 80 terms of order one
-    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)
+    # two float32 sums of up to 80 terms of order one; tiles take 16 bits of each number
+    atol = 1e-4 if library.isa != "amx" else 2.0**-13 * (n1 * n2) ** 0.5
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
+
+
+def test_a_token_is_transformed_alike_alone_and_beside_others(library: Library) -> None:
+    n1, n2, generator = 48, 64, torch.Generator().manual_seed(8)
+    x, left, right = (torch.randn(*s, generator=generator) for s in ((9, n1, n2), (n1, n1), (n2, n2)))
+    factors = packed_factor(library, left, is_left=True), packed_factor(library, right, is_left=False)
+
+    def transformed(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        library.transform(x.data_ptr(), 0, *(f.data_ptr() for f in factors), y.data_ptr(), len(x), n1, n2, 2)
+        return y
+
+    assert torch.equal(transformed(x)[4:5], transformed(x[4:5].clone()))
 
 
 def test_int8_embedding(library: Library) -> None:
