@@ -1,5 +1,6 @@
 """Whole models: what a contender answers, wrong logits are not timed, missing peers are rows, and budgets."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.budget import Budget
 from benchmarks.contender import TorchRunner, model_bytes, serve
 from benchmarks.errors import ContenderError, ResultsError
 from benchmarks.models import Race, Work, compare
-from benchmarks.peers import ways
+from benchmarks.peers import named, ways
 from benchmarks.step_profile import OVERHEAD, profile_step, region_of
 from benchmarks.subject import Subject, make_subject
 from bwla_compiler.errors import ModelError
@@ -70,6 +71,17 @@ def test_a_contender_reads_the_tokens_it_was_given_through_its_cache(subject: Su
     assert model_bytes(found.model) == sum(p.nbytes for p in found.model.parameters()) + sum(
         b.nbytes for b in found.model.buffers()
     )
+
+
+def test_a_way_may_keep_its_cache_in_int8(subject: Subject) -> None:
+    way = dataclasses.replace(named("bwla, eager"), int8_cache=True)
+    found = TorchRunner(way, subject.packed, subject.ids(12), prompt=8)
+    exact = runner(subject, "bwla, eager")
+    for each in (found, exact):
+        each.first()
+    assert {layer.codes.keys.dtype for layer in found.cache.layers} == {torch.int8}
+    # 7 bits of keys and values; activations are rounded to as many or fewer
+    assert (found.logits() - exact.logits()).norm() < 0.2 * exact.logits().norm()
 
 
 def test_a_contender_answers_commands(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
