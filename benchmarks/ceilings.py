@@ -99,7 +99,7 @@ DOOR long int8_peak(long repeats, int32_t* out) {
 def library() -> ctypes.CDLL:
     """Return the compiled ceilings. Raises BuildError where there is no C++ compiler."""
     isa = best_isa()
-    vnni = ("-mavx512vnni",) if isa in ("amx", "avx512") and "avx512_vnni" in cpu_flags() else ()
+    vnni = ("-mavx512vnni",) if isa in ("amx", "avx512vbmi", "avx512") and "avx512_vnni" in cpu_flags() else ()
     path = build_library(SOURCE, "ceilings", flags=(*COMMON_FLAGS, *FLAGS[isa], *vnni))
     if path is None:
         raise BuildError("no C++ compiler: the machine's ceilings cannot be measured; install g++ or set BWLA_CXX")

@@ -78,7 +78,9 @@ def kernels(
     threads: Annotated[list[int] | None, typer.Option(min=1, help="On so many threads; repeatable.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Beside this peer alone; repeatable.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Beside the peers of bench all alone.")] = False,
-    isa: Annotated[str, typer.Option(help="Hold our kernels to an instruction set: amx, avx512, avx2, portable.")] = "",
+    isa: Annotated[
+        str, typer.Option(help="Hold our kernels to an instruction set: amx, avx512vbmi, avx512, avx2, portable.")
+    ] = "",
     minutes: Minutes = 0,
 ) -> None:
     """Time linears and transforms by shape, tokens and threads, under the machine's ceilings of the same run."""

@@ -145,6 +145,6 @@ def prologues_table(rows: Sequence[Row]) -> str:
         name, shape = row["linear"].removeprefix(f"{PROLOGUE} "), f"{row['out']} x {row['in']}"
         times = [f"{row['us']:.1f}", f"{row['rounding_us']:.1f}", f"{row['linear_us']:.0f}"]
         quartiles = f"{row['share_low']:.1%}-{row['share_high']:.1%}"
-        cells.append([name, shape, row["threads"], *times, f"{row['share']:.1%}", quartiles])
+        cells.append([name, shape, str(row["threads"]), *times, f"{row['share']:.1%}", quartiles])
     said = "Medians over rounds; the share is of the linear without them, weights and factors cold, one token."
     return "\n\n".join([table(columns, cells), said, ending(found)])

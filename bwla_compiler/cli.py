@@ -290,8 +290,8 @@ def emit_kernels(
         str,
         typer.Option(
             metavar="TARGET",
-            help="cuda:90, hip:gfx942 and alike, cpu, or cpu:ISA with ISA one of amx, avx512, avx2, neon, portable; "
-            "neither the GPU nor such a processor need be there (a cross compiler is named in BWLA_CXX).",
+            help="cuda:90, hip:gfx942 and alike, cpu, or cpu:ISA with ISA one of amx, avx512vbmi, avx512, avx2, neon, "
+            "portable; neither the GPU nor such a processor need be there (a cross compiler is named in BWLA_CXX).",
         ),
     ],
     out: OutFolder,

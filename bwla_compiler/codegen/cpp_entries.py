@@ -97,6 +97,7 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
   else
     std::fill(sums, sums + member.planes * size, Sum(0));
   for (long p = 0; p < member.planes; p++) {
+    if (!by_group) fetch_ahead(member.scale + p * member.out + row, rows * (long)sizeof(float));
     const Plane plane{member.signs + p * Plane::n_words(words, blocks), words, blocks};
     if (by_group)
       sweep_groups<K>(plane, first, count, wave.tables, wave.tokens, member.scale + p * blocks * member.groups * ROWS,

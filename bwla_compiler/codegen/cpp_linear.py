@@ -25,6 +25,7 @@ from bwla_compiler.codegen.isa import Isa
 
 KERNELS: dict[Isa, str] = {
     "amx": cpp_avx512.COMMON + cpp_vbmi.KERNELS + cpp_avx512.FLOAT,
+    "avx512vbmi": cpp_avx512.COMMON + cpp_vbmi.KERNELS + cpp_avx512.FLOAT,
     "avx512": cpp_avx512.COMMON + cpp_avx512.KERNELS + cpp_avx512.FLOAT,
     "avx2": cpp_avx2.KERNELS,
     "neon": cpp_neon.KERNELS,

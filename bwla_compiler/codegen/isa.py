@@ -1,20 +1,22 @@
-"""Which instruction set this processor has: "amx", "avx512", "avx2", "neon" or "portable"."""
+"""Which instruction set this processor has: "amx", "avx512vbmi", "avx512", "avx2", "neon" or "portable"."""
 
 import functools
 import platform
 from pathlib import Path
 from typing import Literal
 
-Isa = Literal["amx", "avx512", "avx2", "neon", "portable"]
+Isa = Literal["amx", "avx512vbmi", "avx512", "avx2", "neon", "portable"]
 
-ISAS: tuple[Isa, ...] = ("amx", "avx512", "avx2", "neon", "portable")
+ISAS: tuple[Isa, ...] = ("amx", "avx512vbmi", "avx512", "avx2", "neon", "portable")
 """Every instruction set with an emitter, best first."""
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")
-_AMX = (*_AVX512, "avx512vbmi", "amx_tile", "amx_int8", "amx_bf16")
+_VBMI = (*_AVX512, "avx512vbmi")
+_AMX = (*_VBMI, "amx_tile", "amx_int8", "amx_bf16")
 
 NEEDS: dict[Isa, frozenset[str]] = {
     "amx": frozenset(_AMX),
+    "avx512vbmi": frozenset(_VBMI),
     "avx512": frozenset(_AVX512),
     "avx2": frozenset({"avx2", "fma"}),
     "neon": frozenset({"asimd"}),
@@ -24,6 +26,7 @@ NEEDS: dict[Isa, frozenset[str]] = {
 
 FLAGS: dict[Isa, tuple[str, ...]] = {
     "amx": (*(f"-m{flag.replace('_', '-')}" for flag in _AMX), "-mprefer-vector-width=512"),
+    "avx512vbmi": (*(f"-m{flag}" for flag in _VBMI), "-mprefer-vector-width=512"),
     "avx512": (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
     "neon": ("-march=armv8-a",),

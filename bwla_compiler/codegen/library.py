@@ -139,4 +139,4 @@ def best_library() -> KernelLibrary | None:
         if best != "amx":
             raise
         log.warning("no kernels for AMX, so prompts are read with AVX-512; a newer compiler would help: %s", error)
-        return load("avx512")
+        return load("avx512vbmi")

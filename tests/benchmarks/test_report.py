@@ -159,7 +159,9 @@ def test_instruction_sets_of_one_machine_have_a_table_each_the_best_first(tmp_pa
 
 def test_every_block_says_how_it_is_made_where_there_are_no_results(tmp_path: Path) -> None:
     for name in BLOCKS:
-        kind = {"transforms": "kernels", "ends": "quality --ends"}.get(name, name.replace("_", "-"))
+        kind = {"transforms": "kernels", "prologues": "kernels", "ends": "quality --ends"}.get(
+            name, name.replace("_", "-")
+        )
         assert block_text(name, tmp_path) == f"Not measured yet: `python -m benchmarks {kind}`."
 
 

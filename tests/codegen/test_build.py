@@ -105,7 +105,7 @@ def test_a_compiler_too_old_for_amx(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
     monkeypatch.setattr(library, "load", load)
     monkeypatch.setattr(library, "best_isa", lambda: "amx")
-    assert library.best_library() == "avx512"
+    assert library.best_library() == "avx512vbmi"
     assert "unrecognized command line option" in caplog.text
     monkeypatch.setattr(library, "best_isa", lambda: "avx2")
     assert library.best_library() == "avx2"
