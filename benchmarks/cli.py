@@ -71,16 +71,12 @@ def _budget(minutes: float) -> Any:
     )
 )
 def kernels(
-    shape: Annotated[
-        list[str] | None, typer.Option(help="This linear, 'transform of N' or 'prologue of LINEAR'; repeatable.")
-    ] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A linear, 'transform of N', 'prologue of LINEAR'.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="So many tokens; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="On so many threads; repeatable.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Beside this peer alone; repeatable.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Beside the peers of bench all alone.")] = False,
-    isa: Annotated[
-        str, typer.Option(help="Hold our kernels to an instruction set: amx, avx512vbmi, avx512, avx2, portable.")
-    ] = "",
+    isa: Annotated[str, typer.Option(help="Our kernels' instructions: amx, avx512vbmi, avx512, avx2, portable.")] = "",
     minutes: Minutes = 0,
 ) -> None:
     """Time linears and transforms by shape, tokens and threads, under the machine's ceilings of the same run."""
