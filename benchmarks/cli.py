@@ -322,7 +322,7 @@ def profile(
     epilog=examples("bwla-compile bench train llama -o LLAMA --minutes 60", "bwla-compile bench quality --model LLAMA")
 )
 def train(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="llama, gpt2 or moe.")],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="llama, gpt2, moe or qwen3.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Checkpoint, then the model.")],
     minutes: Annotated[float, typer.Option(min=0, help="Of training, all runs together.")] = 20,
     steps: Annotated[int, typer.Option(min=0, help="In place of minutes.")] = 0,
@@ -332,6 +332,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="muon, or adamw for all parameters.")] = "muon",
     package: Annotated[list[str] | None, typer.Option(help="Read its docstrings too; installed; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps by torch.compile: faster after a minute.")] = False,
+    vocab: Annotated[int, typer.Option(min=257, help="Tokens of its vocabulary.")] = 4096,
     seed: Seed = 0,
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
@@ -344,7 +345,7 @@ def train(
         raise typer.BadParameter(f"no optimizer is called {optimizer!r}; there are {', '.join(get_args(Optimizer))}")
     job = Job(
         family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), packages=tuple(package or ()),
-        batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer), compiled=compiled,
+        vocab_size=vocab, batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer), compiled=compiled,
     )  # fmt: skip
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)

@@ -1,7 +1,8 @@
 """Families of models that are trained from the embedded model's text, for evidence from more than one architecture.
 
-Each differs from the embedded model (Qwen3, tied) in what the compiler must meet: Llama's head has a weight of its own,
-GPT-2 has LayerNorms, biases and learned positions, a mixture routes tokens to experts.
+Qwen3 is the embedded model's own, tied, for other text and other training. The others differ in what the compiler must
+meet: Llama's head has a weight of its own, GPT-2 has LayerNorms, biases and learned positions, a mixture routes tokens
+to experts.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
+    Qwen3Config,
 )
 
 from bwla_compiler.demo.tokenizer import END_OF_TEXT_ID
@@ -81,7 +83,24 @@ def _moe(size: Size, vocab_size: int) -> PretrainedConfig:
     )
 
 
-FAMILIES: dict[str, Callable[[Size, int], PretrainedConfig]] = {"llama": _llama, "gpt2": _gpt2, "moe": _moe}
+def _qwen3(size: Size, vocab_size: int) -> PretrainedConfig:
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=max(1, size.heads // 2),
+        head_dim=min(64, size.hidden),
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        **_ENDS,
+    )
+
+
+FAMILIES: dict[str, Callable[[Size, int], PretrainedConfig]] = {
+    "llama": _llama, "gpt2": _gpt2, "moe": _moe, "qwen3": _qwen3,
+}  # fmt: skip
 
 
 def new_model(family: str, size: Size, vocab_size: int, *, seed: int) -> nn.Module:

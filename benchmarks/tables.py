@@ -237,6 +237,44 @@ def gguf_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+RAW_RIVAL = "hadamard-rtn"
+"""What a raw model's recipes are held to: the rotation that needs no calibration, and rounding."""
+
+
+def raw_table(rows: Sequence[Row]) -> str:
+    """Return perplexities of raw models that torch.compile quantized, by recipe and calibration, a table a model."""
+    case = ("model", "test_sequences", "inductor", "fp_perplexity")
+    columns = [Column("recipe, calibration", left=True), Column("perplexity, A6", LESS)]
+    columns += [
+        Column("over float", LESS, 3),
+        Column(f"over {RAW_RIVAL}", LESS, 3),
+        Column("compiled and read, s", LESS, 0),
+    ]
+    parts = []
+    for (model, sequences, inductor, fp), chosen in grouped(latest(rows, by=(*case, "way")), by=case).items():
+        rival = next((row["perplexity"] for row in chosen if row["way"].startswith(RAW_RIVAL)), None)
+        cells: list[list[Cell]] = [
+            [r["way"], r["perplexity"], r["a6"], r["perplexity"] / rival if rival else None, r["seconds"]]
+            for r in sorted(chosen, key=lambda row: float(row["a6"]))
+        ]
+        about = f", {sequences} sequences of held-out text" if sequences else ""
+        about += "" if inductor else "; graphs as they are, without Inductor's code"
+        title = f"**{model}**, float perplexity {fp:.2f}{about}"
+        parts.append(f"{title}\n\n{table(columns, cells)}\n\n{ending(chosen)}")
+    return "\n\n".join(parts)
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """Return where greedy text of the packed model, compiled, parts from eager, by prompt."""
+    rows = latest(rows, by=("prompt",))
+    columns = [Column("prompt", left=True), Column("equal greedy tokens of 200", decimals=0)]
+    columns += [Column("the best two there, standard deviations", decimals=4), Column("same best token, %", decimals=1)]
+    cells: list[list[Cell]] = [
+        [str(row["prompt"] + 1), row["equal_tokens"], row["gap"], 100 * row["teacher_forced"]] for row in rows
+    ]
+    return f"{table(columns, cells)}\n\n{ending(rows)}"
+
+
 @dataclass(frozen=True)
 class Block:
     """A marked block: the files of results that it is made from, what makes a device's table ("" where its rows have no
@@ -262,6 +300,8 @@ BLOCKS = {
     "gguf": Block("gguf", gguf_table, "gguf"),
     "compile_time": Block("compile_time", compile_time_table, "compile-time"),
     "kv_cache": Block("kv_cache", kv_cache_table, "kv-cache"),
+    "raw": Block("raw", raw_table, "raw"),
+    "text": Block("text", text_table, "text"),
 }
 """Blocks by the name of their marks."""
 

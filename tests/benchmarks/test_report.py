@@ -215,6 +215,34 @@ def test_the_main_job_is_shown_as_its_last_run_found_it(tmp_path: Path) -> None:
     assert "greedy; rounds: bwla 9-11." in text
 
 
+def test_raw_models_are_held_to_the_rotation_that_needs_no_calibration(tmp_path: Path) -> None:
+    about = {"model": "demo", "inductor": True, "test_sequences": 96, "fp_perplexity": 50.0, "seconds": 9.0, "cpu": "x",
+             "cores": 2, "isa": "avx2", "torch": "2", "python": "3", "when": "2026-01-01", "command": "raw",
+             "commit": "abc"}  # fmt: skip
+    rows = [
+        {**about, "way": way, "perplexity": perplexity, "a6": perplexity / 50}
+        for way, perplexity in (("hadamard-rtn, calibration none", 80.0), ("bwla-w1a6, calibration self", 60.0))
+    ]
+    rows.append({**rows[1], "inductor": False, "perplexity": 61.0})
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = block_text("raw", tmp_path)
+    assert "**demo**, float perplexity 50.00, 96 sequences of held-out text\n" in text
+    assert "| bwla-w1a6, calibration self | **60.00** | **1.200** | **0.750** | **9** |" in text
+    assert "| hadamard-rtn, calibration none | 80.00 | 1.600 | 1.000 | **9** |" in text
+    alone = text.partition("graphs as they are, without Inductor's code")[2]
+    assert "| bwla-w1a6, calibration self | 61.00 | 1.200 | - | 9 |" in alone  # its rival was read by other code
+
+
+def test_greedy_text_is_shown_by_prompt_as_it_was_last_read(tmp_path: Path) -> None:
+    about = {"cpu": "x", "cores": 2, "isa": "avx2", "torch": "2", "python": "3", "when": "2026-01-01",
+             "command": "text", "commit": "abc"}  # fmt: skip
+    found = ((119, 0.0116, 0.995), (200, None, 1.0))
+    rows = [{**about, "prompt": 0, "equal_tokens": n, "gap": gap, "teacher_forced": t} for n, gap, t in found]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| 1 | 200 | - | 100.0 |" in (text := block_text("text", tmp_path))
+    assert "119" not in text
+
+
 def quality_rows(**more: Any) -> list[dict[str, Any]]:
     """Return rows as the kind `quality` recorded them at first, the second one with more figures."""
     device = {"cpu": "x", "cores": 2, "isa": "avx2", "torch": "2", "python": "3", "when": "2026-01-01",

@@ -29,11 +29,14 @@ def job(folder: Path, family: str = "llama", **changes: Any) -> Job:
 
 
 def test_families_differ_in_what_the_compiler_meets() -> None:
-    llama, gpt2, moe = (new_model(family, Size(64, 1), 300, seed=0) for family in ("llama", "gpt2", "moe"))
+    llama, gpt2, moe, qwen3 = (new_model(family, Size(128, 1), 300, seed=0) for family in FAMILIES)
+    assert qwen3.get_input_embeddings().weight is qwen3.get_output_embeddings().weight  # type: ignore[operator]
+    keys = next(p for name, p in qwen3.named_parameters() if "k_proj" in name)
+    assert keys.shape == (64, 128)  # one of two heads
     assert llama.get_input_embeddings().weight is not llama.get_output_embeddings().weight  # type: ignore[operator]
     assert any(isinstance(m, torch.nn.LayerNorm) for m in gpt2.modules())
     assert any("experts" in name for name, _ in moe.named_parameters())
-    again = new_model("llama", Size(64, 1), 300, seed=0)
+    again = new_model("llama", Size(128, 1), 300, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
 
 
