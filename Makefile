@@ -55,7 +55,7 @@ $(OLD_TRITON): $(STAMP)
 sanitize: setup  ## the C++ kernels' tests under the address and undefined-behaviour sanitizers
 	BWLA_CXX="g++ $(SANITIZERS) -fno-omit-frame-pointer -g1" ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest -q -n0 tests/codegen/test_kernels.py
+	  $(BIN)/python -m pytest -q -n0 tests/codegen/test_kernels.py tests/codegen/test_attention.py
 
 bench: setup  ## measure every kind within 15 minutes, and write the tables of README.md and docs/ anew
 	-$(BIN)/python -m pip install --quiet 'matplotlib>=3.9'  # for the plots; the tables need nothing

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bwla_compiler.codegen import build as building
-from bwla_compiler.codegen import cpp_driver, isa
+from bwla_compiler.codegen import cpp_driver, cpp_neon, cpp_transform, isa
 from bwla_compiler.codegen.build import COMMON_FLAGS, build
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, best_isa, cpu_flags, supported
@@ -166,7 +166,8 @@ def test_rounding_fuses_nothing(contract: tuple[str, ...], fused: bool) -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"{COMPILER} is not installed")
     entry = "float round(float* x, float* s, long n, int8_t* codes) { return quantize(x, s, n, n, 127, codes); }\n"
-    source = cpp_driver.HEADER + cpp_driver.THREADS + cpp_driver.ROUNDING + entry
+    vectors = cpp_neon.KERNELS + cpp_driver.THREADS + cpp_transform.VECTORS
+    source = cpp_driver.HEADER + vectors + cpp_driver.ROUNDING + entry
     flags = [*(flag for flag in COMMON_FLAGS if flag != "-shared"), *FLAGS["neon"], *contract]
     command = [COMPILER, *flags, "-x", "c++", "-S", "-o", "-", "-"]
     text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
