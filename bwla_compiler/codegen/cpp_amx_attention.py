@@ -80,10 +80,11 @@ class TiledAttention {
   void split_keys(long begin, Range range) const {
     const Lines<float> key(a.keys, b, head, begin), value(a.values, b, head, begin);
     const long first = (range.first - begin) / STRIP * STRIP, end = range.end - begin;
-    for (long l = first; l < divide_up(end, STRIP) * STRIP; l += SIDE)
+    const long whole = divide_up(end, STRIP) * STRIP;  // zeros beyond the end: what lay there may be no number
+    for (long l = first; l < whole; l += SIDE)
       for (long step = 0; step < keys.steps; step++)
         keys.put_columns(l, step, key.line(l) + step * WIDE, key.stride, end - l, a.size - step * WIDE);
-    for (long l = first; l < end; l += l % WIDE == SIDE - 1 ? SIDE + 1 : 1)
+    for (long l = first; l < whole; l += l % WIDE == SIDE - 1 ? SIDE + 1 : 1)
       for (long i = 0; i < values.whole(); i += SIDE) {
         auto line = [&](long l) {
           return l < end ? _mm512_maskz_loadu_ps(first_lanes(a.size - i), value.line(l) + i) : _mm512_setzero_ps();

@@ -180,6 +180,20 @@ def test_what_is_no_number_stays_in_its_row(path: str, tokens: int) -> None:
     assert int(sick.sum()) == 1
 
 
+@pytest.mark.parametrize("length", [1, 11, 17, 33])
+def test_what_an_earlier_call_left_is_not_read(length: int) -> None:
+    sick = [torch.full_like(t, torch.nan) for t in operands(1, 4, 2, 300, 300, 64)]
+    healthy = [t[..., :24].contiguous() for t in operands(1, 4, 2, length, length, 64)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # so that both use the same memory
+        ATTEND(*sick, None, 0.3, True)
+        found = ATTEND(*healthy, None, 0.3, length > 1)
+    finally:
+        torch.set_num_threads(before)
+    assert error(found, exact(*healthy, None, 0.3, causal=length > 1)) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_have_the_dtype_of_the_query(path: str, dtype: torch.dtype) -> None:
     query, key, value = (t.to(dtype) for t in operands(1, 4, 2, 1, 30, 16))
