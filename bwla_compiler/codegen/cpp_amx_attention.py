@@ -109,25 +109,14 @@ class TiledAttention {
 
   // Scores [n] of a row become chances against the largest so far; what was summed up is measured by that too.
   void soften_row(long row, float* score, long n) {
-    Vec most = spread(HIDDEN), sum{};
-    for (long l = 0; l < n; l += WIDTH) {
-      const Vec v = load(score + l);
-      most = v > most ? v : most;
-    }
-    const float before = peak[row], now = std::max(before, _mm512_reduce_max_ps(most));
-    const float from = now == HIDDEN ? 0.0f : now;  // nothing seen yet, or not a number
-    for (long l = 0; l < n; l += WIDTH) {
-      const Vec v = load(score + l) - from, e = v < -87.0f ? Vec{} : exponential(v);
-      std::memcpy(score + l, &e, sizeof e);
-      sum += e;
-    }
+    const float before = peak[row], now = std::max(before, largest(score, n)), sum = weigh(score, n, now);
     if (before != now && total[row] != 0) {
       const float factor = std::exp(before - now);
       total[row] *= factor;
       for (long i = 0; i < padded; i++) sums[row * padded + i] *= factor;
     }
     peak[row] = now;
-    total[row] += sum_of(sum);
+    total[row] += sum;
   }
 
   // Put four tiles of sums to or on rows `apart` floats from each other.

@@ -126,25 +126,37 @@ struct Seen {
   float *peak, *total, *sums;  // [group], [group], [group, size]
 };
 
-// Scores [SPAN_KEYS] of n keys to chances, not yet divided by their sum, which is returned with the largest score.
-static inline std::pair<float, float> soften(float* scores, const float* mask, float scale, long n) {
-  const long padded = divide_up(n, WIDTH) * WIDTH;
-  for (long l = 0; l < n; l++) scores[l] = scores[l] * scale + (mask ? mask[l] : 0.0f);
-  std::fill(scores + n, scores + padded, HIDDEN);
-  Vec top = spread(HIDDEN), sum{};
-  for (long l = 0; l < padded; l += WIDTH) {
+// The largest of n scores, whole vectors of them; HIDDEN where all are hidden, or no numbers.
+static inline float largest(const float* scores, long n) {
+  Vec top = spread(HIDDEN);
+  for (long l = 0; l < n; l += WIDTH) {
     const Vec v = load(scores + l);
     top = v > top ? v : top;
   }
   float peak = HIDDEN;
   for (long l = 0; l < WIDTH; l++) peak = std::max(peak, top[l]);
-  const float from = peak == HIDDEN ? 0.0f : peak;  // hidden all, or not a number
-  for (long l = 0; l < padded; l += WIDTH) {
+  return peak;
+}
+
+// Scores become e^(score - peak), whose sum is returned.
+static inline float weigh(float* scores, long n, float peak) {
+  const float from = peak == HIDDEN ? 0.0f : peak;
+  Vec sum{};
+  for (long l = 0; l < n; l += WIDTH) {
     const Vec v = load(scores + l) - from, e = v < -87.0f ? Vec{} : exponential(v);
     std::memcpy(scores + l, &e, sizeof e);
     sum += e;
   }
-  return {peak, sum_of(sum)};
+  return sum_of(sum);
+}
+
+// Scores [SPAN_KEYS] of n keys to chances, not yet divided by their sum, which is returned with the largest score.
+static inline std::pair<float, float> soften(float* scores, const float* mask, float scale, long n) {
+  const long padded = divide_up(n, WIDTH) * WIDTH;
+  for (long l = 0; l < n; l++) scores[l] = scores[l] * scale + (mask ? mask[l] : 0.0f);
+  std::fill(scores + n, scores + padded, HIDDEN);
+  const float peak = largest(scores, padded);
+  return {peak, weigh(scores, padded, peak)};
 }
 
 // What is added to the scores of the keys [first, end): rows of a group `apart` floats from each other, or one for all.
