@@ -10,6 +10,7 @@ from bwla_compiler.codegen import (
     cpp_attention,
     cpp_avx2,
     cpp_avx512,
+    cpp_cache,
     cpp_driver,
     cpp_ends,
     cpp_entries,
@@ -63,5 +64,6 @@ def emit(isa: Isa) -> str:
         cpp_attention.STEP,
         *with_amx(cpp_amx_attention.TILED),
         cpp_attention.ENTRY,
+        cpp_cache.ROWS,
     )
     return "\n".join(part.strip("\n") for part in parts) + "\n"

@@ -6,6 +6,7 @@ shapes that do not fit) it hands to the portable implementation, whose words exp
 """
 
 from bwla_compiler.codegen.cpp_ops_attention import ATTENTION
+from bwla_compiler.codegen.cpp_ops_cache import CACHE
 from bwla_compiler.codegen.cpp_ops_derived import DERIVED
 from bwla_compiler.codegen.cpp_ops_ends import ENDS
 from bwla_compiler.codegen.cpp_ops_fused import FUSED
@@ -35,6 +36,7 @@ HEADER = r"""
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -81,6 +83,15 @@ struct Attention {
   bool causal;
 };
 
+// Rows on their way to attention; mirrors `struct Rows` of the kernels.
+struct Rows {
+  const float *x, *cos, *sin;
+  void* y;
+  float* scale;
+  long x_batch, x_token, x_head, y_batch, y_head, y_token, scale_batch, scale_head, scale_token;
+  long turn_batch, turn_token, batch, tokens, heads, size;
+};
+
 // The kernels' entries, in the order of OPS_ENTRIES in library.py.
 struct Kernels {
   long (*packed_bytes)(long, long, long);
@@ -102,6 +113,7 @@ struct Kernels {
   void (*pack_factor)(const void*, void*, long, long);
   void (*attend)(const Attention*, long);
   long (*attends)(long);
+  void (*place)(const Rows*, long);
 };
 Kernels kernels;
 """
@@ -140,6 +152,7 @@ EXPORT void bwla_register(const void* entries, long most_int8, long most_int4) {
   registered.back()->impl("transform", TORCH_FN(transform));
   registered.back()->impl("prologue", TORCH_FN(prologue));
   registered.back()->impl("attend", TORCH_FN(attend));
+  registered.back()->impl("cached_attention", TORCH_FN(cached_attention));
   registered.back()->impl("sin", [](const Tensor& x) { return at::sin(x); });
   registered.back()->impl("cos", [](const Tensor& x) { return at::cos(x); });
   registered.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "bwla", c10::DispatchKey::Autograd,
@@ -154,6 +167,7 @@ EXPORT void bwla_register(const void* entries, long most_int8, long most_int4) {
   registered.back()->impl("int4_linear", TORCH_FN(Int4Route::differentiable<int4_linear>));
   registered.back()->impl("int4_embedding", torch::CppFunction::makeFallthrough());
   registered.back()->impl("attend", TORCH_FN(AttendRoute::differentiable<attend>));
+  registered.back()->impl("cached_attention", TORCH_FN(CachedAttentionRoute::differentiable<cached_attention>));
 }
 
 // Take them back, and drop what was derived from tensors.
@@ -198,6 +212,7 @@ def emit_operators() -> str:
         LINEAR,
         ENDS,
         ATTENTION,
+        CACHE,
         FUSED,
         ROUTINES,
         registration,

@@ -35,12 +35,16 @@ Cached cached(const Tensor& t, const Maybe& scale) {
   return c;
 }
 
-Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& mask, double scale,
-              bool causal, const Maybe& key_scale, const Maybe& value_scale) {
-  const bool good = is_input(query) && query.dim() == 4 && query.numel() > 0 && kernels.attends(query.size(2)) &&
-                    is_cache(key, key_scale, query, value) && is_cache(value, value_scale, query, key) &&
-                    key.size(2) > 0 && is_mask(mask, query, key.size(2)) && !(causal && mask);
-  if (!good) return AttendRoute::portable(query, key, value, mask, scale, causal, key_scale, value_scale);
+bool attends(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& mask, bool causal,
+             const Maybe& key_scale, const Maybe& value_scale) {
+  return is_input(query) && query.dim() == 4 && query.numel() > 0 && kernels.attends(query.size(2)) &&
+         is_cache(key, key_scale, query, value) && is_cache(value, value_scale, query, key) && key.size(2) > 0 &&
+         is_mask(mask, query, key.size(2)) && !(causal && mask);
+}
+
+// Attention to operands that fit: [batch, tokens, heads, size] float32, contiguous.
+Tensor attended(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& mask, double scale,
+                bool causal, const Maybe& key_scale, const Maybe& value_scale) {
   const Tensor rows = query.scalar_type() == at::kFloat && query.stride(3) == 1 ? query : plain(query);
   Tensor y = new_floats({query.size(0), query.size(2), query.size(1), query.size(3)});
   Attention a{};
@@ -56,6 +60,14 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
   a.length = key.size(2), a.size = query.size(3), a.bytes = key.element_size(), a.scale = (float)scale;
   a.causal = causal && a.tokens > 1;
   kernels.attend(&a, at::get_num_threads());
-  return typed_like(y.transpose(1, 2), query);
+  return y;
+}
+
+Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& mask, double scale,
+              bool causal, const Maybe& key_scale, const Maybe& value_scale) {
+  if (!attends(query, key, value, mask, causal, key_scale, value_scale))
+    return AttendRoute::portable(query, key, value, mask, scale, causal, key_scale, value_scale);
+  return typed_like(
+      attended(query, key, value, mask, scale, causal, key_scale, value_scale).transpose(1, 2), query);
 }
 """

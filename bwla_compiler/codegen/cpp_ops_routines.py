@@ -95,21 +95,70 @@ struct Step {
   }
 };
 
+// RoPE, writing to a cache, and attention to it; with places of what it reads.
+struct AttentionStep {
+  struct RowsAt {
+    int64_t place, first, heads, size;
+  };
+  double scale;
+  std::array<RowsAt, 3> rows;      // query, key, value
+  std::array<int64_t, 9> operands;  // the others, in the operator's order
+
+  AttentionStep(Words& words, double scale) : scale(scale) {
+    for (RowsAt& r : rows) r = {words.next(), words.next(), words.next(), words.next()};
+    for (int64_t& place : operands) place = words.next();
+  }
+
+  // Channels of a value [batch, tokens, channels], or with heads apart, as [batch, tokens, heads, size]; or undefined.
+  static Tensor rows_of(const Tensor& x, const RowsAt& r) {
+    if (!dense_cpu(x) || x.dim() < 3 || !x.is_contiguous() || x.size(0) * x.size(1) == 0) return {};
+    const int64_t channels = x.numel() / (x.size(0) * x.size(1));
+    if (r.first < 0 || r.first + r.heads * r.size > channels) return {};
+    return x.as_strided({x.size(0), x.size(1), r.heads, r.size}, {x.size(1) * channels, channels, r.size, 1},
+                        x.storage_offset() + r.first);
+  }
+
+  // Add the result to the values; false where they do not fit.
+  bool run(std::vector<Tensor>& values) const {
+    std::array<Tensor, 3> x;
+    for (size_t i = 0; i < 3; i++)
+      if (!(x[i] = rows_of(values[rows[i].place], rows[i])).defined()) return false;
+    std::array<Maybe, 9> o;
+    for (size_t i = 0; i < o.size(); i++)
+      if (operands[i] >= 0) o[i] = values[operands[i]];
+    if (!o[2] || !o[3] || !o[4]) return false;
+    const CachedCall call(x[0], x[1], x[2], o[0], o[1], *o[2], *o[3], *o[4], o[5], o[6], o[7], o[8]);
+    if (!call.fits()) return false;
+    values.push_back(call.run(scale));
+    return true;
+  }
+};
+
 struct Routine {
   int64_t n_inputs;
   std::vector<int64_t> outputs;
-  std::vector<Step> steps;
+  std::vector<std::variant<Step, AttentionStep>> steps;
+  std::vector<std::vector<int64_t>> last_reads;  // values that nothing reads after each step
   std::vector<Seen> weights;
   long epoch = forgotten;
   bool fit = true;
 
-  Routine(Words words, const double* eps, const std::vector<Tensor>& read) {
+  Routine(Words words, const double* numbers, const std::vector<Tensor>& read) {
     for (const Tensor& t : read) weights.emplace_back(t);  // first: an edit while values are derived is one to be seen
     n_inputs = words.next(), outputs.resize(words.next());
     for (int64_t& place : outputs) place = words.next();
     for (int64_t left = words.next(); left > 0 && fit; left--) {
-      steps.emplace_back(words, *eps++, read);
-      fit = steps.back().fit;
+      last_reads.emplace_back(words.next());
+      for (int64_t& place : last_reads.back()) place = words.next();
+      const bool attends = words.at < words.end && *words.at == -1;
+      if (attends) {
+        words.next();
+        steps.emplace_back(AttentionStep(words, *numbers++));
+      } else {
+        Step step(words, *numbers++, read);
+        fit = step.fit;
+        steps.emplace_back(std::move(step));
+      }
     }
   }
 
@@ -118,10 +167,13 @@ struct Routine {
   }
 
   // The results, none where the inputs do not fit.
-  std::vector<Tensor> run(at::TensorList inputs) const {
+  std::vector<Tensor> run(at::TensorList inputs, at::TensorList caches) const {
     std::vector<Tensor> values(inputs.begin(), inputs.end()), results;
-    for (const Step& step : steps)
-      if (!step.run(values)) return {};
+    values.insert(values.end(), caches.begin(), caches.end());
+    for (size_t i = 0; i < steps.size(); i++) {
+      if (!std::visit([&](const auto& step) { return step.run(values); }, steps[i])) return {};
+      for (int64_t place : last_reads[i]) values[place].reset();
+    }
     for (int64_t place : outputs) results.push_back(values[place]);
     return results;
   }
@@ -156,18 +208,18 @@ template <size_t N>
 struct RoutineOf {
   using Result = std::conditional_t<N == 1, Tensor,
                                     decltype(as_tuple(std::vector<Tensor>(), std::make_index_sequence<N>()))>;
-  using Portable = Route<RoutineName<N>, Result(at::TensorList, std::string_view)>;
+  using Portable = Route<RoutineName<N>, Result(at::TensorList, at::TensorList, std::string_view)>;
 
-  static Result run(at::TensorList inputs, std::string_view text) {
+  static Result run(at::TensorList inputs, at::TensorList caches, std::string_view text) {
     const auto routine = running ? running->find(std::string(text)) : nullptr;
     const bool tracked = at::GradMode::is_enabled() &&
                          std::any_of(inputs.begin(), inputs.end(), [](const Tensor& t) { return t.requires_grad(); });
     if (!routine || tracked || !routine->is_fresh() || routine->outputs.size() != N ||
-        (int64_t)inputs.size() != routine->n_inputs)
-      return Portable::portable(inputs, text);
+        (int64_t)(inputs.size() + caches.size()) != routine->n_inputs)
+      return Portable::portable(inputs, caches, text);
     at::AutoDispatchBelowAutograd guard;
-    std::vector<Tensor> ys = routine->run(inputs);
-    if (ys.size() != N) return Portable::portable(inputs, text);
+    std::vector<Tensor> ys = routine->run(inputs, caches);
+    if (ys.size() != N) return Portable::portable(inputs, caches, text);
     if constexpr (N == 1)
       return std::move(ys[0]);
     else
@@ -189,7 +241,7 @@ EXPORT void bwla_free(void* bound) {
 EXPORT void* bwla_enter(void* bound) { return std::exchange(running, (Bound*)bound); }
 
 // Bind a routine to weights, given by their TensorImpls. Returns whether it can be: all fits, and edits can be seen.
-EXPORT long bwla_bind(void* owner, const char* text, const int64_t* words, long n_words, const double* eps,
+EXPORT long bwla_bind(void* owner, const char* text, const int64_t* words, long n_words, const double* numbers,
                       void* const* weights, long n_weights) {
   at::AutoDispatchBelowAutograd guard;
   std::vector<Tensor> read;
@@ -199,7 +251,7 @@ EXPORT long bwla_bind(void* owner, const char* text, const int64_t* words, long 
     if (!dense_cpu(read.back()) || read.back().is_inference()) return 0;
   }
   try {
-    auto routine = std::make_shared<const Routine>(Words{words, words + n_words}, eps, read);
+    auto routine = std::make_shared<const Routine>(Words{words, words + n_words}, numbers, read);
     if (!routine->fit) return 0;
     auto* bound = (Bound*)owner;
     std::lock_guard<std::mutex> lock(bound->mutex);

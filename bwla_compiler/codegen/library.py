@@ -60,12 +60,13 @@ _CALLS: dict[str, tuple[type, ...]] = {
     "int8_embedding": (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long),
     "use_team": (c_void_p,),
     "attend": (c_void_p, c_long),
+    "place": (c_void_p, c_long),
 }
 
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
     "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
-    "pack_pair", "packed_factor", "pack_factor", "attend", "attends",
+    "pack_pair", "packed_factor", "pack_factor", "attend", "attends", "place",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -105,6 +106,7 @@ class KernelLibrary:
         self.use_team = self._library.bwla_use_team
         self.attend = self._library.bwla_attend
         self.attends = self._library.bwla_attends
+        self.place = self._library.bwla_place
 
     def addresses(self) -> ctypes.Array[c_void_p]:
         """Return the addresses of OPS_ENTRIES, as `bwla_register` of the C++ operators takes them."""

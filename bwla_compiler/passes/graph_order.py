@@ -1,6 +1,6 @@
 """Order in a graph: what depends on what, and moving readers behind a call that took the place of earlier ones."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -26,12 +26,19 @@ def dependence(operands: Iterable[Node], members: set[Node], order: dict[Node, i
     return None
 
 
-def mutation_between(graph: Graph, first: Node, last: Node) -> Node | None:
-    """Return a node that edits a tensor in place between two nodes, past which no reader may be moved."""
+def is_edit(node: Node) -> bool:
+    """Whether a node edits a tensor in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def mutation_between(graph: Graph, first: Node, last: Node, *, but: Collection[Node] = ()) -> Node | None:
+    """Return a node that edits a tensor in place between two nodes, past which no reader may be moved.
+
+    but: nodes whose edits are known to matter to no reader.
+    """
     node = first
     while node is not last:
-        schema = getattr(node.target, "_schema", None)
-        if isinstance(node.target, torch._ops.OpOverload) and schema is not None and schema.is_mutable:
+        if is_edit(node) and node not in but:
             return node
         node = node.next
     return None

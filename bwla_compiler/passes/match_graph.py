@@ -16,7 +16,9 @@ _ATEN: Any = torch.ops.aten
 _PRIMS: Any = torch.ops.prims
 
 TARGETS: dict[str, tuple[Any, ...]] = {
+    "abs": (_ATEN.abs.default,),
     "add": (_ATEN.add.Tensor, _ATEN.add.Scalar),
+    "amax": (_ATEN.amax.default,),
     "clamp_min": (_ATEN.clamp_min.default,),
     "div": (_ATEN.div.Tensor,),
     "erf": (_ATEN.erf.default,),
@@ -26,6 +28,7 @@ TARGETS: dict[str, tuple[Any, ...]] = {
     "neg": (_ATEN.neg.default,),
     "pow": (_ATEN.pow.Tensor_Scalar,),
     "relu": (_ATEN.relu.default,),
+    "round": (_ATEN.round.default,),
     "rsqrt": (_ATEN.rsqrt.default,),
     "sigmoid": (_ATEN.sigmoid.default,),
     "silu": (_ATEN.silu.default,),
@@ -80,6 +83,28 @@ def dtype_of(node: Node) -> torch.dtype | None:
     """Return the dtype of a node's tensor, None where it has none."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these."""
+    return isinstance(node, Node) and node.target in targets
+
+
+def operands(node: Any, *defaults: Any, given: int) -> list[Any]:
+    """Return all operands of a call: those that must be given, and then what defaults there are, given or not."""
+    found = list(node.args)
+    return found + list(defaults[len(found) - given :])
+
+
+def sliced(node: Any) -> tuple[Any, int, int | None] | None:
+    """Return (x, first, end) where a node is x[..., first:end] over the last axis; end None for all. Else None."""
+    if not calls(node, _ATEN.slice.Tensor) or node.kwargs:
+        return None
+    x, dim, first, end, step = operands(node, 0, 0, None, 1, given=1)
+    axes = x.meta["val"].dim()
+    if dim not in (-1, axes - 1) or step != 1 or not isinstance(first, int) or first < 0:
+        return None
+    return x, first, end if isinstance(end, int) and end < x.meta["val"].shape[-1] else None
 
 
 def is_cast(node: Any) -> bool:

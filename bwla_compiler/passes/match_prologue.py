@@ -35,10 +35,11 @@ def same_shape(a: Node, b: Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() != right.dim():
         return False
-    return all(_same_size(m, n) for m, n in zip(left.shape, right.shape, strict=True))
+    return all(same_size(m, n) for m, n in zip(left.shape, right.shape, strict=True))
 
 
-def _same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+def same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
+    """Whether two sizes are one for certain."""
     if isinstance(m, torch.SymInt) and isinstance(n, torch.SymInt):
         return bool(m.node.expr == n.node.expr)
     return isinstance(m, int) and isinstance(n, int) and m == n

@@ -1,15 +1,13 @@
 """A KV cache in int8: caches of transformers whose layers hold codes, and a scale per token and head.
 
-x = scale * code, scale = max |x| / 127 over the channels of one head of one token: symmetric rounding to nearest, which
-needs no calibration and is right for keys and values alike. Keys are rounded as they are cached, after RoPE. What
-attention reads is always what is kept: a prompt read at once and one read in pieces agree.
+Keys are rounded as they are cached, after RoPE. What attention reads is always what is kept: a prompt read at once and
+one read in pieces agree.
 """
 
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import (
@@ -22,9 +20,9 @@ from transformers.cache_utils import (
 )
 
 from bwla_compiler.errors import CacheError
+from bwla_compiler.runtime.kv_rounding import restored, rounded
 from bwla_compiler.spec import CACHE_BITS, FLOAT_BITS
 
-LARGEST = 127
 KINDS: dict[type, Callable[[Any], Any]] = {
     DynamicLayer: lambda layer: DynamicLayer(),
     DynamicSlidingWindowLayer: lambda layer: DynamicSlidingWindowLayer(layer.sliding_window),
@@ -37,19 +35,6 @@ _EMPTY_KINDS: tuple[type, ...] = tuple(
     getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name)
 )
 """Kinds of layer that keep nothing, which newer versions of transformers have."""
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes int8, scale float32 [..., 1]) of x [..., head_dim], nearest to codes * scale. NaN stays NaN."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / LARGEST
-    codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
-    return codes.to(torch.int8), scale
-
-
-def restored(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes [..., head_dim] times their scales [..., 1], in a dtype."""
-    return (codes.float() * scale).to(dtype)
 
 
 class Int8Layer(CacheLayerMixin):  # type: ignore[misc]

@@ -97,13 +97,13 @@ class NativeOperators:
         before: int | None = self._library.bwla_enter(bound)
         return before
 
-    def bind(self, bound: int, text: str, words: "array[int]", eps: "array[float]", weights: "array[int]") -> bool:
+    def bind(self, bound: int, text: str, words: "array[int]", numbers: "array[float]", weights: "array[int]") -> bool:
         """Add a routine bound to weights, by the addresses of their TensorImpls; see `programs`.
 
         Returns whether it can be: all fits, and edits of the weights can be seen.
         """
-        numbers = (words.buffer_info()[0], len(words), eps.buffer_info()[0])
-        return bool(self._library.bwla_bind(bound, text.encode(), *numbers, *weights.buffer_info()))
+        read = (words.buffer_info()[0], len(words), numbers.buffer_info()[0])
+        return bool(self._library.bwla_bind(bound, text.encode(), *read, *weights.buffer_info()))
 
     def derived(self) -> int:
         """Return how many kernel layouts and decoded scales were made since the library was loaded."""

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
-from bwla_compiler.runtime import attention, compiled, end_ops, native, on_triton, portable, programs, routines
+from bwla_compiler.runtime import (
+    attention,
+    cached_attention,
+    compiled,
+    end_ops,
+    native,
+    on_triton,
+    portable,
+    programs,
+    routines,
+)
 from bwla_compiler.runtime.checks import (
     check_linear,
     check_prologue,
@@ -50,7 +60,10 @@ SCHEMAS = (
     "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
     "sin(Tensor x) -> Tensor",
     "cos(Tensor x) -> Tensor",
-    *(f"routine{n}(Tensor[] inputs, str text) -> ({', '.join(['Tensor'] * n)})" for n in ROUTINE_RESULTS),
+    *(
+        f"routine{n}(Tensor[] inputs, Tensor(a!)[] caches, str text) -> ({', '.join(['Tensor'] * n)})"
+        for n in ROUTINE_RESULTS
+    ),
     "experts(Tensor x, Tensor experts, Tensor signs, Tensor scale, Tensor? column_scale, Tensor? low_rank_in, "
     "Tensor? low_rank_out, Tensor? low_rank_scale, int activation_bits, Tensor? scale_exponent=None, "
     "Tensor? column_scale_exponent=None, Tensor? low_rank_scale_exponent=None) -> Tensor",
@@ -62,6 +75,9 @@ SCHEMAS = (
     "Tensor? scale_exponent=None) -> Tensor",
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal=False, "
     "Tensor? key_scale=None, Tensor? value_scale=None) -> Tensor",
+    "cached_attention(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) keys, "
+    "Tensor(b!) values, Tensor start, Tensor? mask, float scale, Tensor(c!)? key_scale=None, "
+    "Tensor(d!)? value_scale=None, Tensor? scale_start=None) -> Tensor",
     "refuse_gradient(Tensor gradient, SymInt[] shape) -> Tensor",
 )
 for _schema in SCHEMAS:
@@ -233,6 +249,7 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "int4_linear": _installing("int4_linear", end_ops.int4_linear_with(True)),
     "int4_embedding": _installing("int4_embedding", end_ops.int4_embedding),
     "attend": _installing("attend", attention.attend),
+    "cached_attention": _installing("cached_attention", cached_attention.cached_attention),
 }
 ELSEWHERE: dict[str, Callable[..., Any]] = {
     "transform": _transform,
@@ -245,6 +262,7 @@ ELSEWHERE: dict[str, Callable[..., Any]] = {
     "int4_linear": end_ops.int4_linear_with(False),
     "int4_embedding": end_ops.int4_embedding,
     "attend": attention.attend,
+    "cached_attention": cached_attention.cached_attention,
 }
 """Operators by what they do on other devices, of which a GPU's compiled graph can be made: kernels and torch's own."""
 
@@ -281,8 +299,8 @@ def _fake_fused_group(x: Tensor, *rest: Any) -> list[Tensor]:
     return [empty_result(x, n_rows(member)) for member in signs]
 
 
-def _fake_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
-    return routines.one_or_all(routines.parsed(text).empty(inputs))
+def _fake_routine(inputs: list[Tensor], caches: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
+    return routines.one_or_all(routines.parsed(text).empty([*inputs, *caches]))
 
 
 def _fake_experts(x: Tensor, experts: Tensor, signs: Tensor, *rest: Any) -> Tensor:
@@ -308,6 +326,7 @@ _FAKES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("int8_embedding", end_ops.fake_int8_embedding),
     ("int4_embedding", end_ops.fake_int4_embedding),
     ("attend", attention.fake_attend),
+    ("cached_attention", cached_attention.fake_cached_attention),
     ("refuse_gradient", _fake_refuse_gradient),
 )
 for _name, _fake in _FAKES:
@@ -379,5 +398,6 @@ for _name in (
     "int8_linear",
     "int4_linear",
     "attend",
+    "cached_attention",
 ):
     LIBRARY.impl(_name, _differentiable(_name, ON_CPU[_name]), "Autograd", with_keyset=True)

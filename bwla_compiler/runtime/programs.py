@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bwla_compiler.errors import BwlaError, ShapeError
 from bwla_compiler.runtime import native
-from bwla_compiler.runtime.routines import Place, Routine, one_or_all, parsed
+from bwla_compiler.runtime.routines import Attention, Place, Routine, one_or_all, parsed
 from bwla_compiler.spec import PROLOGUES
 
 MOST_BOUND = 256
@@ -193,7 +193,7 @@ def _drop(program: "weakref.ref[Program]", key: tuple[int, ...], dead: object) -
         found._table.bounds.pop(key, None)
 
 
-def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
+def run_routine(inputs: list[Tensor], caches: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
     """Implementation of bwla::routine1, 2, .. where C++ has not bound it: run it, and have it bound.
 
     Raises BwlaError outside of the compiled graph that it belongs to.
@@ -203,7 +203,7 @@ def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
         raise BwlaError("a routine runs inside its compiled graph alone: call what torch.compile returned")
     _check_shapes(frame.arguments, frame.shapes)
     routine = parsed(text)
-    results = routine.run(inputs, frame.weight)
+    results = routine.run([*inputs, *caches], frame.weight)
     if frame.bound is None and native.wanted() and (library := native.operators()) is not None:
         frame.bound = Bound(library)
     if frame.bound is not None:
@@ -212,7 +212,7 @@ def run_routine(inputs: list[Tensor], text: str) -> Tensor | tuple[Tensor, ...]:
 
 
 def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:
-    """Return a routine as numbers, and the eps of its steps, for C++ to read in turn; -1 stands for none."""
+    """Return a routine as numbers, and eps or scale of its steps, for C++ to read in turn; -1 stands for none."""
     index = {place: i for i, place in enumerate(routine.weights)}
 
     def weight(place: Place) -> int:
@@ -222,10 +222,17 @@ def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:
         return place if isinstance(place, int) else -1
 
     words = array("q", (routine.n_inputs, len(routine.outputs), *routine.outputs, len(routine.steps)))
-    for step in routine.steps:
+    for step, dead in zip(routine.steps, routine.last_reads, strict=True):
+        words.extend((len(dead), *dead))
+        if isinstance(step, Attention):
+            words.append(-1)
+            for rows in step.rows:
+                words.extend((rows.place, rows.first, rows.heads, rows.size))
+            words.extend(map(value, step.values))
+            continue
         words.extend((PROLOGUES.index(step.kind), step.bits, step.columns, step.heads, len(step.members)))
         words.extend(map(value, (step.x, step.gate, step.gain, step.shift)))
         words.extend(map(weight, (step.gain, step.shift, *step.weights)))
         for member in step.members:
             words.extend((*map(weight, member.weights), value(member.residual)))
-    return words, array("d", (step.eps for step in routine.steps))
+    return words, array("d", (step.scale if isinstance(step, Attention) else step.eps for step in routine.steps))

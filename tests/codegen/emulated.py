@@ -61,6 +61,18 @@ class Attention(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """Mirrors `struct Rows` of the emitted source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "y", "scale")),
+        *((f"x_{name}", ctypes.c_long) for name in ("batch", "token", "head")),
+        *((f"{to}_{name}", ctypes.c_long) for to in ("y", "scale") for name in ("batch", "head", "token")),
+        *((f"turn_{name}", ctypes.c_long) for name in ("batch", "token")),
+        *((name, ctypes.c_long) for name in ("batch", "tokens", "heads", "size")),
+    )
+
+
 @dataclass(frozen=True)
 class Region:
     """Memory of this process that an entry is given. address: 0 for none. links: what pointers at offsets point to."""
@@ -198,6 +210,19 @@ class EmulatedLibrary:
             links.append((at + Cached.data.offset, Region(its.data, a.bytes * cached * a.size)))
             links.append((at + Cached.scale.offset, Region(its.scale, 4 * cached)))
         self._call("attend", Region(ctypes.addressof(a), ctypes.sizeof(a), links=tuple(links)), threads)
+
+    def place(self, given: Any, threads: int) -> None:
+        """All that it reads and writes must lie in rows one behind another, of as many tokens as there are."""
+        r = given._obj
+        heads = r.batch * r.tokens * r.heads
+        links = [
+            (Rows.x.offset, Region(r.x, 4 * heads * r.size)),
+            (Rows.cos.offset, Region(r.cos, 4 * r.batch * r.tokens * r.size)),
+            (Rows.sin.offset, Region(r.sin, 4 * r.batch * r.tokens * r.size)),
+            (Rows.y.offset, Region(r.y, (1 if r.scale else 4) * heads * r.size, returned=True)),
+            (Rows.scale.offset, Region(r.scale, 4 * heads, returned=True)),
+        ]
+        self._call("place", Region(ctypes.addressof(r), ctypes.sizeof(r), links=tuple(links)), threads)
 
     @staticmethod
     def _nibbles(codes: int, scale: int, rows: int, columns: int, group: int) -> tuple[Region, Region]:

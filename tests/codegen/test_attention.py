@@ -1,4 +1,4 @@
-"""The attention kernels of every instruction set against float64, on odd shapes."""
+"""The kernels of attention and of writing to a cache, of every instruction set, against float64 on odd shapes."""
 
 import ctypes
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bwla_compiler.codegen.isa import ISAS
-from bwla_compiler.runtime.kv_cache import rounded
-from tests.codegen.emulated import Attention, Cached, kernels
+from bwla_compiler.runtime.kv_rounding import rounded
+from tests.codegen.emulated import Attention, Cached, Rows, kernels
 from tests.codegen.test_kernels import Library
 
 SHAPES = [(1, 4, 2, 1, 5), (2, 2, 1, 300, 24), (1, 3, 7, 257, 33)]
@@ -97,3 +97,33 @@ def test_many_tokens(library: Library, tokens: int, hidden: str) -> None:
     given = {"bytes": mask, "floats": floats}.get(hidden)
     causal = hidden == "causal"
     check(attended(library, query, key, value, given, causal=causal), query, key, value, given, causal=causal)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3, 2, 6), (2, 1, 5, 34), (2, 70, 8, 128), (1, 1, 1, 2)], ids=str)
+def test_rows_are_turned_and_placed(library: Library, shape: tuple[int, ...], turned: bool, kind: str) -> None:
+    batch, tokens, heads, size = shape
+    g = torch.Generator().manual_seed(size)
+    x = torch.randn(shape, generator=g)
+    angles = torch.randn(batch, tokens, size, generator=g)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.chunk(2, -1)
+    crossed = torch.cat([-second, first], -1)
+    wanted = (x * cos[:, :, None] + crossed * sin[:, :, None] if turned else x).transpose(1, 2)
+    y = torch.full((batch, heads, tokens, size), 99.0 if kind == "float32" else 99)
+    y = y if kind == "float32" else y.to(torch.int8)
+    scale = torch.full((batch, heads, tokens), torch.nan)
+    rows = Rows(
+        x.data_ptr(), cos.data_ptr() if turned else None, sin.data_ptr() if turned else None, y.data_ptr(),
+        scale.data_ptr() if kind == "int8" else None, tokens * heads * size, heads * size, size,
+        heads * tokens * size, tokens * size, size, heads * tokens, tokens, 1, tokens * size, size,
+        batch, tokens, heads, size,
+    )  # fmt: skip
+    library.place(ctypes.byref(rows), 2)
+    if kind == "float32":
+        assert torch.equal(y, wanted)
+        return
+    codes, steps = rounded(wanted)
+    assert torch.equal(y, codes)
+    assert torch.equal(scale[..., None], steps)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from bwla_compiler.passes import shared_attention
 from bwla_compiler.passes.read_codes import ReadCodes
 from bwla_compiler.passes.shared_attention import OURS, share_attention
-from bwla_compiler.runtime.kv_cache import restored, rounded
+from bwla_compiler.runtime.kv_rounding import restored, rounded
 from tests import tiny
 
 ATTEND = torch.ops.bwla.attend.default

@@ -41,7 +41,7 @@ class Binding(Fusing):
 
     def routines(self) -> list[Routine]:
         """Return the graph's routines in order."""
-        return [parsed(n.args[1]) for n in self.graphs[-1].nodes if str(n.target).startswith("bwla.routine")]
+        return [parsed(n.args[2]) for n in self.graphs[-1].nodes if str(n.target).startswith("bwla.routine")]
 
 
 BETWEEN = [("none", 1), ("rms_norm", 2), ("silu_mul", 1), ("rms_norm", 3)]

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.runtime import compiled, native, ops
 from bwla_compiler.runtime.attention import attend as portable
-from bwla_compiler.runtime.kv_cache import rounded
+from bwla_compiler.runtime.kv_rounding import rounded
 
 assert ops.LIBRARY is not None
 

@@ -16,7 +16,8 @@ from transformers import DynamicCache, StaticCache
 from bwla_compiler import api
 from bwla_compiler.errors import CacheError
 from bwla_compiler.runtime import kv_cache
-from bwla_compiler.runtime.kv_cache import Int8Layer, int8_cache, restored, rounded, set_cache_bits
+from bwla_compiler.runtime.kv_cache import Int8Layer, int8_cache, set_cache_bits
+from bwla_compiler.runtime.kv_rounding import restored, rounded
 from tests import tiny
 
 STATIC = {"cache_implementation": "static"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from bwla_compiler.errors import BwlaError, GradientError, ShapeError
 from bwla_compiler.runtime import native, ops, programs
 from bwla_compiler.runtime.programs import Program, Table
-from bwla_compiler.runtime.routines import Member, Place, Routine, Step, parsed
+from bwla_compiler.runtime.routines import Attention, Member, Place, Routine, Rows, Step, parsed
 from bwla_compiler.spec import ROUTINE_RESULTS
 from tests.runtime.test_fused import Case, make
 from tests.runtime.test_ops import make_linear, without_native
@@ -88,7 +88,7 @@ class Block:
         self.program = Program(self.call, {})
 
     def call(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = BWLA.routine3(list(arguments[:2]), self.text)
+        results: tuple[Tensor, ...] = BWLA.routine3(list(arguments[:2]), [], self.text)
         return results
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -282,7 +282,7 @@ def test_a_gate_and_a_gain_that_is_computed() -> None:
     normed = step_of(Case(torch.ones(3, 24), norm, [make_linear(5, 24)]), arguments, x=3)
     routine = Routine(3, (4,), (gated, dataclasses.replace(normed, gain=2, shift=None)))
     text = routine.text()
-    program = Program(lambda *a: BWLA.routine1([a[0], a[1], 1 + a[2]], text), {})
+    program = Program(lambda *a: BWLA.routine1([a[0], a[1], 1 + a[2]], [], text), {})
     want = routine.run([x, prologue.gate, 1 + arguments[2]], lambda place: arguments[int(place[1:])])[0]
     for _ in range(3):
         assert torch.equal(program(*arguments), want)
@@ -296,7 +296,7 @@ def test_weights_of_the_graphs_module() -> None:
     step = step_of(Case(x, prologue, [make_linear(9, 40)]), arguments, x=0)
     named = {f"0.weight{i}": weight for i, weight in enumerate(arguments)}
     text = Routine(1, (1,), (step,)).text().replace("@", "=0.weight")
-    program = Program(lambda x: BWLA.routine1([x], text), named)
+    program = Program(lambda x: BWLA.routine1([x], [], text), named)
     for _ in range(2):
         assert torch.equal(program(x), Case(x, prologue, [make_linear(9, 40)]).run()[0])
 
@@ -387,17 +387,71 @@ _steps = st.builds(
 )  # fmt: skip
 
 
+_rows = st.builds(Rows, st.integers(0, 9), st.integers(0, 99), st.integers(1, 9), st.integers(1, 99))
+_attentions = st.builds(Attention, st.floats(0, 1), _tuples(_rows, 3), _tuples(st.none() | st.integers(0, 9), 9))
+
+
 @given(
     st.builds(
         Routine,
         st.integers(1, 5),
         st.lists(st.integers(0, 9), min_size=1).map(tuple),
-        st.lists(_steps, min_size=1).map(tuple),
+        st.lists(_steps | _attentions, min_size=1).map(tuple),
+        st.integers(0, 5),
     )
 )
 @settings(deadline=None, max_examples=60)
 def test_text_says_all(routine: Routine) -> None:
     assert parsed(routine.text()) == routine
+
+
+class Attending:
+    """Query, key and value of one linear's result, attention to a cache, and a linear of what it reads."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(7)
+        x, first = make("rms_norm", 24, 1)
+        angles = torch.randn(1, 1, 8, generator=g)
+        self.inputs = [x.view(1, 1, 24), angles.cos(), angles.sin(), torch.tensor(3), torch.ones(1, 1, 1, 9).bool()]
+        self.caches = [torch.randn(1, 2, 9, 8, generator=g) for _ in range(2)]
+        self.weights: list[Tensor] = [*self.inputs, *self.caches]
+        before = step_of(Case(self.inputs[0], first, [make_linear(64, 24)]), self.weights, x=0)
+        rows = (Rows(7, 0, 4, 8), Rows(7, 32, 2, 8), Rows(7, 48, 2, 8))
+        attention = Attention(0.3, rows, (1, 2, 5, 6, 3, 4, None, None, None))
+        y, second = make("none", 32, 1)
+        after = step_of(Case(y.view(1, 1, 32), second, [make_linear(5, 32)]), self.weights, x=8)
+        self.routine = Routine(7, (9,), (before, attention, after), n_caches=2)
+        self.program = Program(self.call, {})
+
+    def call(self, *arguments: Tensor) -> Tensor:
+        y: Tensor = BWLA.routine1(list(arguments[:5]), list(arguments[5:7]), self.routine.text())
+        return y
+
+
+def test_attention_to_a_cache_is_a_step(runs: list[Routine]) -> None:
+    case, by_python = Attending(), Attending()
+    for i in range(4):
+        for one in (case, by_python):
+            one.inputs[3].fill_(3 + i)
+        found = case.program(*case.weights)
+        (wanted,) = by_python.routine.run(by_python.weights[:7], lambda place: by_python.weights[int(place[1:])])
+        assert torch.equal(found, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(case.caches, by_python.caches, strict=True))
+    assert runs.count(case.routine) == 4 + 1  # of which one was the program's
+
+
+def test_a_full_cache_has_the_words_of_the_call() -> None:
+    case = Attending()
+    case.program(*case.weights)
+    case.inputs[3].fill_(9)
+    with pytest.raises(ShapeError, match="do not fit a cache of 9"):
+        case.program(*case.weights)
+
+
+def test_a_value_is_dropped_when_nothing_reads_it_any_more() -> None:
+    case = Attending()
+    assert case.routine.last_reads == ((0,), (7, 1, 2, 5, 6, 3, 4), (8,))
+    assert Block().routine.last_reads == ((0, 1), (), (3,))  # 2 is read by the second step, and given back
 
 
 def test_numbers_that_end_too_early_are_refused() -> None:
