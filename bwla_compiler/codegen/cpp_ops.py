@@ -15,6 +15,7 @@ from bwla_compiler.codegen.cpp_ops_routes import ROUTES
 from bwla_compiler.codegen.cpp_ops_routines import EXPORTS, REGISTERED, ROUTINES
 
 HEADER = r"""
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cos.h>

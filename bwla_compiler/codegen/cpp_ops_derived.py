@@ -119,7 +119,7 @@ void advise_huge([[maybe_unused]] void* from, [[maybe_unused]] size_t n) {
 
 // Logits of a prompt are new memory at every call: of small pages, finding them takes as long as filling them.
 Tensor new_floats(at::IntArrayRef sizes) {
-  Tensor t = at::empty(sizes, at::TensorOptions().dtype(at::kFloat));
+  Tensor t = at::detail::empty_cpu(sizes, at::kFloat);  // as at::empty, which goes through the dispatcher
   if (t.nbytes() > 2 * PAGE) advise_huge(t.mutable_data_ptr(), t.nbytes());
   return t;
 }

@@ -71,10 +71,13 @@ std::vector<Tensor> fused_group(const Tensor& x, const Maybe& gate, std::string_
   return linears.run(x, &prologue, members.residuals);
 }
 
-// A prologue of the last channels, heads of them beside each other, for x that fits.
-Tensor run_prologue(const Tensor& x, const Prologue& prologue, int64_t channels) {
+// A prologue of the last channels, for x [.., channels] that fits; or of heads of them beside each other, which the
+// result has apart.
+Tensor run_prologue(const Tensor& x, const Prologue& prologue, int64_t heads, int64_t channels) {
   const Tensor rows = plain(x);
-  Tensor y = result_of(x, x.size(-1));
+  c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
+  if (heads > 1) sizes.back() = heads, sizes.push_back(channels);
+  Tensor y = new_floats(sizes);
   kernels.prologue(rows.const_data_ptr(), &prologue, y.mutable_data_ptr(), x.numel() / channels, channels,
                    at::get_num_threads());
   return typed_like(std::move(y), x);
@@ -90,7 +93,7 @@ Tensor prologue(const Tensor& x, std::string_view kind, double eps, const Maybe&
                     takes_prologue(x.size(-1), kind, false, gain, shift);
   if (!good) return PrologueRoute::portable(x, kind, eps, gain, shift);
   const Factors none(1, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING);
-  return run_prologue(x, Before(kind, eps, gain, shift, none).prologue, x.size(-1));
+  return run_prologue(x, Before(kind, eps, gain, shift, none).prologue, 1, x.size(-1));
 }
 """
 )

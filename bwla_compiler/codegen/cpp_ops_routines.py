@@ -80,8 +80,7 @@ struct Step {
       if (place >= 0 && !is_channels(values[place], columns)) return false;
     take(gate, prologue.gate), take(gain, prologue.gain), take(shift, prologue.shift);
     if (linears.members.empty()) {
-      Tensor y = run_prologue(x, prologue, columns);
-      values.push_back(heads == 1 ? std::move(y) : y.unflatten(-1, {heads, columns}));
+      values.push_back(run_prologue(x, prologue, heads, columns));
       return true;
     }
     c10::SmallVector<Maybe, 4> added(residuals.size());
@@ -109,25 +108,15 @@ struct AttentionStep {
     for (int64_t& place : operands) place = words.next();
   }
 
-  // Channels of a value [batch, tokens, channels], or with heads apart, as [batch, tokens, heads, size]; or undefined.
-  static Tensor rows_of(const Tensor& x, const RowsAt& r) {
-    if (!dense_cpu(x) || x.dim() < 3 || !x.is_contiguous() || x.size(0) * x.size(1) == 0) return {};
-    const int64_t channels = x.numel() / (x.size(0) * x.size(1));
-    if (r.first < 0 || r.first + r.heads * r.size > channels) return {};
-    return x.as_strided({x.size(0), x.size(1), r.heads, r.size}, {x.size(1) * channels, channels, r.size, 1},
-                        x.storage_offset() + r.first);
-  }
-
   // Add the result to the values; false where they do not fit.
   bool run(std::vector<Tensor>& values) const {
-    std::array<Tensor, 3> x;
-    for (size_t i = 0; i < 3; i++)
-      if (!(x[i] = rows_of(values[rows[i].place], rows[i])).defined()) return false;
+    auto heads = [&](const RowsAt& r) { return Heads(values[r.place], r.first, r.heads, r.size); };
+    const Heads query = heads(rows[0]), key = heads(rows[1]), value = heads(rows[2]);
     std::array<Maybe, 9> o;
     for (size_t i = 0; i < o.size(); i++)
       if (operands[i] >= 0) o[i] = values[operands[i]];
     if (!o[2] || !o[3] || !o[4]) return false;
-    const CachedCall call(x[0], x[1], x[2], o[0], o[1], *o[2], *o[3], *o[4], o[5], o[6], o[7], o[8]);
+    const CachedCall call(query, key, value, o[0], o[1], *o[2], *o[3], *o[4], o[5], o[6], o[7], o[8]);
     if (!call.fits()) return false;
     values.push_back(call.run(scale));
     return true;
@@ -217,7 +206,7 @@ struct RoutineOf {
     if (!routine || tracked || !routine->is_fresh() || routine->outputs.size() != N ||
         (int64_t)(inputs.size() + caches.size()) != routine->n_inputs)
       return Portable::portable(inputs, caches, text);
-    at::AutoDispatchBelowAutograd guard;
+    at::AutoDispatchBelowADInplaceOrView guard;  // views of its own results need no record
     std::vector<Tensor> ys = routine->run(inputs, caches);
     if (ys.size() != N) return Portable::portable(inputs, caches, text);
     if constexpr (N == 1)
