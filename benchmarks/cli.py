@@ -107,6 +107,9 @@ def models(
     floats: Annotated[str, typer.Option(metavar="DIR", help="The original of a packed folder, for the peers.")] = "",
     layers: Layers = 0,
     vocab: Vocab = 0,
+    alike: Annotated[
+        bool, typer.Option("--alike", help="Of a config: all blocks have the same weights, and one is quantized.")
+    ] = False,
     way: Annotated[list[str] | None, typer.Option(help="This way, and what it is held against; repeatable.")] = None,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded one by one.")] = 16,
@@ -122,7 +125,7 @@ def models(
     work = kind.Work(prompt=prompt, steps=steps, rounds=rounds, threads=threads, warm=warm)
     with progress_bars() as progress:
         rows = kind.measure(
-            progress, model=model, floats=floats, layers=layers, vocab=vocab, chosen=way or (), work=work,
+            progress, model=model, floats=floats, layers=layers, vocab=vocab, alike=alike, chosen=way or (), work=work,
             budget=_budget(minutes),
         )  # fmt: skip
     _kept("models", rows)

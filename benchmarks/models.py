@@ -59,19 +59,22 @@ def measure(
     floats: str = "",
     layers: int = 0,
     vocab: int = 0,
+    alike: bool = False,
     chosen: Sequence[str] = (),
     work: Work | None = None,
     budget: Budget | None = None,
 ) -> list[Row]:
     """Return a row per way: figures, or why there are none ("missing", "refused", "failed").
 
-    model, floats, layers, vocab: see `make_subject`. chosen: ways by name. budget: of wall time; ways that do not fit
-    are not begun. Raises ResultsError for an unknown way, ModelError and CheckpointError for an unusable model.
+    model, floats, layers, vocab, alike: see `make_subject`. chosen: ways by name. budget: of wall time; ways that do
+    not fit are not begun. Raises ResultsError for an unknown way, ModelError and CheckpointError for an unusable model.
     """
     wanted = ways(tuple(chosen))
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        subject = make_subject(model, work=root, floats=floats, layers=layers, vocab=vocab, progress=progress)
+        subject = make_subject(
+            model, work=root, floats=floats, layers=layers, vocab=vocab, alike=alike, progress=progress
+        )
         return Race(subject, wanted, work or Work(), root, progress, budget or Budget()).run()
 
 

@@ -19,12 +19,19 @@ POOL = 1 << 24
 """Normal numbers that all weights are cut from, each from a place of its own."""
 
 
+INTO_RESIDUAL = ("o_proj", "down_proj", "c_proj", "out_proj", "fc2")
+"""Linears that write the residual stream: smaller by sqrt(2 layers), as GPT-2 begins with them (Radford et al., 2019).
+With weights of one size the last blocks would drown the first, and rounding any of them would change every logit."""
+
+
 def random_model(
-    config_file: Path, folder: Path, *, layers: int = 0, vocab: int = 0, progress: Progress | None = None
-) -> str:
+    config_file: Path, folder: Path, *, layers: int = 0, vocab: int = 0, alike: bool = False,
+    progress: Progress | None = None,
+) -> str:  # fmt: skip
     """Write a model of a config with random weights in bfloat16, and return its label.
 
-    layers: so many, 0 for the config's own; vocab: so small a vocabulary, 0 for the config's. Raises ModelError.
+    layers: so many, 0 for the config's own; vocab: so small a vocabulary, 0 for the config's. alike: all blocks have
+    the same weights. Raises ModelError.
     """
     try:
         config = AutoConfig.from_pretrained(config_file)
@@ -41,12 +48,14 @@ def random_model(
     if vocab and vocab < config.vocab_size:
         config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = vocab, None, 0, 1
         label += f", vocabulary {vocab}"
-    write_random(config, folder, progress=progress)
-    return f"{label}, random weights"
+    write_random(config, folder, alike=alike, progress=progress)
+    return f"{label}, random weights" + (", all blocks alike" if alike else "")
 
 
-def write_random(config: Any, folder: Path, *, seed: int = 0, progress: Progress | None = None) -> None:
-    """Write a bfloat16 model of normal weights, gains of 1 and biases of 0, a shard a block."""
+def write_random(
+    config: Any, folder: Path, *, seed: int = 0, alike: bool = False, progress: Progress | None = None
+) -> None:
+    """Write a bfloat16 model of normal weights, gains of 1 and biases of 0, a shard a block; see `random_model`."""
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(config, "initializer_range", 0.02)
     pool = (torch.randn(POOL, generator=generator) * spread).bfloat16()
@@ -60,8 +69,13 @@ def write_random(config: Any, folder: Path, *, seed: int = 0, progress: Progress
     for i, shapes in enumerate(shards.values()):
         if progress is not None:
             progress("writing random weights", i, len(shards))
+        if alike:
+            generator.manual_seed(seed)
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: _drawn(name, shape, pool, generator) for name, shape in shapes.items()})
+        drawn = {name: _drawn(name, shape, pool, generator) for name, shape in shapes.items()}
+        depth = (2 * config.num_hidden_layers) ** 0.5
+        smaller = {name: w / depth for name, w in drawn.items() if name.split(".")[-2] in INTO_RESIDUAL and w.dim() > 1}
+        write_tensors(folder / file, drawn | smaller)
         index |= dict.fromkeys(shapes, file)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": index})
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"

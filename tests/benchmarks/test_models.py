@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import models, peers
 from benchmarks.budget import Budget
@@ -17,6 +18,7 @@ from benchmarks.models import Race, Work, compare
 from benchmarks.peers import named, ways
 from benchmarks.step_profile import OVERHEAD, profile_step, region_of
 from benchmarks.subject import Subject, make_subject
+from bwla_compiler import api
 from bwla_compiler.errors import ModelError
 from tests import tiny
 
@@ -50,6 +52,26 @@ def test_layers_are_left_out_of_configs_alone_and_folders_without_a_config_are_r
         make_subject(subject.floats, work=tmp_path, layers=1)
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         make_subject(str(tmp_path), work=tmp_path)
+
+
+def test_blocks_that_are_alike_are_copies_of_one(tmp_path: Path) -> None:
+    config = tiny.CONFIGS["qwen3"]()
+    config.num_hidden_layers, config.layer_types = 3, ["full_attention"] * 3
+    config.save_pretrained(tmp_path / "family")
+    source = str(tmp_path / "family" / "config.json")
+    found = make_subject(source, work=tmp_path / "work", alike=True)
+    assert found.label == "family, random weights, all blocks alike"
+    assert found.floats is not None
+    floats = AutoModelForCausalLM.from_pretrained(found.floats).model.layers
+    packed: Any = api.load(found.packed).model
+    assert len(floats) == len(packed.model.layers) == 3
+    for i in (1, 2):
+        assert packed.model.layers[i].self_attn.layer_idx == i
+        for blocks in (floats, packed.model.layers):
+            first, other = blocks[0].state_dict(), blocks[i].state_dict()
+            assert all(torch.equal(first[name], other[name]) for name in first)
+    with pytest.raises(ModelError, match="config alone"):
+        make_subject(found.floats, work=tmp_path, alike=True)
 
 
 def runner(subject: Subject, name: str) -> TorchRunner:
