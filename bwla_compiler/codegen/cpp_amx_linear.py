@@ -191,8 +191,8 @@ class BlockSums {
 
 // Compute `count` blocks of rows of one member.
 template <>
-void panel<TileKernel>(const Member& member, const Wave<TileKernel>& wave, const float* projected, long first,
-                       long count) {
+void panel<TileKernel>(const Member& member, const Wave<TileKernel>& wave, const float* projected, const Projections&,
+                       long first, long count) {
   const TileScope scope;
   Pair pair(member, projected, wave.tokens);
   BlockSums sums(member, wave);

@@ -81,9 +81,19 @@ static void finish(const Member& member, const Wave<K>& wave, float* sums, const
   }
 }
 
+// Projections on low-rank pairs that other threads may still be at.
+struct Projections {
+  std::atomic<long> left{0};
+  void wait() const {
+    for (long spin = 0; left.load(std::memory_order_acquire); spin++)
+      if (spin > 1000) std::this_thread::yield();
+  }
+};
+
 // Compute `count` blocks of rows of one member for one wave.
 template <class K>
-static void panel(const Member& member, const Wave<K>& wave, const float* projected, long first, long count) {
+static void panel(const Member& member, const Wave<K>& wave, const float* projected, const Projections& projections,
+                  long first, long count) {
   using Sum = typename K::Sum;
   static thread_local Buffer<float> float_buffer;
   static thread_local Buffer<Sum> sum_buffer;
@@ -105,6 +115,7 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
     else
       sweep_rows<K>(plane, first, count, wave.tables, wave.tokens, wave.limit, sums + p * size);
   }
+  projections.wait();
   for_tiles(wave.tokens, [&](auto width, long m) {
     constexpr int T = decltype(width)::value;
     float* total = by_group ? floats + m * stride : floats;
@@ -123,27 +134,30 @@ static void panel(const Member& member, const Wave<K>& wave, const float* projec
   });
 }
 
-// projected [tokens, rank] = (codes rank_in^T) * rank_scale.
+// projected [tokens, rank] = (codes rank_in^T) * rank_scale, for components [begin, end).
+template <class K>
+static void project_on_pair(const Wave<K>& wave, const Member& member, float* projected, long begin, long end) {
+  for (long r = begin; r < end; r++)
+    for (long m = 0; m < wave.tokens; m++)
+      projected[m * member.rank + r] =
+          project(wave.tables.row(m), member.rank_in + r * wave.in, wave.in) * member.rank_scale[r];
+}
+
+// The same of all components, on some threads.
 template <class K>
 static void project_on_pair(const Wave<K>& wave, const Member& member, float* projected) {
-  const long rank = member.rank;
-  parallel(rank, rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads, [&](long r) {
-    for (long m = 0; m < wave.tokens; m++)
-      projected[m * rank + r] =
-          project(wave.tables.row(m), member.rank_in + r * wave.in, wave.in) * member.rank_scale[r];
-  });
+  parallel(member.rank, member.rank * wave.in * wave.tokens < (1 << 20) ? 1 : wave.threads,
+           [&](long r) { project_on_pair<K>(wave, member, projected, r, r + 1); });
 }
 
 // All members for one wave: project on the low-rank pairs, then take panels of rows, of all tokens or of some, in any
-// order.
+// order. Projections of few tokens are the first jobs, so that nobody waits for them before he adds them.
 template <class K>
 static void run_wave(const Wave<K>& wave, const Member* members, long n_members) {
   static thread_local Buffer<float> buffer;
   long ranks = 0, blocks = 0;
   for (long i = 0; i < n_members; i++) ranks += members[i].rank, blocks += divide_up(members[i].out, ROWS);
-  float* projected = buffer.get(ranks * wave.tokens);
-  float* at = projected;
-  for (long i = 0; i < n_members; at += members[i++].rank * wave.tokens) project_on_pair<K>(wave, members[i], at);
+  float* const projected = buffer.get(ranks * wave.tokens);
   const long share = divide_up(divide_up(wave.tokens, wave.threads), TILE) * TILE;
   const long some = is_tiled<K> || wave.is_few() ? wave.tokens : std::min(share, TOKENS);
   const long parts = divide_up(wave.tokens, some);
@@ -157,19 +171,35 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
                                         : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
+  Projections projections;
+  const long early = !is_tiled<K> && wave.is_few() ? n_members * threads : 0;
+  projections.left = early;
+  float* at = projected;
+  for (long i = 0; !early && i < n_members; at += members[i++].rank * wave.tokens)
+    project_on_pair<K>(wave, members[i], at);
   auto job = [&](long j) {
-    const long from = j % parts * some;
     const Member* member = members;
-    const float* side = projected;
-    for (j /= parts;; side += member->rank * wave.tokens, member++) {
+    float* side = projected;
+    auto next = [&] { side += member->rank * wave.tokens, member++; };
+    if (j < early) {
+      for (long left = j / threads; left > 0; left--) next();
+      const long part = j % threads, rank = member->rank;
+      project_on_pair<K>(wave, *member, side, rank * part / threads, rank * (part + 1) / threads);
+      projections.left.fetch_sub(1, std::memory_order_release);
+      return;
+    }
+    j -= early;
+    const long from = j % parts * some;
+    for (j /= parts;; next()) {
       const long panels = divide_up(divide_up(member->out, ROWS), height);
       if (j < panels) break;
       j -= panels;
     }
     const long first = j * height, count = std::min(height, divide_up(member->out, ROWS) - first);
-    panel<K>(*member, wave.part(from, std::min(some, wave.tokens - from)), side + from * member->rank, first, count);
+    const Wave<K> its = wave.part(from, std::min(some, wave.tokens - from));
+    panel<K>(*member, its, side + from * member->rank, projections, first, count);
   };
-  parallel(jobs * parts, threads, job);
+  parallel(early + jobs * parts, threads, job);
 }
 
 // Have what comes before the first linear, and its first signs, fetched while tokens are prepared and rounded.
