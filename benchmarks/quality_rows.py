@@ -56,6 +56,7 @@ ROWS = (
     Row("ours, 1.18 planes, no pair", "bwla-mixed-a6", "ours"),
     Row("ours, 288 steps", "bwla-w1a6", "ours", {"tuning.steps": 288}),
     Row("ours, a third of the rates", "bwla-w1a6", "ours", GENTLE),
+    Row("ours, 288 steps, a third of the rates", "bwla-w1a6", "ours", GENTLE | {"tuning.steps": 288}),
     Row("ours, not tuned", "bwla-w1a6", "ours", {"tuning.steps": 0}),
     Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
     Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),

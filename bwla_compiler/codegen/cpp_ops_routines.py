@@ -30,6 +30,7 @@ struct Step {
   Before before;
   Linears linears;
   int64_t columns = 0, heads = 1, x = 0, gate = -1, gain = -1, shift = -1;  // gain and shift where they are values
+  int64_t first = -1, gate_first = -1;  // channels of x and gate that it reads; -1 for all
   c10::SmallVector<int64_t, 4> residuals;
   bool fit = false;
 
@@ -40,7 +41,7 @@ struct Step {
     };
     const std::string_view kind = KINDS.at(words.next());
     const int64_t bits = words.next();
-    columns = words.next(), heads = words.next();
+    columns = words.next(), heads = words.next(), first = words.next(), gate_first = words.next();
     std::vector<std::array<Maybe, 8>> parts(words.next());  // signs, scale, pair (3), bias, exponents (2)
     x = words.next(), gate = words.next(), gain = words.next(), shift = words.next();
     std::array<Maybe, 10> one;  // gain, shift, transform (6), column scale, its exponent
@@ -64,21 +65,30 @@ struct Step {
     linears = Linears(all, one[8], one[9], columns, bits);
   }
 
+  // The channels of a value that it reads, all of them where `from` is negative; none where there are not so many.
+  Maybe channels_of(const Tensor& x, int64_t from) const {
+    const int64_t n = columns * heads;
+    if (!is_input(x) || (from < 0 ? x.size(-1) != n : from + n > x.size(-1))) return {};
+    return from < 0 ? x : x.narrow(-1, from, n);
+  }
+
   // Add this step's results to the values; false where they do not fit it.
   bool run(std::vector<Tensor>& values) const {
-    const Tensor& x = values[this->x];
-    if (!is_input(x) || x.size(-1) != columns * heads) return false;
-    if (gate >= 0 && !is_gate(values[gate], x)) return false;
+    const Maybe channels = channels_of(values[this->x], first);
+    const Maybe gates = gate < 0 ? Maybe() : channels_of(values[gate], gate_first);
+    if (!channels || gates.has_value() != (gate >= 0) || !is_gate(gates, *channels)) return false;
+    const Tensor& x = *channels;
     Prologue prologue = before.prologue;
     c10::SmallVector<Tensor, 3> kept;  // the addresses below are valid while these live
-    auto take = [&](int64_t place, const void*& address_of) {
-      if (place < 0) return;
-      kept.push_back(plain(values[place]));
+    auto take = [&](const Maybe& value, const void*& address_of) {
+      if (!value) return;
+      kept.push_back(plain(*value));
       address_of = address(kept.back());
     };
+    auto at = [&](int64_t place) { return place < 0 ? Maybe() : Maybe(values[place]); };
     for (int64_t place : {gain, shift})
       if (place >= 0 && !is_channels(values[place], columns)) return false;
-    take(gate, prologue.gate), take(gain, prologue.gain), take(shift, prologue.shift);
+    take(gates, prologue.gate), take(at(gain), prologue.gain), take(at(shift), prologue.shift);
     if (linears.members.empty()) {
       values.push_back(run_prologue(x, prologue, heads, columns));
       return true;

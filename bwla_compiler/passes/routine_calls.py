@@ -12,7 +12,7 @@ from torch.fx import Node
 from bwla_compiler.passes.graph_order import is_edit
 from bwla_compiler.passes.match_graph import calls, operands, sliced
 from bwla_compiler.passes.packed_calls import OPS
-from bwla_compiler.runtime.routines import Attention, Member, Place, Rows, Step
+from bwla_compiler.runtime.routines import ALL, Attention, Member, Place, Rows, Step
 from bwla_compiler.runtime.triton_layout import n_rows
 from bwla_compiler.spec import FLOAT_BITS
 
@@ -62,7 +62,7 @@ def activations(call: Call) -> list[Node]:
     A gain that the graph computes of a weight is among them.
     """
     if call.target is GROUP:
-        read = [call.args[0], call.args[_GATE], *call.args[_RESIDUAL]]
+        read = [*(_whole(call.args[i])[0] for i in (0, _GATE)), *call.args[_RESIDUAL]]
     else:
         read = [channels.source for channels in _channels(call) if channels is not None]
     if call.target is ATTENTION:
@@ -86,7 +86,7 @@ def needed(call: Call) -> list[Node]:
 def seen_through(call: Call) -> list[Node]:
     """Return the views of other calls' results that its step does without."""
     if call.target is GROUP:
-        return []
+        return [view for i in (0, _GATE) for view in _whole(call.args[i])[2]]
     return [view for channels in _channels(call) if channels is not None for view in channels.through]
 
 
@@ -121,8 +121,11 @@ def step_of(call: Call, number: Callable[[Node | None], Place]) -> Step | Attent
         for *weights, residual in lists
     )
     weights = tuple(_place(a[i]) for i in _WEIGHTS)
-    x, gate = number(a[0]), number(a[_GATE])
-    return Step(a[_KIND], a[_EPS], a[_BITS], columns, 1, x, gate, gain, shift, weights, members)
+    (read, first, _), (gate, gate_first, _) = (_whole(a[i]) for i in (0, _GATE))
+    begins = (first, gate_first)
+    return Step(
+        a[_KIND], a[_EPS], a[_BITS], columns, 1, number(read), number(gate), gain, shift, weights, members, begins
+    )  # fmt: skip
 
 
 def _operand(call: Call, i: int) -> Node | None:
@@ -174,11 +177,18 @@ def _heads_of(x: Call) -> _Channels | None:
     return _Channels(source, first, heads, size, (x, *through))
 
 
+def _whole(x: Node | None) -> tuple[Node | None, int, tuple[Node, ...]]:
+    """Return (value, first channel, nodes between) of what a fused group reads: some channels of a value, or ALL."""
+    found = None if x is None else _cut(x)
+    return (x, ALL, ()) if found is None else found
+
+
 def _cut(x: Call) -> tuple[Node, int, tuple[Node, ...]] | None:
-    """Return (value [batch, tokens, channels], first channel, nodes between) where x is channels in a row of it."""
+    """Return (value [.., channels], first channel, nodes between) where x is channels in a row of it."""
     if calls(x, operator.getitem) and calls(x.args[0], _ATEN.split.Tensor):
         source, each, dim = operands(x.args[0], 0, given=2)
-        return (source, x.args[1] * each, (x, x.args[0])) if dim in (2, -1) and isinstance(each, int) else None
+        last = dim in (source.meta["val"].dim() - 1, -1)
+        return (source, x.args[1] * each, (x, x.args[0])) if last and isinstance(each, int) else None
     found = sliced(x)
     return None if found is None else (found[0], found[1], (x,))
 

@@ -230,7 +230,7 @@ def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:
                 words.extend((rows.place, rows.first, rows.heads, rows.size))
             words.extend(map(value, step.values))
             continue
-        words.extend((PROLOGUES.index(step.kind), step.bits, step.columns, step.heads, len(step.members)))
+        words.extend((PROLOGUES.index(step.kind), step.bits, step.columns, step.heads, *step.first, len(step.members)))
         words.extend(map(value, (step.x, step.gate, step.gain, step.shift)))
         words.extend(map(weight, (step.gain, step.shift, *step.weights)))
         for member in step.members:

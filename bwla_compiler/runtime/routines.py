@@ -23,6 +23,9 @@ Weights = Callable[[str], Tensor]
 
 Get = Callable[[Place], Tensor | None]
 
+ALL = -1
+"""In place of a first channel: all of a value's."""
+
 _NONE = "-"
 
 
@@ -39,8 +42,8 @@ class Member:
 class Step:
     """One bwla::fused_group; or, without members, one bwla::prologue of `heads` times `columns` channels.
 
-    x, gate: values. gain, shift: weights, or values that the graph computes of them. weights: transform (3), its
-    exponents (3), column scale, its exponent.
+    x, gate: values, of which it reads channels from `first` on, ALL: the value is as wide. gain, shift: weights, or
+    values that the graph computes of them. weights: transform (3), its exponents (3), column scale, its exponent.
     """
 
     kind: str
@@ -54,6 +57,7 @@ class Step:
     shift: Place
     weights: tuple[Place, ...]
     members: tuple[Member, ...]
+    first: tuple[int, int] = (ALL, ALL)
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -63,7 +67,10 @@ class Step:
 
     def run(self, get: Get) -> list[Tensor]:
         """Return its results. get: a tensor by its place."""
-        x, gain, shift = get(self.x), get(self.gain), get(self.shift)
+        gain, shift = get(self.gain), get(self.shift)
+        x, gate = (
+            self._channels(get(place), first) for place, first in zip((self.x, self.gate), self.first, strict=True)
+        )
         assert x is not None
         if not self.members:
             return [torch.ops.bwla.prologue.default(self._by_head(x), self.kind, self.eps, gain, shift)]
@@ -73,7 +80,7 @@ class Step:
             list, zip(*members, strict=True)
         )
         linears = (signs, scale, column_scale, rank_in, rank_out, rank_scale, bias, residual, self.bits)
-        before = (x, get(self.gate), self.kind, self.eps, gain, shift, *transform)
+        before = (x, gate, self.kind, self.eps, gain, shift, *transform)
         results: list[Tensor] = torch.ops.bwla.fused_group.default(
             *before, *linears, exponent, column_exponent, rank_exponent
         )
@@ -82,13 +89,14 @@ class Step:
     def empty(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors like its results."""
         assert isinstance(self.x, int)
-        x = values[self.x]
+        x = self._channels(values[self.x], self.first[0])
+        assert x is not None
         results = [empty_result(x, member.out_features) for member in self.members]
         return results or [self._by_head(x.new_empty(x.shape))]
 
     def words(self) -> Iterator[Any]:
         """Yield what its text holds."""
-        yield from (self.kind, self.eps, self.bits, self.columns, self.heads)
+        yield from (self.kind, self.eps, self.bits, self.columns, self.heads, *self.first)
         yield from (self.x, self.gate, self.gain, self.shift, *self.weights)
         for member in self.members:
             yield from (member.out_features, *member.weights, member.residual)
@@ -96,7 +104,7 @@ class Step:
     @classmethod
     def of_words(cls, words: Sequence[str]) -> "Step":
         """Return the step that has these words."""
-        kind, eps, bits, columns, heads, *rest = words
+        kind, eps, bits, columns, heads, first, gate_first, *rest = words
         x, gate, gain, shift, *places = map(_place, rest)
         weights, parts = tuple(places[:_N_WEIGHTS]), places[_N_WEIGHTS:]
         members = tuple(
@@ -104,7 +112,13 @@ class Step:
             for i in range(0, len(parts), _N_MEMBER)
             if isinstance(out := parts[i], int)
         )
-        return cls(kind, float(eps), int(bits), int(columns), int(heads), x, gate, gain, shift, weights, members)
+        sizes = int(bits), int(columns), int(heads)
+        begins = int(first), int(gate_first)
+        return cls(kind, float(eps), *sizes, x, gate, gain, shift, weights, members, begins)
+
+    def _channels(self, x: Tensor | None, first: int) -> Tensor | None:
+        """Return the channels of a value that the step reads."""
+        return x if x is None or first == ALL else x.narrow(-1, first, self.heads * self.columns)
 
     def _by_head(self, x: Tensor) -> Tensor:
         """Return [..., heads * columns] as [..., heads, columns]."""

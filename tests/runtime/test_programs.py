@@ -384,6 +384,7 @@ _steps = st.builds(
     Step, st.sampled_from(["none", "rms_norm", "silu_mul"]), st.floats(0, 1), st.integers(2, 16), st.integers(1, 99),
     st.integers(1, 9), st.integers(0, 9), st.none() | st.integers(0, 9), _places, _places, _tuples(_weights, 8),
     st.lists(st.builds(Member, st.integers(1, 99), _tuples(_weights, 8), st.none() | st.integers(0, 9))).map(tuple),
+    _tuples(st.integers(0, 99), 2),
 )  # fmt: skip
 
 
@@ -458,7 +459,9 @@ def test_numbers_that_end_too_early_are_refused() -> None:
     installed = native.operators()
     assert installed is not None
     program = installed.new_bound()
-    for words in ([], [1], [1, 1, 1, 1], [1, 1, 1, 1, 99, 6, 40, 1, 1, 0, -1, -1, -1], [1, 1, 1, 1, 0, 6, 40, 1, 0, 0]):
+    begun = [1, 1, 1, 1, 0]  # one input, one output, which is value 1, one step, behind which no value is dropped
+    unknown, cut, attention = [99, 6, 40, 1, -1, -1, 0, 0], [0, 6, 40, 1, -1, -1, 0, 0], [-1, 0, 0, 1, 8]
+    for words in ([], [1], begun[:4], begun, *([*begun, *step] for step in (unknown, cut, attention))):
         assert not installed.bind(program, "text", array("q", words), array("d", [0.0]), array("Q"))
     installed.free_bound(program)
 
