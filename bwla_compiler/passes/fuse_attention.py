@@ -87,7 +87,8 @@ class FuseAttention:
 def _fuse(graph: Graph, attend: Value) -> Node:
     """Put one call in the place of an attention and what leads to it; return the cache of keys. Raises Refusal."""
     query, keys, values, mask, scale, causal, *scales = operands(attend, False, None, None, given=5)
-    if causal or query.meta["val"].device != torch.device("cpu") or dtype_of(query) != torch.float32:
+    on_cpu = query.meta["val"].device == torch.device("cpu")
+    if causal or attend.kwargs or not on_cpu or dtype_of(query) != torch.float32:
         raise Refusal("it is no attention in float32 on a CPU, under a mask if any")
     key, value = _kept(attend, keys, scales[0]), _kept(attend, values, scales[1])
     if key.write.start is not value.write.start or _start(key.scale) is not _start(value.scale):
@@ -158,7 +159,7 @@ def _kept(attend: Node, cache: Value, scale: Value) -> _Kept:
     codes, step = match(_CODES, write.rows), match(_STEP, of_scale.rows)
     if codes is None or step is None or codes.values["step"] is not of_scale.rows:
         raise Refusal("its cache rounds in another way")
-    if codes.values["x"] is not step.values["x"]:
+    if codes.values["x"] is not step.values["x"] or dtype_of(codes.values["x"]) != torch.float32:
         raise Refusal("its cache rounds in another way")
     return _Kept(codes.values["x"], write, of_scale)
 
@@ -172,7 +173,9 @@ def _write(attend: Node, updated: Value) -> _Write:
     alone = len(copies) == 1 and copies[0].target is _ATEN.copy_.default and copies[0].args == (cache, updated)
     if not alone or copies[0].users or cache.op != "placeholder" or set(cache.users) != {updated, copies[0]}:
         raise Refusal(f"{cache.name} is read or edited by others too")
-    if any(rest) or len(places) != 3 or places[:2] != [None, None]:
+    held, written = cache.meta["val"].shape, rows.meta["val"].shape
+    fits = len(written) == 4 and all(same_size(held[i], written[i]) for i in (0, 1, 3))
+    if any(rest) or len(places) != 3 or places[:2] != [None, None] or not fits:
         raise Refusal(f"{cache.name} is not written token by token")
     return _Write(cache, rows, _first(places[2], rows), (copies[0], updated))
 
@@ -199,17 +202,17 @@ def _unturned(x: Value) -> tuple[Node, Turn]:
     """
     if not calls(x, *TARGETS["add"]):
         return _by_token(x), (None, None)
-    for plain, crossed in _orders(x):
-        for source, cos in _orders(plain):
-            for halves, sin in _orders(crossed):
-                if _is_crossed(halves, source) and (turn := (_of_token(cos), _of_token(sin))) and all(turn):
-                    return _by_token(source), turn
+    for plain, crossed in _orders(x, "add"):
+        for source, cos in _orders(plain, "mul"):
+            for halves, sin in _orders(crossed, "mul"):
+                if _is_crossed(halves, source) and _is_turn(cos, x) and _is_turn(sin, x):
+                    return _by_token(source), (cos.args[0], sin.args[0])
     raise Refusal("its queries or keys are added up in a way that is not RoPE by halves")
 
 
-def _orders(node: Value) -> Iterator[tuple[Value, Value]]:
+def _orders(node: Value, name: str) -> Iterator[tuple[Value, Value]]:
     """Yield the two operands of a sum or product, in both orders; nothing of other nodes."""
-    if calls(node, *TARGETS["add"], *TARGETS["mul"]) and not node.kwargs:
+    if calls(node, *TARGETS[name]) and not node.kwargs:
         a, b = node.args
         yield a, b
         yield b, a
@@ -228,13 +231,14 @@ def _is_crossed(node: Value, x: Value) -> bool:
     return bool(size % 2 == 0 and negated and sliced(first) == (x, 0, size // 2))
 
 
-def _of_token(node: Value) -> Node | None:
-    """Return the float32 [batch or 1, tokens, size] that a node repeats for all heads, None where it is no such."""
+def _is_turn(node: Value, x: Node) -> bool:
+    """Whether a node is a float32 [batch or 1, tokens, size] that is the same for all heads of x."""
     if not calls(node, _ATEN.unsqueeze.default) or node.args[1] != 1:
-        return None
-    found: Node = node.args[0]
-    value = found.meta["val"]
-    return found if value.dim() == 3 and value.dtype == torch.float32 else None
+        return False
+    turn, (batch, _, *rest) = node.args[0].meta["val"], x.meta["val"].shape
+    if turn.dim() != 3 or turn.dtype != torch.float32 or not all(map(same_size, turn.shape[1:], rest)):
+        return False
+    return same_size(turn.shape[0], 1) or same_size(turn.shape[0], batch)
 
 
 def _by_token(x: Value) -> Node:

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from bwla_compiler.passes.graph_order import is_edit
 from bwla_compiler.passes.match_graph import calls, operands, sliced
+from bwla_compiler.passes.match_prologue import same_size
 from bwla_compiler.passes.packed_calls import OPS
 from bwla_compiler.runtime.routines import ALL, Attention, Member, Place, Rows, Step
 from bwla_compiler.runtime.triton_layout import n_rows
@@ -164,11 +165,12 @@ def _split(x: Call) -> _Channels | None:
 
 def _heads_of(x: Call) -> _Channels | None:
     """Return the channels that rows [batch, tokens, heads, size] are, where they are some of a wider value."""
-    heads, size = x.meta["val"].shape[2:]
+    *tokens, heads, size = x.meta["val"].shape
     if not isinstance(heads, int) or not isinstance(size, int):
         return None
     view: Call = x.args[0] if x.target in _VIEWS else None
-    if view is None or len(view.meta["val"].shape) != 3 or view.meta["val"].shape[2] != heads * size:
+    before = () if view is None else view.meta["val"].shape
+    if len(before) != 3 or not all(map(same_size, before, (*tokens, heads * size))):
         return _Channels(x, 0, heads, size, ())
     cut = _cut(view)
     if cut is None:

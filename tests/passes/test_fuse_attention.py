@@ -70,6 +70,15 @@ def turned_in_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + crossed * sin.unsqueeze(1)
 
 
+def summed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return (x + cos.unsqueeze(1)) + (torch.cat((-second, first), -1) + sin.unsqueeze(1))
+
+
+def turned_alike(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned(x, cos[:, :1], sin[:, :1])
+
+
 def by_token(y: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
 
@@ -132,13 +141,18 @@ def added(cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
 
 LEFT: dict[str, tuple[Step, str]] = {
     "pairs": (Step(turn_query=turned_in_pairs, turn_key=turned_in_pairs), "not RoPE by halves"),
+    "sums": (Step(turn_query=summed, turn_key=summed), "not RoPE by halves"),
+    "one angle for all tokens": (Step(turn_query=turned_alike, turn_key=turned_alike), "not RoPE by halves"),
+    "one sequence for all": (
+        Step(write=lambda cache, rows, start: written(cache, rows[:1], start)), "not written token by token"
+    ),
     "a negative angle": (
         Step(turn_query=lambda x, cos, sin: turned(x, cos, sin), turn_key=lambda x, cos, sin: turned(x, sin, cos)),
         "turned differently",
     ),
     "keys as they are": (Step(turn_key=lambda x, cos, sin: x), "turned differently"),
     "every other place": (Step(write=shuffled), "one after the other"),
-    "sums": (Step(write=added), "not written token by token"),
+    "added to what is there": (Step(write=added), "not written token by token"),
     "a cache that is not an input": (
         Step(write=lambda cache, rows, start: written(cache * 1, rows, start)), "read or edited by others"
     ),
