@@ -21,11 +21,12 @@ STEP = "decode step"
 OVERHEAD = "between kernels: Python, guards, dispatch"
 
 REGIONS = (
-    ("1-bit linears, their norms and transforms", ("bwla::routine", "bwla::fused", "bwla::linear", "bwla::transform")),
+    ("1-bit linears and, over a static cache, attention", ("bwla::routine",)),
+    ("1-bit linears, their norms and transforms", ("bwla::fused", "bwla::linear", "bwla::transform")),
     ("norms and functions alone", ("bwla::prologue", "bwla::sin", "bwla::cos")),
     ("1-bit experts", ("bwla::experts",)),
     ("head and embedding", ("bwla::int8", "bwla::int4")),
-    ("attention", ("attention", "flash")),
+    ("attention", ("attention", "bwla::attend", "flash")),
     ("float products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "mkl::")),
     ("loops of Inductor", ("cpp_fused", "triton_")),
     ("other operators of torch", ("aten::",)),
