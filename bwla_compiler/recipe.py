@@ -158,11 +158,11 @@ class Tuning:
 
     steps: int = 0
     sequences: int = 4
-    scales: float = 0.01
-    diagonals: float = 0.003
-    pairs: float = 0.03
-    gains: float = 0.003
-    biases: float = 0.003
+    scales: float = 0.003
+    diagonals: float = 0.001
+    pairs: float = 0.01
+    gains: float = 0.001
+    biases: float = 0.001
     signs: float = 0.0
     signs_at_once: Literal["model", "block"] = "model"
     products: Literal["fastest", "float32"] = "fastest"
