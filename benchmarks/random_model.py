@@ -73,7 +73,7 @@ def write_random(
             generator.manual_seed(seed)
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         drawn = {name: _drawn(name, shape, pool, generator) for name, shape in shapes.items()}
-        depth = (2 * config.num_hidden_layers) ** 0.5
+        depth = (2 * config.num_hidden_layers) ** (1.0 if alike else 0.5)  # what is alike adds up in one direction
         smaller = {name: w / depth for name, w in drawn.items() if name.split(".")[-2] in INTO_RESIDUAL and w.dim() > 1}
         write_tensors(folder / file, drawn | smaller)
         index |= dict.fromkeys(shapes, file)

@@ -13,20 +13,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bwla_compiler.backend.owner import evaluate, name_of
 from bwla_compiler.runtime.ops import LIBRARY
-from bwla_compiler.runtime.sealed import WATCHED, Sealed, rely_on
+from bwla_compiler.runtime.sealed import FACTS, WATCHED, Sealed
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
 _FREE: dict[Any, frozenset[int]] = {
     _OPS.linear.default: frozenset((1, 2, 3, 4, 5, 6, 9, 10, 11)),
     _OPS.transform.default: frozenset((1, 2, 3, 4, 5, 6)),
+    _OPS.linear_of.default: frozenset((1,)),
+    _OPS.transform_of.default: frozenset((1,)),
+    _OPS.prologue_of.default: frozenset((1,)),
 }
 """Operands, by place, that need no guard: all but x and bias."""
 _SIGNS = 1
+_ANCHORED = (_OPS.linear_of.default, _OPS.transform_of.default, _OPS.prologue_of.default)
 
 
 def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
@@ -67,6 +71,16 @@ def shapes_of_signs(gm: GraphModule) -> dict[int, torch.Size]:
     return {i: shape for i, shape in shapes.items() if all(isinstance(size, int) for size in shape)}
 
 
+def facts_of_anchors(gm: GraphModule) -> dict[int, str]:
+    """Return the facts of the modules whose anchors are among a graph's inputs, by number of the input."""
+    found: dict[int, str] = {}
+    for i, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
+        for user in node.users:
+            if user.target in _ANCHORED and user.args[1] is node:
+                found[i] = user.args[2]
+    return found
+
+
 _OF_PARTS = frozenset(
     {"CONSTANT_MATCH", "EQUALS_MATCH", "DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT", "TYPE_MATCH"}
 )
@@ -74,31 +88,27 @@ _OF_PARTS = frozenset(
 
 
 def _without_sealed(guards: list[Any]) -> list[Any]:
-    """Leave out guards on the parts of sealed modules, which are relied on from then on."""
-    if not any(name_of(guard.originating_source).endswith(".EDITS") for guard in guards):
-        return guards  # nothing would tell of an edit
+    """Leave out guards on the parts of sealed modules whose facts are guarded."""
+    told = {name_of(g.originating_source) for g in guards}
     found: dict[str, Any] = {}
 
-    def module_of(source: Any) -> Sealed | None:
-        """Return the innermost sealed module on the way to what a source names, itself included."""
+    def is_told(source: Any) -> bool:
+        """Whether the innermost module on the way to what a source names, itself included, tells its facts."""
         while source is not None:
             name = name_of(source)
             if name not in found:
                 found[name] = evaluate(source)
-            if isinstance(found[name], Sealed):
-                module: Sealed = found[name]
-                return module
+            if isinstance(found[name], nn.Module):
+                return isinstance(found[name], Sealed) and bool(found[name].facts) and f"{name}.{FACTS}" in told
             source = getattr(source, "base", None)
-        return None
+        return False
 
     left = []
     for guard in guards:
         source = guard.originating_source
-        if guard.create_fn_name() in _OF_PARTS and name_of(source).rpartition(".")[2] not in WATCHED:
+        if guard.create_fn_name() in _OF_PARTS and name_of(source).rpartition(".")[2] not in (*WATCHED, FACTS):
             of_itself = guard.create_fn_name() == "NOT_PRESENT_IN_GENERIC_DICT"  # no `forward` of its own, say
-            module = module_of(source if of_itself else _around(source))
-            if module is not None:
-                rely_on(module)
+            if is_told(source if of_itself else _around(source)):
                 continue
         left.append(guard)
     return left

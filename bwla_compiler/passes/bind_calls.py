@@ -4,7 +4,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
 from torch.fx import Graph, Node
 
 from bwla_compiler.passes.base import PassReport
@@ -17,6 +16,7 @@ from bwla_compiler.passes.routine_calls import (
     Call,
     activations,
     caches,
+    has_known_inputs,
     needed,
     refusal,
     results,
@@ -45,7 +45,7 @@ class BindCalls:
         graph, or one of whose inputs AOTAutograd made another.
         """
         report = PassReport(self.name)
-        if not _has_known_inputs(graph):
+        if not has_known_inputs(graph):
             return report
         order, chain = positions(graph), list[Call]()
         for node in list(graph.nodes):
@@ -62,14 +62,6 @@ class BindCalls:
         _bind(graph, chain, report)
         graph.lint()
         return report
-
-
-def _has_known_inputs(graph: Graph) -> bool:
-    """Whether the inputs are tensors of the module, and then the arguments in their order."""
-    described = [node.meta.get("desc") for node in graph.nodes if node.op == "placeholder"]
-    plain = [one.idx for one in described if isinstance(one, PlainAOTInput)]
-    known = all(isinstance(one, (PlainAOTInput, ParamAOTInput, BufferAOTInput)) for one in described)
-    return known and plain == list(range(len(plain)))
 
 
 def _joins(graph: Graph, chain: Sequence[Call], call: Call, order: dict[Node, int]) -> bool:

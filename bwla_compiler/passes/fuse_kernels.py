@@ -49,8 +49,10 @@ class Draft:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but linears is in it."""
-        return self.found is None and not any(self.residuals) and self.members[0].transform == NO_TRANSFORM
+        """Whether nothing but linears is in it, and what it reads are tensors: of others a routine is made."""
+        first = self.members[0]
+        alone = self.found is None and not any(self.residuals) and first.transform == NO_TRANSFORM
+        return alone and not first.is_anchored
 
     def __str__(self) -> str:
         parts = [self.found.kind] if self.found is not None else []

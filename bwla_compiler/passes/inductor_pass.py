@@ -12,6 +12,7 @@ from bwla_compiler.codegen import triton_spec
 from bwla_compiler.graph.dump import GraphDump, graph_text
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.bind_calls import BindCalls
+from bwla_compiler.passes.expand_anchors import CollapseAnchors, ExpandAnchors
 from bwla_compiler.passes.expose_kernels import ExposeKernels
 from bwla_compiler.passes.fuse_attention import FuseAttention
 from bwla_compiler.passes.fuse_kernels import FuseKernels
@@ -24,9 +25,9 @@ from bwla_compiler.settings import settings
 log = logging.getLogger(__name__)
 
 _SOURCES = (
-    "bind_calls", "expose_kernels", "fuse_attention", "fuse_kernels", "graph_order", "inductor_pass", "keep_sines",
-    "match_activations", "match_graph", "match_norms", "match_prologue", "packed_calls", "read_codes", "routine_calls",
-    "unrepeat_heads",
+    "bind_calls", "expand_anchors", "expose_kernels", "fuse_attention", "fuse_kernels", "graph_order", "inductor_pass",
+    "keep_sines", "match_activations", "match_graph", "match_norms", "match_prologue", "packed_calls", "read_codes",
+    "routine_calls", "unrepeat_heads",
 )  # fmt: skip
 
 
@@ -56,7 +57,8 @@ class InductorFusion(CustomGraphPass):
         if dump is not None:
             dump.add("decomposed", graph_text(graph))
         last = (ExposeKernels(self._exact),) if settings().inline else ()
-        for step in (UnrepeatHeads(), ReadCodes(), FuseKernels(), FuseAttention(), BindCalls(), *last):
+        fusion = (UnrepeatHeads(), ReadCodes(), FuseKernels(), FuseAttention(), BindCalls())
+        for step in (ExpandAnchors(), *fusion, CollapseAnchors(), *last):
             report = step.run(graph)
             notes = [f"{what}: {outcome}" for what, outcome in (*report.changed, *report.skipped)]
             log.info("%s: %d changed, %d left alone", report.name, len(report.changed), len(report.skipped))

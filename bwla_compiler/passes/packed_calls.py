@@ -12,6 +12,8 @@ from bwla_compiler.passes.match_prologue import same_shape
 from bwla_compiler.runtime.ops import LIBRARY
 
 OPS: Any = getattr(torch.ops, LIBRARY.ns)
+PART = OPS.part.default
+"""One tensor of a module that an anchor stands for (see `runtime.anchors`)."""
 _LINEAR = OPS.linear.default
 _TRANSFORM = OPS.transform.default
 _N_LINEAR, _N_TRANSFORM = 12, 7  # operands of each, exponents last
@@ -31,6 +33,11 @@ class Packed:
     def source(self) -> Node:
         """What is read, before it was widened to float32."""
         return widened_from(self.read)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether its tensors are named by an anchor, which routines alone can find."""
+        return bool(self.operands[1].target is PART)
 
     @property
     def shared(self) -> tuple[Any, ...]:

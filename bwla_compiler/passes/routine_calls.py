@@ -3,16 +3,16 @@
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from bwla_compiler.passes.graph_order import is_edit
 from bwla_compiler.passes.match_graph import calls, operands, sliced
 from bwla_compiler.passes.match_prologue import same_size
-from bwla_compiler.passes.packed_calls import OPS
+from bwla_compiler.passes.packed_calls import OPS, PART
 from bwla_compiler.runtime.routines import ALL, Attention, Member, Place, Rows, Step
 from bwla_compiler.runtime.triton_layout import n_rows
 from bwla_compiler.spec import FLOAT_BITS
@@ -44,6 +44,14 @@ class _Channels:
     heads: int
     size: int
     through: tuple[Node, ...]
+
+
+def has_known_inputs(graph: Graph) -> bool:
+    """Whether a graph's inputs are tensors of its module, and then the arguments of its program in their order."""
+    described = [node.meta.get("desc") for node in graph.nodes if node.op == "placeholder"]
+    plain = [one.idx for one in described if isinstance(one, PlainAOTInput)]
+    known = all(isinstance(one, (PlainAOTInput, ParamAOTInput, BufferAOTInput)) for one in described)
+    return known and plain == list(range(len(plain)))
 
 
 def refusal(call: Call) -> str:
@@ -215,6 +223,9 @@ def _place(weight: Node | None) -> Place:
 
     Inductor, which does not see that a routine reads it, might put the edit first.
     """
+    if weight is not None and weight.target is PART:
+        anchor, name, _ = cast(tuple[Node, str, str], weight.args)
+        return f"{place}.{name}" if isinstance(place := _place(anchor), str) and place[0] == "@" else None
     if weight is None or weight.op != "placeholder" or any(map(is_edit, weight.users)):
         return None
     described = weight.meta.get("desc")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from bwla_compiler.codegen import triton_module
 from bwla_compiler.runtime import on_triton
-from bwla_compiler.runtime.sealed import Sealed
+from bwla_compiler.runtime.anchors import Anchored
 from bwla_compiler.runtime.triton_layout import bytes_of, in_words, words_of
 from bwla_compiler.settings import chosen_kernels
 
 
-class DeviceSigns(Sealed):
+class DeviceSigns(Anchored):
     """A module with the buffer `signs` and in_features."""
 
     signs: Tensor
@@ -33,7 +33,7 @@ class DeviceSigns(Sealed):
             self.signs = words_of(self.signs, self.in_features) if wanted else self.canonical_signs()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.settle()
         return self
 
@@ -50,7 +50,7 @@ class DeviceSigns(Sealed):
         self.settle()  # assign=True takes the tensor as it is, wherever it is
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.settle()  # pickled on one device, read on another
 
     @property

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.runtime import ops, portable
+from bwla_compiler.runtime.anchors import Anchored, by_anchor
 from bwla_compiler.runtime.sealed import Sealed, unedited
 
 assert ops.LIBRARY is not None  # defines the operators
 
-PROLOGUE = torch.ops.bwla.prologue.default
+PROLOGUE, PROLOGUE_OF = torch.ops.bwla.prologue.default, torch.ops.bwla.prologue_of.default
 
 NORMS = ("rms_norm", "layer_norm")
 ACTIVATIONS = tuple(portable.ACTIVATIONS)
 
 
-class Norm(Sealed):
+class Norm(Anchored):
     """y = norm(x) * (weight + offset) + bias over the last dimension, in float32, rounded once to the dtype of x.
 
     kind: of NORMS. weight, bias [n] or None. offset: 1 where a family stores the gain less 1. On other devices than a
@@ -32,9 +33,14 @@ class Norm(Sealed):
         self.kind, self.eps, self.offset = kind, eps, offset
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
+        self.seal()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x. Raises GradientError where a gradient is asked for."""
+        unedited(self)
+        if not self.offset and by_anchor(x):
+            result: Tensor = PROLOGUE_OF(x, self.anchor, self.facts, self.kind, self.eps)
+            return result
         gain, shift = self._parameters["weight"], self._parameters["bias"]
         if gain is None or not self.offset:
             return _computed(x, self.kind, self.eps, gain, shift)
@@ -50,9 +56,11 @@ class Activation(Sealed):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
+        self.seal()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x. Raises GradientError where a gradient is asked for."""
+        unedited(self)
         return _computed(x, self.kind, 0.0, None, None)
 
     def extra_repr(self) -> str:
@@ -60,7 +68,6 @@ class Activation(Sealed):
 
 
 def _computed(x: Tensor, kind: str, eps: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-    unedited()
     if not x.is_cpu:
         return portable.prologue(x, portable.Prologue(kind, eps, gain, shift)).to(x.dtype)
     result: Tensor = PROLOGUE(x, kind, eps, gain, shift)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
+from bwla_compiler.runtime.anchors import by_anchor
 from bwla_compiler.runtime.device_signs import DeviceSigns
 from bwla_compiler.runtime.ends import EndEmbedding, EndLinear, TiedHead, int8_step
 from bwla_compiler.runtime.experts import PackedExperts
@@ -34,7 +35,7 @@ __all__ = [
     "stored_bytes",
 ]
 
-LINEAR = torch.ops.bwla.linear.default
+LINEAR, LINEAR_OF = torch.ops.bwla.linear.default, torch.ops.bwla.linear_of.default
 
 
 class PackedLinear(DeviceSigns):
@@ -73,6 +74,7 @@ class PackedLinear(DeviceSigns):
         register_empty_half(self, "low_rank_scale", (rank,) if rank else None, device=device)
         self.register_buffer("bias", _zeros(torch.float32, out, device=device) if spec.bias else None)
         register_typed(self, device=device)
+        self.seal()
 
     @classmethod
     def from_binary(
@@ -146,11 +148,15 @@ class PackedLinear(DeviceSigns):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], dtype of x. Raises GradientError where a gradient is asked for."""
-        unedited()
+        unedited(self)
         transform = self._modules.get("transform")
+        read = x if transform is None else transform(x.float())
+        if by_anchor(x):
+            y: Tensor = LINEAR_OF(read, self.anchor, self.facts, self.activation_bits)
+            return y if transform is None else y.to(x.dtype)
         b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
-        y: Tensor = LINEAR(
-            x if transform is None else transform(x.float()),
+        y = LINEAR(
+            read,
             b["signs"],
             b["row_scale"],
             b["column_scale"],

@@ -7,18 +7,19 @@ from torch import Tensor
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime import ops
+from bwla_compiler.runtime.anchors import TRANSFORM_PARTS, Anchored, by_anchor
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
-from bwla_compiler.runtime.sealed import Sealed, unedited
+from bwla_compiler.runtime.sealed import unedited
 from bwla_compiler.spec import TransformSpec
 
 assert ops.LIBRARY is not None  # defines the operators
 
-TRANSFORM = torch.ops.bwla.transform.default
+TRANSFORM, TRANSFORM_OF = torch.ops.bwla.transform.default, torch.ops.bwla.transform_of.default
 
 Kind = Literal["none", "folded", "kronecker", "hadamard"]
 
 
-class OnlineTransform(Sealed):
+class OnlineTransform(Anchored):
     """x -> (x * scale) (left (x) right): X [n1, n2] -> left^T X right for each token; each part may be absent.
 
     Saved: scale [n], left [n1, n1], right [n2, n2], each as int16 float16 bits and an int8 exponent. Arithmetic is
@@ -32,6 +33,7 @@ class OnlineTransform(Sealed):
         register_empty_half(self, "scale", (n,) if spec.scaled else None, device=device)
         register_empty_half(self, "left", (spec.n1, spec.n1) if spec.left else None, device=device)
         register_empty_half(self, "right", (spec.n2, spec.n2) if spec.right else None, device=device)
+        self.seal()
 
     @classmethod
     def from_factors(cls, scale: Tensor | None, left: Tensor | None, right: Tensor | None, *, kind: Kind) -> Self:
@@ -60,11 +62,13 @@ class OnlineTransform(Sealed):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x."""
-        unedited()
-        b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
-        result: Tensor = TRANSFORM(
-            x, b["scale"], b["left"], b["right"], b["scale_exponent"], b["left_exponent"], b["right_exponent"]
-        )
+        unedited(self)
+        result: Tensor
+        if by_anchor(x):
+            result = TRANSFORM_OF(x, self.anchor, self.facts)
+        else:
+            b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
+            result = TRANSFORM(x, *[b[name] for name in TRANSFORM_PARTS])
         return result
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.runtime import (
+    anchors,
     attention,
     cached_attention,
     compiled,
@@ -57,6 +58,10 @@ SCHEMAS = (
     "Tensor? right_exponent, Tensor[] signs, Tensor[] scale, Tensor? column_scale, Tensor?[] low_rank_in, "
     "Tensor?[] low_rank_out, Tensor?[] low_rank_scale, Tensor?[] bias, Tensor?[] residual, int activation_bits, "
     "Tensor?[] scale_exponent, Tensor? column_scale_exponent, Tensor?[] low_rank_scale_exponent) -> Tensor[]",
+    "linear_of(Tensor x, Tensor anchor, str facts, int activation_bits) -> Tensor",
+    "transform_of(Tensor x, Tensor anchor, str facts) -> Tensor",
+    "prologue_of(Tensor x, Tensor anchor, str facts, str kind, float eps) -> Tensor",
+    "part(Tensor anchor, str name, str facts) -> Tensor",
     "prologue(Tensor x, str kind, float eps, Tensor? gain, Tensor? shift) -> Tensor",
     "sin(Tensor x) -> Tensor",
     "cos(Tensor x) -> Tensor",
@@ -242,6 +247,9 @@ ON_CPU: dict[str, Callable[..., Any]] = {
     "linear": _installing("linear", _linear_with(True)),
     "linear_group": _installing("linear_group", _group_with(True)),
     "fused_group": _installing("fused_group", _fused_group),
+    "linear_of": anchors.linear_of,
+    "transform_of": anchors.transform_of,
+    "prologue_of": anchors.prologue_of,
     "prologue": _installing("prologue", _prologue),
     "experts": _experts_installing,
     "int8_linear": _installing("int8_linear", end_ops.int8_linear_with(True)),
@@ -275,6 +283,7 @@ for _n in ROUTINE_RESULTS:
     LIBRARY.impl(f"routine{_n}", torch.library.fallthrough_kernel, "Autograd")  # the calls inside see to gradients
 for _name in ("sin", "cos"):  # torch's own, behind a name that no compiler replaces by an approximation of its own
     LIBRARY.impl(_name, getattr(torch, _name), "CompositeExplicitAutograd")
+LIBRARY.impl("part", anchors.part, "CompositeExplicitAutograd")
 LIBRARY.impl("experts", _experts_with(False), "CompositeExplicitAutograd")
 LIBRARY.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
 
@@ -317,6 +326,10 @@ _FAKES: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("sin", torch.empty_like),
     ("cos", torch.empty_like),
     ("linear", _fake_linear),
+    ("linear_of", anchors.fake_linear_of),
+    ("transform_of", _fake_same),
+    ("prologue_of", _fake_same),
+    ("part", anchors.fake_part),
     ("linear_group", _fake_linear_group),
     ("fused_group", _fake_fused_group),
     *((f"routine{n}", _fake_routine) for n in ROUTINE_RESULTS),
@@ -391,6 +404,9 @@ def _differentiable(name: str, direct: Callable[..., Any]) -> Callable[..., Any]
 for _name in (
     "transform",
     "linear",
+    "linear_of",
+    "transform_of",
+    "prologue_of",
     "linear_group",
     "fused_group",
     "prologue",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import BwlaError, ShapeError
-from bwla_compiler.runtime import native
+from bwla_compiler.runtime import anchors, native
 from bwla_compiler.runtime.routines import Attention, Place, Routine, one_or_all, parsed
 from bwla_compiler.spec import PROLOGUES
 
@@ -68,7 +68,7 @@ class Bound:
             weights = array("Q", (frame.weight(place)._cdata for place in routine.weights))
             if self._library.bind(self._handle, text, words, eps, weights):
                 self._texts.add(text)
-                self.positions.update((int(place[1:]), None) for place in routine.weights if place[0] == "@")
+                self.positions.update((_position(place), None) for place in routine.weights if place[0] == "@")
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,37 @@ class Table:
             return lambda arguments: ()
         return itemgetter(*self.positions, self.positions[0])  # it gives a tuple for two and more alone
 
-    def key(self, arguments: Sequence[Any]) -> tuple[int, ...]:
-        """Return the ids of the weights among the arguments.
+    def key(self, arguments: Sequence[Any], replaced: int) -> tuple[int, ...]:
+        """Return the ids of the weights among the arguments, behind how many of other modules were replaced until then.
 
         An id that a dead tensor had may be another's now: C++ finds its weight gone, and the routine is bound anew.
         """
-        return tuple(map(id, self._pick(arguments)))
+        return replaced, *map(id, self._pick(arguments))
 
 
 @dataclass
 class Frame:
-    """One call of a program. tensors: those of the graph's module by name. bound: made when the first routine is.
+    """One call of a program. bound: made when the first routine is. replaced: `anchors.REPLACED` when it began."""
 
-    shapes: that the graph was compiled for, of arguments by number.
-    """
-
+    program: "Program"
     arguments: Sequence[Any]
-    tensors: Mapping[str, Tensor]
     bound: Bound | None
-    shapes: Mapping[int, torch.Size]
+    replaced: int
+    is_checked: bool = False
+
+    def check(self) -> None:
+        """Raise ShapeError where weights have other shapes than the graph was compiled for."""
+        if not self.is_checked:
+            self.program.check(self.arguments)
+            self.is_checked = True
 
     def weight(self, place: str) -> Tensor:
         """Return a weight by its place in a routine. Raises BwlaError where it is none any more."""
-        found = self.arguments[int(place[1:])] if place[0] == "@" else self.tensors[place[1:]]
+        if place[0] == "@":
+            found, _, name = self.arguments[_position(place)], *place.partition(".")[1:]
+            found = anchors.part_of(found, name) if name else found
+        else:
+            found = self.program.tensors[place[1:]]
         if not isinstance(found, Tensor):
             raise BwlaError(
                 f"a weight of compiled code is {found} by now: call torch._dynamo.reset() after such an edit"
@@ -131,25 +139,31 @@ class Program:
     """A compiled graph that may hold routines, as a function of the graph's arguments.
 
     run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name. shapes: of
-    signs among the arguments, by number; others are refused, at each call or, of those bound, where C++ sees the edit.
+    signs among the arguments, by number; facts: of the modules whose anchors are among them. Others are refused, at
+    each call or, of those bound, where C++ sees the edit.
     """
 
     def __init__(
-        self, run: Callable[..., Any], tensors: Mapping[str, Tensor], *, shapes: Mapping[int, torch.Size] | None = None
+        self,
+        run: Callable[..., Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        shapes: Mapping[int, torch.Size] | None = None,
+        facts: Mapping[int, str] | None = None,
     ) -> None:
-        self._run, self._tensors = run, tensors
-        self._shapes = shapes or {}
+        self._run, self.tensors = run, tensors
+        self._shapes, self._facts = shapes or {}, facts or {}
         self._table = Table(self._shapes)  # replaced as one, for threads
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the graph. Raises ShapeError where signs have another shape than it was compiled for."""
-        table = self._table
-        bound = table.bounds.get(table.key(arguments))
+        table, replaced = self._table, anchors.REPLACED
+        bound = table.bounds.get(table.key(arguments, replaced))
         _check_shapes(arguments, self._shapes if bound is None else table.loose)
         outer = _RUNNING.frame
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
-        frame = Frame(arguments, self._tensors, bound, self._shapes)
+        frame = Frame(self, arguments, bound, replaced)
         before = None
         try:
             _RUNNING.frame = frame
@@ -160,19 +174,29 @@ class Program:
             if entered is not None:
                 entered.leave(before)
         if frame.bound is not None and frame.bound is not bound and frame.bound.share():
-            self._keep(frame.bound, arguments)
+            self._keep(frame)
         return results
 
-    def _keep(self, bound: Bound, arguments: Sequence[Any]) -> None:
-        """Use what is bound whenever these weights come again, as long as they live."""
+    def check(self, arguments: Sequence[Any]) -> None:
+        """Raise ShapeError where weights have other shapes than the graph was compiled for."""
+        _check_shapes(arguments, self._shapes)
+        for i, facts in self._facts.items():
+            anchors.check_parts(arguments[i], facts)
+
+    def _keep(self, frame: Frame) -> None:
+        """Use what a call has bound whenever these weights come again, as long as they live."""
+        bound, arguments = frame.bound, frame.arguments
+        assert bound is not None
         with self._lock:
             if self._table.positions != tuple(bound.positions):
                 loose = {i: shape for i, shape in self._shapes.items() if i not in bound.positions}
                 self._table = Table(loose, tuple(bound.positions))
             table = self._table
+            for key in [key for key in table.bounds if key[0] < frame.replaced]:
+                table.bounds.pop(key, None)  # that number never comes again
             while len(table.bounds) >= MOST_BOUND:
                 table.bounds.pop(next(iter(table.bounds)), None)
-            key = table.key(arguments)
+            key = table.key(arguments, frame.replaced)
             dead = functools.partial(_drop, weakref.ref(self), key)
             bound.owners = [weakref.ref(arguments[position], dead) for position in table.positions]
             table.bounds[key] = bound
@@ -201,7 +225,7 @@ def run_routine(inputs: list[Tensor], caches: list[Tensor], text: str) -> Tensor
     frame = _RUNNING.frame
     if frame is None:
         raise BwlaError("a routine runs inside its compiled graph alone: call what torch.compile returned")
-    _check_shapes(frame.arguments, frame.shapes)
+    frame.check()
     routine = parsed(text)
     results = routine.run([*inputs, *caches], frame.weight)
     if frame.bound is None and native.wanted() and (library := native.operators()) is not None:
@@ -209,6 +233,11 @@ def run_routine(inputs: list[Tensor], caches: list[Tensor], text: str) -> Tensor
     if frame.bound is not None:
         frame.bound.bind(text, routine, frame)
     return one_or_all(results)
+
+
+def _position(place: str) -> int:
+    """Return which argument a place "@3" or "@3.NAME" speaks of."""
+    return int(place[1:].partition(".")[0])
 
 
 def _numbers(routine: Routine) -> tuple["array[int]", "array[float]"]:

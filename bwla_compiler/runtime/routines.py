@@ -16,8 +16,8 @@ from torch import Tensor
 from bwla_compiler.runtime.rows import empty_result
 
 Place = int | str | None
-"""A value by number, inputs first, then results in order; a weight: "@3", argument of the graph, or "=NAME", tensor of
-its module; or none."""
+"""A value by number, inputs first, then results in order; a weight: "@3", argument of the graph, "@3.NAME", tensor of
+the module that this argument is the anchor of, or "=NAME", tensor of the graph's module; or none."""
 
 Weights = Callable[[str], Tensor]
 

@@ -81,7 +81,7 @@ def test_what_is_bound_goes_with_the_model() -> None:
     with torch.no_grad():
         for _ in range(2):
             compiled(tiny.ids(), use_cache=False)
-    weight = linear_of(model).signs
+    weight = linear_of(model).anchor
     kept = weakref.ref(linear_of(model))
     seen = [ref for ref in gc.get_objects() if type(ref).__name__ == "Bound" and ref.positions]
     bound = [weakref.ref(one) for one in seen if any(owner() is weight for owner in one.owners)]

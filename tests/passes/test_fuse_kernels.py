@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.numerics.planes import pack_signs
 from bwla_compiler.passes.base import PassReport
+from bwla_compiler.passes.expand_anchors import ExpandAnchors
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime import ops
@@ -39,6 +40,7 @@ class Fusing:
 
     def _compile(self, gm: GraphModule, inputs: list[Tensor]) -> Any:
         remove_noop_ops(gm.graph)  # as Inductor does before: dropout in eval leaves copies
+        ExpandAnchors().run(gm.graph)
         self.reports.append(FuseKernels().run(gm.graph))
         self._after(gm.graph)
         gm.recompile()
