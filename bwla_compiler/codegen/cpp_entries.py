@@ -81,6 +81,20 @@ static void finish(const Member& member, const Wave<K>& wave, float* sums, const
   }
 }
 
+// Tokens that another thread may still be at preparing.
+struct Preparation {
+  std::atomic<bool> is_done{false};
+  // Meanwhile have fetched what is read next: memory is idle then.
+  void wait(const void* next, long n_bytes) const {
+    for (long at = 0; !is_done.load(std::memory_order_acquire); at += 64) {
+      if (at < n_bytes)
+        __builtin_prefetch((const char*)next + at, 0, 2);
+      else if (at > n_bytes + (1 << 16))
+        std::this_thread::yield();
+    }
+  }
+};
+
 // Projections on low-rank pairs that other threads may still be at.
 struct Projections {
   std::atomic<long> left{0};
@@ -150,10 +164,11 @@ static void project_on_pair(const Wave<K>& wave, const Member& member, float* pr
            [&](long r) { project_on_pair<K>(wave, member, projected, r, r + 1); });
 }
 
-// All members for one wave: project on the low-rank pairs, then take panels of rows, of all tokens or of some, in any
-// order. Projections of few tokens are the first jobs, so that nobody waits for them before he adds them.
-template <class K>
-static void run_wave(const Wave<K>& wave, const Member* members, long n_members) {
+// All members for one wave: prepare its tokens, project on the low-rank pairs, then take panels of rows, of all tokens or
+// of some, in any order. Preparing a few is the first job, so that other threads have woken up when it is done; their
+// projections are the next, so that nobody waits for them before he adds them.
+template <class K, class F>
+static void run_wave(const Wave<K>& wave, const Member* members, long n_members, bool is_brief, const F& prepare) {
   static thread_local Buffer<float> buffer;
   long ranks = 0, blocks = 0;
   for (long i = 0; i < n_members; i++) ranks += members[i].rank, blocks += divide_up(members[i].out, ROWS);
@@ -171,13 +186,24 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
                                         : PANEL;
   long jobs = 0;
   for (long i = 0; i < n_members; i++) jobs += divide_up(divide_up(members[i].out, ROWS), height);
+  Preparation preparation;
   Projections projections;
+  const long first_jobs = !is_tiled<K> && is_brief && threads > 1;
   const long early = !is_tiled<K> && wave.is_few() ? n_members * threads : 0;
+  const long signs = Plane::n_words(wave.tables.words, divide_up(members[0].out, ROWS)) * (long)sizeof(Word);
+  if (!first_jobs) prepare();
   projections.left = early;
   float* at = projected;
   for (long i = 0; !early && i < n_members; at += members[i++].rank * wave.tokens)
     project_on_pair<K>(wave, members[i], at);
   auto job = [&](long j) {
+    if (first_jobs && j == 0) {
+      prepare();
+      preparation.is_done.store(true, std::memory_order_release);
+      return;
+    }
+    if (first_jobs) preparation.wait(members[0].signs, signs);
+    j -= first_jobs;
     const Member* member = members;
     float* side = projected;
     auto next = [&] { side += member->rank * wave.tokens, member++; };
@@ -199,7 +225,7 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members)
     const Wave<K> its = wave.part(from, std::min(some, wave.tokens - from));
     panel<K>(*member, its, side + from * member->rank, projections, first, count);
   };
-  parallel(early + jobs * parts, threads, job);
+  parallel(first_jobs + early + jobs * parts, threads, job);
 }
 
 // Have what comes before the first linear, and its first signs, fetched while tokens are prepared and rounded.
@@ -221,12 +247,15 @@ static void linear(const float* x, const Prologue* prologue, const float* column
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
     const auto tables = Tables<K>::room(n, words);
     float* scale = scale_buffer.get(n);
-    parallel(n, helpers, [&](long m) {
-      const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
-      scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
-      tables.put(m);
-    });
-    run_wave<K>({first, n, in, limit, threads, scale, tables}, members, n_members);
+    auto prepare_all = [&] {
+      parallel(n, helpers, [&](long m) {
+        const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
+        scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
+        tables.put(m);
+      });
+    };
+    const bool is_brief = helpers == 1 && (!prologue || !transform_of(*prologue).is_shared(threads));
+    run_wave<K>({first, n, in, limit, threads, scale, tables}, members, n_members, is_brief, prepare_all);
   }
 }
 """
@@ -324,7 +353,7 @@ static void accumulate(const int8_t* codes, const Word* signs, long tokens, long
   }
   std::fill(one, one + std::max(tokens, out), 1.0f);
   const Member member{signs, one, nullptr, nullptr, nullptr, nullptr, sum, out, 1, 1, 0, nullptr};
-  run_wave<K>({0, tokens, in, limit, 1, one, tables}, &member, 1);
+  run_wave<K>({0, tokens, in, limit, 1, one, tables}, &member, 1, false, [] {});
   for (long i = 0; i < tokens * out; i++) acc[i] = (int32_t)sum[i];
 }
 

@@ -187,6 +187,8 @@ struct Transform {
     fetch_ahead(left, n1 * n1 * (long)sizeof(float));
   }
   long useful(long threads, long tokens) const { return work() * tokens < (1 << 20) ? 1 : threads; }
+  // Whether threads share the work of one token.
+  bool is_shared(long threads) const { return !is_tiled() && useful(threads, 1) > 1; }
 
   void token(const float* from, float* to, long threads) const {
     static thread_local Buffer<float> buffer;
