@@ -164,9 +164,9 @@ static void project_on_pair(const Wave<K>& wave, const Member& member, float* pr
            [&](long r) { project_on_pair<K>(wave, member, projected, r, r + 1); });
 }
 
-// All members for one wave: prepare its tokens, project on the low-rank pairs, then take panels of rows, of all tokens or
-// of some, in any order. Preparing a few is the first job, so that other threads have woken up when it is done; their
-// projections are the next, so that nobody waits for them before he adds them.
+// All members for one wave: prepare its tokens, project on the low-rank pairs, then take panels of rows, of all tokens
+// or of some, in any order. Preparing a few is the first job (`is_brief`: where it is one thread's), so that the others
+// have woken up when it is done; projections are the next, so that nobody waits for them before he adds them.
 template <class K, class F>
 static void run_wave(const Wave<K>& wave, const Member* members, long n_members, bool is_brief, const F& prepare) {
   static thread_local Buffer<float> buffer;
