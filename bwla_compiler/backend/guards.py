@@ -1,12 +1,9 @@
-"""Dynamo's guards on packed weights: those that protect nothing are left out.
+"""Dynamo's guards on packed models: those that protect nothing are left out.
 
-A packed linear has some seven tensors, each checked before every call: a tenth of the time of a small model's step. Of
-the integers that our operators read, only the signs decide a shape: the operators look at all the others at every call,
-whatever they are by then, and say what does not fit. So nothing compiled depends on them, and Dynamo need not look too.
-Signs of another shape are told by their sealed module, like which buffers are None and which attributes there are: one
-guard is for all of these. Signs that took another shape in place `Program` refuses. Guards on floats (which may ask a
-gradient) and on what others read stay; so do all on tensors of a GPU, where kernels in the graph read them with no
-operator to look at them.
+On a CPU a graph takes the anchor of a packed module in place of its tensors (`runtime.anchors`); what runs it looks at
+these itself, at every call. So the anchor need not be looked at. Which buffers are None, what their shapes are and
+which attributes there are is told by the module's facts (`runtime.sealed`): one guard is for all of these. Guards on
+what others read stay; so do all on the tensors of a GPU, where kernels in the graph read them with no operator to look.
 """
 
 from collections.abc import Sequence
@@ -21,16 +18,9 @@ from bwla_compiler.runtime.ops import LIBRARY
 from bwla_compiler.runtime.sealed import FACTS, WATCHED, Sealed
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
-_FREE: dict[Any, frozenset[int]] = {
-    _OPS.linear.default: frozenset((1, 2, 3, 4, 5, 6, 9, 10, 11)),
-    _OPS.transform.default: frozenset((1, 2, 3, 4, 5, 6)),
-    _OPS.linear_of.default: frozenset((1,)),
-    _OPS.transform_of.default: frozenset((1,)),
-    _OPS.prologue_of.default: frozenset((1,)),
-}
-"""Operands, by place, that need no guard: all but x and bias."""
-_SIGNS = 1
 _ANCHORED = (_OPS.linear_of.default, _OPS.transform_of.default, _OPS.prologue_of.default)
+_ANCHOR, _FACTS = 1, 2
+"""Operands of these by place."""
 
 
 def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
@@ -47,9 +37,8 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
         for node, value in zip(placeholders, example_inputs, strict=True)
         if "grapharg" in node.meta
         and isinstance(value, Tensor)
-        and not value.is_floating_point()
-        and value.is_cpu
-        and _is_free(node)
+        and node.users
+        and all(_is_anchor(node, user) for user in node.users)
     }
     guards = context.guards_context.dynamo_guards
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]
@@ -57,27 +46,13 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     return len(free)
 
 
-def shapes_of_signs(gm: GraphModule) -> dict[int, torch.Size]:
-    """Return the shapes of signs among a graph's inputs, by number of the input; they decide those of results.
-
-    Symbolic ones are left out: the graph then reads sizes from the signs of each call.
-    """
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    shapes = {
-        i: node.meta["example_value"].shape
-        for i, node in enumerate(placeholders)
-        if any(user.target is _OPS.linear.default and user.args[_SIGNS] is node for user in node.users)
-    }
-    return {i: shape for i, shape in shapes.items() if all(isinstance(size, int) for size in shape)}
-
-
 def facts_of_anchors(gm: GraphModule) -> dict[int, str]:
     """Return the facts of the modules whose anchors are among a graph's inputs, by number of the input."""
     found: dict[int, str] = {}
     for i, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
         for user in node.users:
-            if user.target in _ANCHORED and user.args[1] is node:
-                found[i] = user.args[2]
+            if _is_anchor(node, user):
+                found[i] = user.args[_FACTS]
     return found
 
 
@@ -122,14 +97,9 @@ def _around(source: Any) -> Any:
     return source
 
 
-def _is_free(node: Node) -> bool:
-    """Whether an input is only read where its shape and dtype decide nothing."""
-    return all(
-        user.target in _FREE
-        and not user.kwargs
-        and all(i in _FREE[user.target] for i, read in enumerate(user.args) if read is node)
-        for user in node.users
-    )
+def _is_anchor(node: Node, user: Node) -> bool:
+    """Whether an input is the anchor of a call, and nothing else that it reads."""
+    return user.target in _ANCHORED and [i for i, read in enumerate(user.args) if read is node] == [_ANCHOR]
 
 
 def _is_tensors(guard: Any) -> bool:

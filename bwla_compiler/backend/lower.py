@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.fx import GraphModule
 
-from bwla_compiler.backend.guards import facts_of_anchors, shapes_of_signs
+from bwla_compiler.backend.guards import facts_of_anchors
 from bwla_compiler.backend.prepare import prepare
 from bwla_compiler.runtime.programs import Program
 
@@ -29,13 +29,13 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     """
     from torch._inductor.compile_fx import compile_fx  # imports Inductor: only when something is compiled
 
-    shapes, facts = shapes_of_signs(gm), facts_of_anchors(gm)
+    facts = facts_of_anchors(gm)
     prepared = prepare(gm, example_inputs)
     tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     chosen = torch._inductor.list_mode_options(mode) if mode else {}
     patches = {**UNCHECKED, **chosen, **inductor_passes(tuple(tensors), prepared.exact)}
     compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
-    return Program(prepared.watching(compiled), tensors, shapes=shapes, facts=facts)
+    return Program(prepared.watching(compiled), tensors, facts=facts)
 
 
 def inductor_passes(names: Sequence[str] = (), exact: Collection[str] = ()) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bwla_compiler.errors import BwlaError, ShapeError
+from bwla_compiler.errors import BwlaError
 from bwla_compiler.runtime import anchors, native
 from bwla_compiler.runtime.routines import Attention, Place, Routine, one_or_all, parsed
 from bwla_compiler.spec import PROLOGUES
@@ -73,12 +72,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Table:
-    """What is bound, by the ids of the weights. positions: of those among the arguments.
+    """What is bound, by the ids of the weights. positions: of those among the arguments."""
 
-    loose: shapes, by position, of the signs that are not among them: C++ does not look at these.
-    """
-
-    loose: Mapping[int, torch.Size]
     positions: tuple[int, ...] = ()
     bounds: dict[tuple[int, ...], Bound] = field(default_factory=dict)
 
@@ -107,7 +102,7 @@ class Frame:
     is_checked: bool = False
 
     def check(self) -> None:
-        """Raise ShapeError where weights have other shapes than the graph was compiled for."""
+        """Raise ShapeError where modules hold tensors of other shapes than the graph was compiled for."""
         if not self.is_checked:
             self.program.check(self.arguments)
             self.is_checked = True
@@ -138,9 +133,8 @@ _RUNNING = _Running()
 class Program:
     """A compiled graph that may hold routines, as a function of the graph's arguments.
 
-    run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name. shapes: of
-    signs among the arguments, by number; facts: of the modules whose anchors are among them. Others are refused, at
-    each call or, of those bound, where C++ sees the edit.
+    run: the graph, compiled. tensors: those of its module, which it reads beside its arguments, by name. facts: of
+    the modules whose anchors are among the arguments, by number; modules of others are refused.
     """
 
     def __init__(
@@ -148,19 +142,17 @@ class Program:
         run: Callable[..., Any],
         tensors: Mapping[str, Tensor],
         *,
-        shapes: Mapping[int, torch.Size] | None = None,
         facts: Mapping[int, str] | None = None,
     ) -> None:
         self._run, self.tensors = run, tensors
-        self._shapes, self._facts = shapes or {}, facts or {}
-        self._table = Table(self._shapes)  # replaced as one, for threads
+        self._facts = facts or {}
+        self._table = Table()  # replaced as one, for threads
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run the graph. Raises ShapeError where signs have another shape than it was compiled for."""
+        """Run the graph. Raises ShapeError where modules hold tensors of other shapes than it was compiled for."""
         table, replaced = self._table, anchors.REPLACED
         bound = table.bounds.get(table.key(arguments, replaced))
-        _check_shapes(arguments, self._shapes if bound is None else table.loose)
         outer = _RUNNING.frame
         entered = bound or (outer.bound if outer is not None else None)  # an outer program's routines are not ours
         frame = Frame(self, arguments, bound, replaced)
@@ -178,8 +170,7 @@ class Program:
         return results
 
     def check(self, arguments: Sequence[Any]) -> None:
-        """Raise ShapeError where weights have other shapes than the graph was compiled for."""
-        _check_shapes(arguments, self._shapes)
+        """Raise ShapeError where modules hold tensors of other shapes than the graph was compiled for."""
         for i, facts in self._facts.items():
             anchors.check_parts(arguments[i], facts)
 
@@ -189,8 +180,7 @@ class Program:
         assert bound is not None
         with self._lock:
             if self._table.positions != tuple(bound.positions):
-                loose = {i: shape for i, shape in self._shapes.items() if i not in bound.positions}
-                self._table = Table(loose, tuple(bound.positions))
+                self._table = Table(tuple(bound.positions))
             table = self._table
             for key in [key for key in table.bounds if key[0] < frame.replaced]:
                 table.bounds.pop(key, None)  # that number never comes again
@@ -200,15 +190,6 @@ class Program:
             dead = functools.partial(_drop, weakref.ref(self), key)
             bound.owners = [weakref.ref(arguments[position], dead) for position in table.positions]
             table.bounds[key] = bound
-
-
-def _check_shapes(arguments: Sequence[Any], shapes: Mapping[int, torch.Size]) -> None:
-    for i, shape in shapes.items():
-        if arguments[i].shape != shape:
-            raise ShapeError(
-                f"signs of a compiled linear are {list(arguments[i].shape)} by now; compiled for {list(shape)}: call "
-                "torch._dynamo.reset() after such an edit"
-            )
 
 
 def _drop(program: "weakref.ref[Program]", key: tuple[int, ...], dead: object) -> None:

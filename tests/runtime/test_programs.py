@@ -362,7 +362,7 @@ def test_a_graph_without_routines_asks_nothing_of_cpp(monkeypatch: pytest.Monkey
     program = Program(lambda x: x + 1, {})
     for _ in range(2):
         assert torch.equal(program(torch.ones(2)), torch.full((2,), 2.0))
-    assert program._table == Table({})
+    assert program._table == Table()
 
 
 def test_shapes_are_known_without_values() -> None:
