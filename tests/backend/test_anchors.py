@@ -16,6 +16,7 @@ from bwla_compiler.runtime.anchors import module_of
 from bwla_compiler.runtime.functions import Norm
 from bwla_compiler.runtime.modules import OnlineTransform, PackedLinear
 from tests import tiny
+from tests.wider import wider
 
 
 def packed(**settings: Any) -> nn.Module:
@@ -64,7 +65,7 @@ def test_a_graph_takes_one_tensor_for_a_module(backend: Backend) -> None:
     assert not any("_proj" in name and "anchor" not in name for name in inputs)
 
 
-OTHERS = [{"psp.rank": 0}, {"psp.rank": 4}, {"transform.kind": "hadamard"}, {"weights.planes": 2}]
+OTHERS = [{"psp.rank": 0}, *wider({"psp.rank": 4}, {"transform.kind": "hadamard"}, {"weights.planes": 2})]
 
 
 @pytest.mark.parametrize("settings", OTHERS, ids=str)
