@@ -39,16 +39,16 @@ class Anchored(Sealed):
 
     def __init__(self) -> None:
         super().__init__()
-        self._drop_anchor()
+        self._make_anchor()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "anchor"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._drop_anchor()
+        self._make_anchor()
 
-    def _drop_anchor(self) -> None:
+    def _make_anchor(self) -> None:
         """Make a new anchor: an attribute, which no cast and no move of the model touches."""
         anchor = torch.empty(0, dtype=torch.int8, device="cpu")
         anchor._bwla_module = weakref.ref(self)  # type: ignore[attr-defined]
