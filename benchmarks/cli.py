@@ -333,6 +333,7 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step, of 256 tokens.")] = 8,
     optimizer: Annotated[str, typer.Option(help="muon, or adamw for all parameters.")] = "muon",
+    schedule: Annotated[str, typer.Option(help="Of the rate: level and then falling, or cosine.")] = "level",
     package: Annotated[list[str] | None, typer.Option(help="Read its docstrings too; installed; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps by torch.compile: faster after a minute.")] = False,
     vocab: Annotated[int, typer.Option(min=257, help="Tokens of its vocabulary.")] = 4096,
@@ -340,15 +341,18 @@ def train(
 ) -> None:
     """Train a model of another family from the embedded model's text; the same command goes on where it was stopped."""
     from benchmarks.families import FAMILIES, Size
-    from benchmarks.training import Job, Optimizer, train_family
+    from benchmarks.training import Job, Optimizer, Schedule, train_family
 
     if family not in FAMILIES:
         raise typer.BadParameter(f"no family is called {family!r}; there are {', '.join(FAMILIES)}")
     if optimizer not in get_args(Optimizer):
         raise typer.BadParameter(f"no optimizer is called {optimizer!r}; there are {', '.join(get_args(Optimizer))}")
+    if schedule not in get_args(Schedule):
+        raise typer.BadParameter(f"no schedule is called {schedule!r}; there are {', '.join(get_args(Schedule))}")
     job = Job(
         family, out, minutes=minutes, steps=steps, size=Size(hidden, layers), packages=tuple(package or ()),
-        vocab_size=vocab, batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer), compiled=compiled,
+        vocab_size=vocab, batch=batch, seed=seed, optimizer=cast("Optimizer", optimizer),
+        schedule=cast("Schedule", schedule), compiled=compiled,
     )  # fmt: skip
     with progress_bars() as progress:
         facts = train_family(job, progress=progress)

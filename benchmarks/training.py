@@ -34,13 +34,16 @@ from bwla_compiler.numerics.products import native_bfloat16
 Progress = Callable[[str, int, int], None]
 Products = Literal["bfloat16", "float32"]
 Optimizer = Literal["muon", "adamw"]
+Schedule = Literal["level", "cosine"]
 
 CHECKPOINT = "checkpoint.pt"
 SAVE_SECONDS = 60.0
 WEIGHT_DECAY = 0.1
 """Of matrices and embeddings, where AdamW alone trains."""
 WARMUP, DECAY = 0.02, 0.3
-"""Shares of the run: in which the rate rises, and in which it falls to nothing."""
+"""Shares of the run: in which the rate rises, and in which a level one falls at the end."""
+LAST = 0.02
+"""The rate at the end."""
 
 
 def native_products() -> Products:
@@ -54,9 +57,9 @@ class Job:
 
     packages: installed ones, whose docstrings are read beside the standard library's; batch: sequences a step;
     optimizer: "muon" for the blocks' matrices and AdamW, at learning_rate, for the rest; or "adamw" for all, at
-    adamw_rate, as models that are published are trained. products: type of the factors of matrix products, by default
-    what the processor multiplies fastest. compiled: steps go through `torch.compile`, about 1.6 times as fast after a
-    minute of compiling; the weights differ by the order of sums alone.
+    adamw_rate, as models that are published are trained. schedule: of the rates, see `rate_at`. products: type of the
+    factors of matrix products, by default what the processor multiplies fastest. compiled: steps go through
+    `torch.compile`, about 1.6 times as fast after a minute of compiling; the weights differ by the order of sums alone.
     """
 
     family: str
@@ -70,6 +73,7 @@ class Job:
     length: int = 256
     seed: int = 0
     optimizer: Optimizer = "muon"
+    schedule: Schedule = "level"
     learning_rate: float = 4e-3
     matrix_rate: float = 0.02
     adamw_rate: float = 3e-3
@@ -200,7 +204,7 @@ class _Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise ModelError(f"training {self.job.family}: loss is {value} at step {self.step}; lower the rates")
-        rate = rate_at(self.share)
+        rate = rate_at(self.share, self.job.schedule)
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["full_rate"]
         self.adamw.step()
@@ -234,9 +238,15 @@ def _adamw(rate: float, *groups: tuple[list[nn.Parameter], float], fused: bool =
     return torch.optim.AdamW(parts, lr=rate, betas=(0.9, 0.95), fused=fused)
 
 
-def rate_at(share: float) -> float:
-    """Return the learning rate, relative, when this share of the run is done: up, level, and down in a line."""
-    return min(1.0, max(share, 1e-3) / WARMUP, max(0.02, (1 - share) / DECAY))
+def rate_at(share: float, schedule: Schedule) -> float:
+    """Return the learning rate, relative, when this share of the run is done.
+
+    It rises in a line, stays level, and falls in a line to LAST; or rises in a line and falls in half a cosine to LAST.
+    """
+    rising = max(share, 1e-3) / WARMUP
+    if schedule == "cosine":
+        return min(1.0, rising) * (LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * share)))
+    return min(1.0, rising, max(LAST, (1 - share) / DECAY))
 
 
 def batch_at(stream: Tensor, step: int, *, job: Job) -> Tensor:

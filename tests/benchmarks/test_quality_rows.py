@@ -1,6 +1,5 @@
-"""The fair table's rows, models from a folder, and what AdamW trains."""
+"""The fair table's rows, and models from a folder."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks import adamw, quality_folder, quality_model
+from benchmarks import quality_folder, quality_model
 from benchmarks.quality_rows import LEVELS, fair_rows
 from bwla_compiler.demo import DemoConfig
 from bwla_compiler.demo.train import new_model
@@ -109,16 +108,3 @@ def test_a_folder_with_streams_or_with_one_stream_is_a_subject(tmp_path: Path, m
 def test_text_that_is_too_short_is_an_error() -> None:
     with pytest.raises(ValueError, match="10 held-out tokens hold no window of 256"):
         quality_folder.windows_of(torch.zeros(10, dtype=torch.int64), end=None, files=4)
-
-
-def test_adamw_alone_lowers_the_loss_and_follows_the_seed() -> None:
-    config = DemoConfig(steps=12, batch=4, length=16, warmup_steps=2, learning_rate=3e-3)
-    stream = torch.arange(2000) % 17
-    states = []
-    for _ in range(2):
-        model = tiny.make("llama").requires_grad_(True)
-        before = adamw.train(model, stream, config=replace(config, steps=1), progress=lambda *_: None)
-        after = adamw.train(model, stream, config=config, progress=lambda *_: None)
-        states.append(model.state_dict())
-        assert after["loss"] < before["loss"]
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

@@ -123,10 +123,25 @@ def test_what_a_seed_holds_out_is_kept_for_the_quality_table(tmp_path: Path, mon
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    assert rate_at(0.01) == pytest.approx(0.5)
-    assert rate_at(0.5) == 1
-    assert rate_at(0.85) == pytest.approx(0.5)
-    assert rate_at(1.0) == 0.02
+    assert rate_at(0.01, "level") == pytest.approx(0.5)
+    assert rate_at(0.5, "level") == 1
+    assert rate_at(0.85, "level") == pytest.approx(0.5)
+    assert rate_at(1.0, "level") == 0.02
+
+
+def test_the_rate_falls_in_a_cosine() -> None:
+    assert rate_at(0.01, "cosine") == pytest.approx(0.5, abs=1e-3)
+    assert rate_at(0.02, "cosine") == pytest.approx(1, abs=1e-2)
+    assert rate_at(0.5, "cosine") == pytest.approx(0.51)
+    assert rate_at(1.0, "cosine") == pytest.approx(0.02)
+
+
+def test_the_schedule_makes_another_model(tmp_path: Path) -> None:
+    losses = {
+        name: train_family(job(tmp_path / name, schedule=name), progress=quiet, documents=DOCUMENTS)["loss"]
+        for name in ("level", "cosine")
+    }
+    assert losses["level"] != losses["cosine"]
 
 
 def test_an_unfinished_folder_is_no_subject(tmp_path: Path) -> None:
