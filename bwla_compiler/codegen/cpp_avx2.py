@@ -1,83 +1,236 @@
-"""C++ text of the AVX2 kernels: vpshufb looks up signed sums of four codes for 32 rows at a time."""
+"""C++ text of the AVX2 kernels: vpshufb looks up sums of four magnitudes for 32 rows at a time.
 
-from bwla_compiler.codegen.cpp_portable import DOT, NIBBLES
+Four signs of a row are an index; what it finds is the sum of the magnitudes of those codes whose product with their
+sign is positive, and the sum of products is twice that, less the sum of all magnitudes (as in cpp_vbmi.py). Magnitudes
+up to 31 have sums of eight that fit a byte, so that the lookups of a word are added as bytes; those of two words as
+well, wherever the sixteen magnitudes at hand allow it, which nearly all do. Larger codes have two tables, of the lower
+and the upper four bits of what adds up, of which four words fit.
+Activations that stay floats are looked up by three signs (vpermps), for 8 rows at a time.
+"""
+
+from bwla_compiler.codegen.cpp_portable import DOT
 
 KERNELS = (
     r"""
 #include <immintrin.h>
+#define UNROLL _Pragma("GCC unroll 8")
 
 using Word = uint8_t;
-constexpr long ROWS = 64, COLUMNS = 8, CHUNK = 128, TILE = 2;
+constexpr long ROWS = 64, COLUMNS = 8, CHUNK = 128, TILE = 4;
 constexpr long AHEAD = 4096;  // bytes of weights fetched ahead of use
 constexpr long HELD = 256;  // tables that the first cache holds
 
 static inline void add(int32_t* to, __m256i v) {
   _mm256_storeu_si256((__m256i*)to, _mm256_add_epi32(v, _mm256_loadu_si256((const __m256i*)to)));
 }
-static inline void add_scaled(float* to, __m256i v, const float* scale) {
-  _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), _mm256_loadu_ps(scale), _mm256_loadu_ps(to)));
+static inline void add(float* to, __m256 v) { _mm256_storeu_ps(to, _mm256_add_ps(v, _mm256_loadu_ps(to))); }
+static inline void add_scaled(float* to, __m256 v, const float* scale) {
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(v, _mm256_loadu_ps(scale), _mm256_loadu_ps(to)));
 }
-"""
-    + NIBBLES
-    + r"""
-struct IntKernel {
+static inline void add_scaled(float* to, __m256i v, const float* scale) {
+  add_scaled(to, _mm256_cvtepi32_ps(v), scale);
+}
+
+template <int PLANES>
+struct ByteKernel {
   using Code = int8_t;
   using Entry = uint8_t;
   using Sum = int32_t;
-  static constexpr long TABLE = 64;  // low bytes, then high bytes, of the sums of each nibble
+  static constexpr long TABLE = 32 * PLANES + 16;  // [planes, 2 nibbles, 16], then the sum of the magnitudes
+  static constexpr long STEP = PLANES == 1 ? 2 : 4;  // words added as bytes
 
-  // The high bytes of 30 words of 8-bit codes fit int8, and their sums int16, whatever the codes.
-  static long span(int) { return 30; }
+  // Words whose sums of magnitudes 16 bits hold: 128 * 8 * 31 and 64 * 8 * 127 are below 2^16.
+  static long span(int) { return PLANES == 1 ? 128 : 64; }
 
-  static void build(const Code* q, Entry* table) {
-    int16_t sums[32];
-    NibbleKernel<int8_t, int16_t, int32_t>::build(q, sums);
-    for (int half = 0; half < 2; half++)
-      for (int i = 0; i < 16; i++) {
-        table[32 * half + i] = (uint8_t)sums[16 * half + i];
-        table[32 * half + 16 + i] = (uint8_t)(sums[16 * half + i] >> 8);
-      }
+  static int32_t& total(Entry* table) { return *(int32_t*)(table + 32 * PLANES); }
+  static int32_t total(const Entry* table) { return *(const int32_t*)(table + 32 * PLANES); }
+
+  // What picks from a word's (minus, plus) magnitudes those of code `code` of each nibble, by entry: bit by bit.
+  static __m256i picks(int code) {
+    alignas(32) int8_t at[32];
+    for (int i = 0; i < 32; i++) at[i] = (int8_t)(i / 16 * 8 + 2 * code + (i >> code & 1));
+    return _mm256_load_si256((const __m256i*)at);
+  }
+
+  // Tables of one word, of its magnitudes where the sign is - and where it is +, in turn [8, 2].
+  static void put(__m128i sizes, Entry* table) {
+    const __m256i all = _mm256_broadcastsi128_si256(sizes), low = _mm256_set1_epi8(15);
+    auto pair = [&](int code) {
+      return _mm256_add_epi8(_mm256_shuffle_epi8(all, picks(code)), _mm256_shuffle_epi8(all, picks(code + 1)));
+    };
+    const __m256i a = pair(0), b = pair(2);
+    auto keep = [&](int plane, __m256i v) { _mm256_storeu_si256((__m256i*)(table + 32 * plane), v); };
+    if (PLANES == 1) return keep(0, _mm256_add_epi8(a, b));
+    auto upper = [&](__m256i v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), low); };
+    keep(0, _mm256_add_epi8(_mm256_and_si256(a, low), _mm256_and_si256(b, low)));
+    keep(1, _mm256_add_epi8(upper(a), upper(b)));
+  }
+
+  // Tables of `words` words of codes, each `apart` entries from the last.
+  static void build(const Code* q, long words, long apart, Entry* table) {
+    for (long k = 0; k < words; k += 2, q += 2 * COLUMNS, table += 2 * apart) {
+      const bool is_pair = k + 1 < words;
+      const __m128i codes = is_pair ? _mm_loadu_si128((const __m128i*)q) : _mm_loadl_epi64((const __m128i*)q);
+      const __m128i size = _mm_abs_epi8(codes), plus = _mm_max_epi8(codes, _mm_setzero_si128());
+      const __m128i minus = _mm_sub_epi8(size, plus), totals = _mm_sad_epu8(size, _mm_setzero_si128());
+      put(_mm_unpacklo_epi8(minus, plus), table);
+      total(table) = _mm_cvtsi128_si32(totals);
+      if (!is_pair) return;
+      put(_mm_unpackhi_epi8(minus, plus), table + apart);
+      total(table + apart) = _mm_extract_epi32(totals, 2);
+    }
+  }
+
+  // Sums of bytes in 16-bit lanes: of both as one number, modulo 2^16, and of the upper ones, of odd rows, alone.
+  struct Bytes {
+    __m256i all = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
+    void add(__m256i v) {
+      all = _mm256_add_epi16(all, v);
+      odd = _mm256_add_epi16(odd, _mm256_srli_epi16(v, 8));
+    }
+    __m256i even() const { return _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8)); }
+  };
+
+  // Give sums of 32 rows from `row` on to f(row, sums of 8 rows), less the total of magnitudes.
+  template <class F>
+  static void give(const Bytes* acc, int32_t total, long row, const F& f) {
+    auto whole = [](__m256i lower, __m256i upper) {
+      return PLANES == 1 ? lower : _mm256_add_epi16(lower, _mm256_slli_epi16(upper, 4));
+    };
+    const __m256i even = whole(acc[0].even(), acc[PLANES - 1].even()), odd = whole(acc[0].odd, acc[PLANES - 1].odd);
+    const __m256i less = _mm256_set1_epi32(total);
+    auto part = [&](long at, __m128i v) {
+      f(row + at, _mm256_sub_epi32(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 1), less));
+    };
+    const __m256i first = _mm256_unpacklo_epi16(even, odd), second = _mm256_unpackhi_epi16(even, odd);
+    part(0, _mm256_castsi256_si128(first));
+    part(8, _mm256_castsi256_si128(second));
+    part(16, _mm256_extracti128_si256(first, 1));
+    part(24, _mm256_extracti128_si256(second, 1));
   }
 
   static __m256i lookup(const Entry* table, __m256i index) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), index);
   }
 
-  // `both` adds pairs of rows in 16 bits (odd rows in the high byte), `odd` the odd rows alone, `high` the high bytes.
-  template <class Sink>
-  static void flush(__m256i both, __m256i odd, __m256i high, long span, int t, long row, const Sink& sink) {
-    __m256i even = _mm256_sub_epi16(both, _mm256_slli_epi16(odd, 8));
-    even = _mm256_add_epi16(even, _mm256_slli_epi16(high, 8));
-    odd = _mm256_add_epi16(odd, _mm256_and_si256(high, _mm256_set1_epi16((int16_t)0xFF00)));
-    const __m256i first = _mm256_unpacklo_epi16(even, odd), second = _mm256_unpackhi_epi16(even, odd);
-    sink(span, t, row, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(first)));
-    sink(span, t, row + 8, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(second)));
-    sink(span, t, row + 16, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(first, 1)));
-    sink(span, t, row + 24, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(second, 1)));
+  // Add the sums of N words for 32 * HALVES rows and M of T tokens; as bytes they must not overflow.
+  template <int N, int HALVES, int T, int M>
+  static void step(const Word* w, const Entry* table, Bytes (*acc)[M][PLANES]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i sum[HALVES][M][PLANES];
+    UNROLL for (int j = 0; j < N; j++) {
+      __m256i low[HALVES], high[HALVES];
+      UNROLL for (int h = 0; h < HALVES; h++) {
+        const __m256i x = _mm256_loadu_si256((const __m256i*)(w + j * ROWS + 32 * h));
+        low[h] = _mm256_and_si256(x, nibble);
+        high[h] = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+      }
+      UNROLL for (int t = 0; t < M; t++) UNROLL for (int p = 0; p < PLANES; p++) {
+        const Entry* entry = table + (j * T + t) * TABLE + 32 * p;
+        UNROLL for (int h = 0; h < HALVES; h++) {
+          const __m256i v = _mm256_add_epi8(lookup(entry, low[h]), lookup(entry + 16, high[h]));
+          sum[h][t][p] = j ? _mm256_add_epi8(sum[h][t][p], v) : v;
+        }
+      }
+    }
+    UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int t = 0; t < M; t++) UNROLL for (int p = 0; p < PLANES; p++)
+      acc[h][t][p].add(sum[h][t][p]);
+  }
+
+  // Give the sums of n words for 32 * HALVES rows from `row` on and M of T tokens to f(token, row, sums of 8 rows).
+  template <int HALVES, int T, int M, class F>
+  static void rows(const Word* w, const Entry* table, long n, long row, const F& f) {
+    Bytes acc[HALVES][M][PLANES];
+    int32_t totals[M] = {};
+    auto size = [&](int t, int j) { return total(table + (j * T + t) * TABLE); };
+    auto one = [&] {
+      step<1, HALVES, T, M>(w, table, acc);
+      w += ROWS, table += T * TABLE;
+    };
+    for (; n >= STEP; n -= STEP) {
+      UNROLL for (long j = 0; j < STEP; j++) _mm_prefetch((const char*)(w + j * ROWS) + AHEAD, _MM_HINT_T0);
+      bool fits = true;
+      UNROLL for (int t = 0; t < M; t++) {
+        int32_t sum = 0;
+        UNROLL for (int j = 0; j < STEP; j++) sum += size(t, j);
+        totals[t] += sum;
+        fits &= PLANES > 1 || sum <= 255;
+      }
+      if (__builtin_expect(fits, true)) {
+        step<STEP, HALVES, T, M>(w, table, acc);
+        w += STEP * ROWS, table += STEP * T * TABLE;
+      } else {
+        for (int j = 0; j < STEP; j++) one();
+      }
+    }
+    for (; n; n--) {
+      UNROLL for (int t = 0; t < M; t++) totals[t] += size(t, 0);
+      one();
+    }
+    UNROLL for (int t = 0; t < M; t++) UNROLL for (int h = 0; h < HALVES; h++)
+      give(acc[h][t], totals[t], row + 32 * h, [&](long at, __m256i v) { f(t, at, v); });
   }
 
   template <int T, class Sink>
   static void block(const Word* w, const Entry* table, long words, long span, const Sink& sink) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+    constexpr int M = PLANES == 1 ? T : 1, HALVES = M <= 2 ? 2 : 1;  // registers hold no more
+    for (long first = 0; first < words; first += span)
+      for (long row = 0; row < ROWS; row += 32 * HALVES)
+        for (int t = 0; t < T; t += M)
+          rows<HALVES, T, M>(w + first * ROWS + row, table + (first * T + t) * TABLE, std::min(span, words - first), row,
+                             [&](int m, long at, __m256i v) { sink(first / span, t + m, at, v); });
+  }
+};
+using IntKernel = ByteKernel<2>;
+using SmallKernel = ByteKernel<1>;
+#define SMALL_CODES 31
+
+struct FloatKernel {
+  using Code = float;
+  using Entry = float;
+  using Sum = float;
+  static constexpr long TABLE = 24;  // sums of the first three, the next three and the last two activations
+
+  // Two levels of addition bound the rounding error of floats.
+  static long span(int) { return 32; }
+
+  static void build(const Code* x, Entry* table) {
+    const __m256i entry = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    auto with_sign = [&](float v, int bit) {  // plus where the entry's bit is set
+      const __m256i minus = _mm256_slli_epi32(_mm256_andnot_si256(entry, _mm256_set1_epi32(1 << bit)), 31 - bit);
+      return _mm256_xor_ps(_mm256_set1_ps(v), _mm256_castsi256_ps(minus));
+    };
+    auto two = [&](const Code* at) { return _mm256_add_ps(with_sign(at[0], 0), with_sign(at[1], 1)); };
+    _mm256_storeu_ps(table, _mm256_add_ps(two(x), with_sign(x[2], 2)));
+    _mm256_storeu_ps(table + 8, _mm256_add_ps(two(x + 3), with_sign(x[5], 2)));
+    _mm256_storeu_ps(table + 16, two(x + 6));
+  }
+
+  template <int T, class Sink>
+  static void block(const Word* w, const Entry* table, long words, long span, const Sink& sink) {
+    constexpr int V = T == 1 ? 8 : T == 2 ? 4 : 2;  // registers of 8 rows
     for (long first = 0; first < words; first += span) {
       const long last = first + span < words ? first + span : words;
-      for (long row = 0; row < ROWS; row += 32) {
-        __m256i both[T], odd[T], high[T];
-        for (int t = 0; t < T; t++) both[t] = odd[t] = high[t] = _mm256_setzero_si256();
+      for (long row = 0; row < ROWS; row += 8 * V) {
+        __m256 acc[T][V];
+        UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++) acc[t][v] = _mm256_setzero_ps();
         for (long k = first; k < last; k++) {
           const Word* at = w + k * ROWS + row;
           _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-          const __m256i x = _mm256_loadu_si256((const __m256i*)at);
-          const __m256i i0 = _mm256_and_si256(x, nibble), i1 = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
-          for (int t = 0; t < T; t++) {
-            const Entry* entry = table + (k * T + t) * TABLE;
-            const __m256i a = lookup(entry, i0), b = lookup(entry + 32, i1);
-            high[t] = _mm256_add_epi8(high[t], _mm256_add_epi8(lookup(entry + 16, i0), lookup(entry + 48, i1)));
-            both[t] = _mm256_add_epi16(both[t], _mm256_add_epi16(a, b));
-            odd[t] = _mm256_add_epi16(odd[t], _mm256_add_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
+          UNROLL for (int v = 0; v < V; v++) {
+            const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(at + 8 * v)));
+            const __m256i y = _mm256_srli_epi32(x, 3), z = _mm256_srli_epi32(x, 6);
+            UNROLL for (int t = 0; t < T; t++) {
+              const Entry* entry = table + (k * T + t) * TABLE;
+              auto of = [&](long from, __m256i index) {
+                return _mm256_permutevar8x32_ps(_mm256_loadu_ps(entry + from), index);
+              };
+              acc[t][v] = _mm256_add_ps(acc[t][v], _mm256_add_ps(_mm256_add_ps(of(0, x), of(8, y)), of(16, z)));
+            }
           }
         }
-        for (int t = 0; t < T; t++) flush(both[t], odd[t], high[t], first / span, t, row, sink);
+        UNROLL for (int t = 0; t < T; t++) UNROLL for (int v = 0; v < V; v++)
+          sink(first / span, t, row + 8 * v, acc[t][v]);
       }
     }
   }
