@@ -176,9 +176,11 @@ struct ByteKernel {
     constexpr int M = PLANES == 1 ? T : 1, HALVES = M <= 2 ? 2 : 1;  // registers hold no more
     for (long first = 0; first < words; first += span)
       for (long row = 0; row < ROWS; row += 32 * HALVES)
-        for (int t = 0; t < T; t += M)
-          rows<HALVES, T, M>(w + first * ROWS + row, table + (first * T + t) * TABLE, std::min(span, words - first), row,
+        for (int t = 0; t < T; t += M) {
+          const long n = std::min(span, words - first);
+          rows<HALVES, T, M>(w + first * ROWS + row, table + (first * T + t) * TABLE, n, row,
                              [&](int m, long at, __m256i v) { sink(first / span, t + m, at, v); });
+        }
   }
 };
 using IntKernel = ByteKernel<2>;
