@@ -64,7 +64,10 @@ class Activations:
 class Transform:
     """The rotation of a linear's input where it is not the identity.
 
-    kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). online: False leaves an
+    kind: "none"; "hadamard" (seeded, no fit); "okt" (orthogonal Kronecker fitted by EM). right: of an online "okt", the
+    factor that mixes neighbouring channels: "fitted" like the left one, or "hadamard", random signs before a Hadamard
+    matrix, which costs additions alone and is stored as signs, where the channels are a multiple of a long enough power
+    of two. online: False leaves an
     input that no folded rotation reaches in its own basis. folded: False folds nothing, so that all inputs are
     rotated online (then `residual` must be "online"). soft: posterior means in place of signs in the E-step.
     start: of the fit. budget: the largest share of a group's modelled time that its online transform may take when
@@ -73,6 +76,7 @@ class Transform:
     """
 
     kind: Literal["none", "hadamard", "okt"] = "okt"
+    right: Literal["fitted", "hadamard"] = "hadamard"
     online: bool = True
     folded: bool = True
     iterations: int = 30

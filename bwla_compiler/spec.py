@@ -22,7 +22,9 @@ class TransformSpec:
     """An online change of basis of n = n1 * n2 channels: X [n1, n2] -> left^T X right, after a diagonal scale.
 
     left, right: whether that factor is present (else it is the identity); scaled: whether a diagonal
-    comes first. kind "folded" and "none" have no factor: the input is already in its basis, or never leaves it.
+    comes first. signed: the right factor is diag(v) H with v [n2] of equal sizes, which alone is stored, and H
+    Sylvester's Hadamard matrix. kind "folded" and "none" have no factor: the input is already in its basis, or never
+    leaves it.
     """
 
     kind: Literal["none", "folded", "kronecker", "hadamard"] = "none"
@@ -31,6 +33,12 @@ class TransformSpec:
     left: bool = False
     right: bool = False
     scaled: bool = False
+    signed: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers its factors take, the diagonal left out."""
+        return self.left * self.n1**2 + self.right * (self.n2 if self.signed else self.n2**2)
 
     @property
     def online(self) -> bool:

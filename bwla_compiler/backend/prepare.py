@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.runtime import on_triton
 from bwla_compiler.runtime.checks import values
-from bwla_compiler.runtime.halves import DECODED
+from bwla_compiler.runtime.halves import DECODED, whole_factor
 from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, OnlineTransform, PackedLinear, TiedHead
 from bwla_compiler.runtime.ops import LIBRARY
 from bwla_compiler.runtime.triton_layout import exact_in_tf32, float32, in_words, packed_scale, packed_signs
@@ -34,6 +34,11 @@ Make = Callable[..., Tensor]
 
 def _floats(stored: Tensor, exponent: Tensor | None = None) -> Tensor:
     return float32(values(stored, exponent))
+
+
+def _factor(stored: Tensor, exponent: Tensor | None = None) -> Tensor:
+    """Return a factor of a transform as a matrix."""
+    return float32(whole_factor(values(stored, exponent)))
 
 
 def _scale(stored: Tensor, exponent: Tensor | None = None) -> Tensor:
@@ -63,7 +68,7 @@ _READ: dict[Any, tuple[_Operand, ...]] = {
         _Operand(7, None, _floats),
     ),
     _OPS.transform.default: (
-        _Operand(1, 4, _floats), _Operand(2, 5, _floats, is_factor=True), _Operand(3, 6, _floats, is_factor=True)
+        _Operand(1, 4, _floats), _Operand(2, 5, _factor, is_factor=True), _Operand(3, 6, _factor, is_factor=True)
     ),
     _OPS.int8_linear.default: (_Operand(2, 4, _floats), _Operand(3, None, _floats)),
     _OPS.int4_linear.default: (_Operand(2, 5, _floats), _Operand(3, None, _floats)),
@@ -202,9 +207,10 @@ def _derive(called: nn.Module) -> None:
             if stored is None or not _served(stored):
                 continue
             if exponent is not None:
-                made = (_scale if stored.dim() == 3 else _floats)(stored, exponent)
                 if name in ("left", "right"):
-                    exact_in_tf32(made)
+                    exact_in_tf32(_factor(stored, exponent))
+                else:
+                    (_scale if stored.dim() == 3 else _floats)(stored, exponent)
             elif name == "bias":
                 _floats(stored)
             elif name == "signs":

@@ -129,5 +129,5 @@ def _claimed(modules: Mapping[str, nn.Module]) -> Counter[str]:
         if isinstance(transform, OnlineTransform):
             t = transform.spec
             n = int(getattr(module, "in_features", 0) or getattr(module, "embedding_dim", 0))
-            found["transforms"] += 2 * (t.scaled * n + t.left * t.n1**2 + t.right * t.n2**2)
+            found["transforms"] += 2 * (t.scaled * n + t.numbers)
     return found

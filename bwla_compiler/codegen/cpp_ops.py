@@ -110,7 +110,7 @@ struct Kernels {
   void (*int4_embedding)(const void*, const void*, const void*, void*, long, long, long, long);
   long (*packed_pair)(long, long);
   void (*pack_pair)(const void*, void*, long, long);
-  long (*packed_factor)(long);
+  long (*packed_factor)(long, long);
   void (*pack_factor)(const void*, void*, long, long);
   void (*attend)(const Attention*, long);
   long (*attends)(long);

@@ -202,15 +202,18 @@ Tensor packed_pair(const Tensor& codes) {
   });
 }
 
-// A square factor of a transform as the kernel takes it.
-Tensor packed_factor(const Maybe& factor, const Maybe& exponent, bool is_left) {
+// Of a factor of a transform: how the kernel takes it.
+enum Side : long { RIGHT, LEFT, SIGNS };
+
+// A factor [n, n], or the signs [n] of the right one, as the kernel takes it.
+Tensor packed_factor(const Maybe& factor, const Maybe& exponent, Side side) {
   if (!factor) return Tensor();
   const int power = power_of(exponent);
-  return caches().factors.get(*factor, 2 * power + is_left, [&] {
+  return caches().factors.get(*factor, 4 * power + side, [&] {
     const Tensor source = exponent ? decode(*factor, power, new_floats(factor->sizes())) : plain(*factor);
     const long n = source.size(0);
-    Tensor packed = new_kept_floats({kernels.packed_factor(n)});
-    kernels.pack_factor(source.const_data_ptr(), packed.mutable_data_ptr(), n, is_left);
+    Tensor packed = new_kept_floats({kernels.packed_factor(n, side)});
+    kernels.pack_factor(source.const_data_ptr(), packed.mutable_data_ptr(), n, side);
     return packed;
   });
 }

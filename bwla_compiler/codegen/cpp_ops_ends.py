@@ -109,15 +109,22 @@ struct Factors {
           const Maybe& left_exponent, const Maybe& right_exponent) {
     if (!are_values(scale, scale_exponent) || !are_values(left, left_exponent) || !are_values(right, right_exponent))
       return;
-    if (!is_square(left) || !is_square(right) || (scale && (scale->dim() != 1 || scale->size(0) != n))) return;
+    const bool is_signed = right && are_signs(*right);
+    if (!is_square(left) || !(is_signed || is_square(right))) return;
+    if (scale && (scale->dim() != 1 || scale->size(0) != n)) return;
     n1 = left ? left->size(0) : right ? n / right->size(0) : 1;
     n2 = right ? right->size(0) : n / n1;
     fit = n1 * n2 == n;
     if (!fit) return;
     this->scale = values_of(scale, scale_exponent);
-    this->left = packed_factor(left, left_exponent, true), this->right = packed_factor(right, right_exponent, false);
+    this->left = packed_factor(left, left_exponent, LEFT);
+    this->right = packed_factor(right, right_exponent, is_signed ? SIGNS : RIGHT);
   }
 
+  static bool are_signs(const Tensor& factor) {
+    const long n = factor.numel();
+    return factor.dim() == 1 && n > 0 && (n & (n - 1)) == 0;
+  }
   static bool is_square(const Maybe& factor) {
     return !factor || (factor->dim() == 2 && factor->size(0) == factor->size(1) && factor->size(0) > 0);
   }

@@ -43,7 +43,7 @@ static inline Vec load_codes(const int8_t* from) {
   return Vec{(float)from[0], (float)from[1], (float)from[2], (float)from[3]};
 }
 #endif
-constexpr long WIDTH = sizeof(Vec) / sizeof(float);
+constexpr long WIDTH = sizeof(Vec) / sizeof(float), FLOATS_OF_LINE = 64 / sizeof(float);
 // b - 0 is b, whatever b: no instruction but the broadcast is left, which may read memory.
 static inline Vec spread(float b) { return b - Vec{}; }
 static inline Vec multiply_add(Vec a, float b, Vec c) { return multiply_add(a, spread(b), c); }
@@ -84,62 +84,69 @@ static inline Vec load(const float* from) {
 """
 
 PRODUCT = r"""
-// Y [R, V * WIDTH] = A B for R rows of A: element (r, k) is a[r * row + k * step]; B [depth, n], Y [., n].
+// A matrix as a product reads or writes it: element (r, k) is at[r * row + k * step], step 1 but for a left side.
+template <class T>
+struct Matrix {
+  T* at;
+  long row, step = 1;
+  Matrix from(long r, long k) const { return {at + r * row + k * step, row, step}; }
+};
+using Input = Matrix<const float>;
+using Output = Matrix<float>;
+
+// Y [R, V * WIDTH] = A B for R rows of A and V vectors of B [depth, .].
 template <int R, int V>
-static inline void product_tile(const float* a, long row, long step, const float* b, float* y, long depth, long n) {
+static inline void product_tile(Input a, Input b, Output y, long depth) {
   Vec acc[R][V];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) acc[r][v] = Vec{};
   for (long k = 0; k < depth; k++) {
     Vec line[V];
-    for (int v = 0; v < V; v++) line[v] = load(b + k * n + v * WIDTH);
+    for (int v = 0; v < V; v++) line[v] = load(b.at + k * b.row + v * WIDTH);
     for (int r = 0; r < R; r++) {
-      const float factor = a[r * row + k * step];
+      const float factor = a.at[r * a.row + k * a.step];
       for (int v = 0; v < V; v++) acc[r][v] = multiply_add(line[v], factor, acc[r][v]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) std::memcpy(y + r * n + v * WIDTH, &acc[r][v], sizeof(Vec));
+    for (int v = 0; v < V; v++) std::memcpy(y.at + r * y.row + v * WIDTH, &acc[r][v], sizeof(Vec));
 }
 
 // All rows of Y, V * WIDTH columns of it: what is read of B stays in the first cache.
 template <int V>
-static inline void product_columns(const float* a, long row, long step, const float* b, float* y, long rows, long depth,
-                                   long n) {
+static inline void product_columns(Input a, Input b, Output y, long rows, long depth) {
   long r = 0;
-  for (; r + TALL <= rows; r += TALL) product_tile<TALL, V>(a + r * row, row, step, b, y + r * n, depth, n);
-  for (; r + 2 <= rows; r += 2) product_tile<2, V>(a + r * row, row, step, b, y + r * n, depth, n);
-  for (; r < rows; r++) product_tile<1, V>(a + r * row, row, step, b, y + r * n, depth, n);
+  for (; r + TALL <= rows; r += TALL) product_tile<TALL, V>(a.from(r, 0), b, y.from(r, 0), depth);
+  for (; r + 2 <= rows; r += 2) product_tile<2, V>(a.from(r, 0), b, y.from(r, 0), depth);
+  for (; r < rows; r++) product_tile<1, V>(a.from(r, 0), b, y.from(r, 0), depth);
 }
 
 // Fewer columns than fill a register.
-static void product_narrow(const float* a, long row, long step, const float* b, float* y, long rows, long depth,
-                           long n) {
+static void product_narrow(Input a, Input b, Output y, long rows, long depth, long n) {
   for (long r = 0; r < rows; r++) {
     float sums[WIDTH] = {};
     for (long k = 0; k < depth; k++)
-      for (long c = 0; c < n; c++) sums[c] += a[r * row + k * step] * b[k * n + c];
-    for (long c = 0; c < n; c++) y[r * n + c] = sums[c];
+      for (long c = 0; c < n; c++) sums[c] += *a.from(r, k).at * *b.from(k, c).at;
+    for (long c = 0; c < n; c++) *y.from(r, c).at = sums[c];
   }
 }
 
-static void product_part(const float* a, long row, long step, const float* b, float* y, long rows, long depth, long n) {
-  if (n < WIDTH) return product_narrow(a, row, step, b, y, rows, depth, n);
+static void product_part(Input a, Input b, Output y, long rows, long depth, long n) {
+  if (n < WIDTH) return product_narrow(a, b, y, rows, depth, n);
   long j = 0;
-  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_columns<2>(a, row, step, b + j, y + j, rows, depth, n);
+  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_columns<2>(a, b.from(0, j), y.from(0, j), rows, depth);
   for (; j < n; j += WIDTH) {
     j = std::min(j, n - WIDTH);  // the last ones may be some of those before once more
-    product_columns<1>(a, row, step, b + j, y + j, rows, depth, n);
+    product_columns<1>(a, b.from(0, j), y.from(0, j), rows, depth);
   }
 }
 
-// Y [rows, n] = A B, A [rows, depth] with the strides `row` and `step`; rows shared out over threads.
-static void product(const float* a, long row, long step, const float* b, float* y, long rows, long depth, long n,
-                    long threads) {
+// Y [rows, n] = A [rows, depth] B; rows shared out over threads.
+static void product(Input a, Input b, Output y, long rows, long depth, long n, long threads) {
   const long height = threads > 1 ? divide_up(divide_up(rows, threads), TALL) * TALL : rows;
   parallel(divide_up(rows, height), threads, [&](long job) {
     const long r = job * height;
-    product_part(a + r * row, row, step, b, y + r * n, std::min(height, rows - r), depth, n);
+    product_part(a.from(r, 0), b, y.from(r, 0), std::min(height, rows - r), depth, n);
   });
 }
 """
@@ -154,19 +161,33 @@ struct SplitFactor {
 };
 #endif
 
-// How many floats a factor [n, n] takes as the transform reads it.
-EXPORT long bwla_packed_factor(long n) { return SplitFactor::room(n); }
+// Of a factor: how it is packed. SIGNS: v of diag(v) H for the right one.
+enum Side : long { RIGHT, LEFT, SIGNS };
 
-// A factor [n, n], the left or the right one, as the transform reads it: itself first; from a cache line on.
-EXPORT void bwla_pack_factor(const float* factor, float* packed, long n, long is_left) {
-  SplitFactor::pack(factor, n, is_left, packed);
+// How many floats a factor of n channels takes as the transform reads it: a line that tells SIGNS, and what follows.
+EXPORT long bwla_packed_factor(long n, long side) {
+  return FLOATS_OF_LINE + (side == SIGNS ? n : SplitFactor::room(n));
+}
+
+// A factor [n, n], or v [n], as the transform reads it; from a cache line on.
+EXPORT void bwla_pack_factor(const float* factor, float* packed, long n, long side) {
+  std::fill(packed, packed + FLOATS_OF_LINE, (float)(side == SIGNS));
+  if (side == SIGNS)
+    std::memcpy(packed + FLOATS_OF_LINE, factor, n * sizeof(float));
+  else
+    SplitFactor::pack(factor, n, side == LEFT, packed + FLOATS_OF_LINE);
 }
 
 // y = left^T (x * scale) right for tokens [n1, n2]; scale [n1 * n2], left and right packed factors of n1 and n2
 // channels; null for none.
 struct Transform {
-  const float *scale, *left, *right;
+  const float *scale, *left, *right = nullptr, *signs = nullptr;
   long n1, n2;
+
+  Transform(const float* scale, const float* left, const float* right, long n1, long n2)
+      : scale(scale), left(left ? left + FLOATS_OF_LINE : nullptr), n1(n1), n2(n2) {
+    if (right) (*right ? signs : this->right) = right + FLOATS_OF_LINE;
+  }
 
   // Multiplications for one token; under some tens of microseconds a second thread costs more than it saves.
   long work() const { return n1 * n2 * ((left ? n1 : 0) + (right ? n2 : 0)); }
@@ -180,6 +201,7 @@ struct Transform {
   // Have what is read fetched, in its order.
   void fetch() const {
     fetch_ahead(scale, n1 * n2 * (long)sizeof(float));
+    fetch_ahead(signs, n2 * (long)sizeof(float));
 #ifdef OWN_FACTORS
     if (is_tiled()) return TiledTransform(left, right, n1, n2).fetch();
 #endif
@@ -192,22 +214,26 @@ struct Transform {
 
   void token(const float* from, float* to, long threads) const {
     static thread_local Buffer<float> buffer;
-    const long n = n1 * n2;
-    float *scaled = buffer.get(2 * n), *half = scaled + n;
+    // Rows that are powers of two apart would share few lines of the first cache: between products they are not.
+    const long n = n1 * n2, apart = left ? n2 + FLOATS_OF_LINE : n2;
+    float *scaled = buffer.get(n + n1 * apart), *half = left ? scaled + n : to;
     if (scale) {
-      float* product = left || right ? scaled : to;
+      float* product = left || right || signs ? scaled : to;
       for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
       from = product;
     }
 #ifdef OWN_FACTORS
-    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(from, to);
-#endif
-    if (right) {
-      product(from, n2, 1, right, left ? half : to, n1, n2, n2, threads);
-      from = left ? half : to;
+    if (is_tiled()) {
+      if (signs) times_hadamard(from, signs, {half, n2}, n1, n2);
+      return TiledTransform(left, right, n1, n2).token(signs ? half : from, to);
     }
-    if (left) product(left, 1, n1, from, to, n1, n1, n2, threads);
-    if (from != to && !left) std::memcpy(to, from, n * sizeof(float));
+#endif
+    Input x{from, n2};
+    if (signs) times_hadamard(from, signs, {half, apart}, n1, n2);
+    if (right) product(x, {right, n2}, {half, apart}, n1, n2, n2, threads);
+    if (signs || right) x = {half, apart};
+    if (left) product({left, 1, n1}, x, {to, n2}, n1, n1, n2, threads);
+    if (x.at != to && !left) std::memcpy(to, from, n * sizeof(float));
   }
 };
 

@@ -21,6 +21,10 @@ GROUP = 128
 """Columns that share one scale in weights with group scales; the kernels know no other group size."""
 
 
+RIGHT, LEFT, SIGNS = range(3)
+"""How a factor of a transform is packed: a matrix on the right or the left, or v of diag(v) H on the right."""
+
+
 class Member(ctypes.Structure):
     """One linear of those that share an input; mirrors `struct Member` of the emitted source.
 
@@ -41,7 +45,7 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
     "packed_scales": (c_long, (c_long,) * 3),
     "packed_pair": (c_long, (c_long,) * 2),
     "attends": (c_long, (c_long,)),
-    "packed_factor": (c_long, (c_long,)),
+    "packed_factor": (c_long, (c_long,) * 2),
 }
 _CALLS: dict[str, tuple[type, ...]] = {
     "pack": (c_void_p, c_void_p, c_long, c_long, c_long, c_long),

@@ -9,6 +9,9 @@ from functools import cache
 
 from bwla_compiler.errors import ShapeError
 
+LONGEST = 4
+"""Side of a Hadamard factor, over the square root of the channels: a GPU multiplies by it as by any matrix."""
+
 LARGEST_TILE = 32768
 """Channels that one program holds: 64 float32 registers a thread in 16 warps. Beyond, registers spill."""
 
@@ -44,3 +47,18 @@ def kronecker_factors(n: int) -> tuple[int, int]:
     best = min(pairs, key=sum)
     held = min((p for p in pairs if holds(*p)), key=sum, default=best)
     return held if sum(held) <= 2 * sum(best) else best
+
+
+@cache
+def hadamard_factors(n: int) -> tuple[int, int] | None:
+    """Return (n1, n2) with n1 * n2 == n and n2 the longest power of two that a GPU program holds beside n1.
+
+    CPU kernels apply a Hadamard factor by log2(n2) additions, so that n1 alone is what a transform costs. Where no pair
+    is held, the longest of all, as for `kronecker_factors`; None where the pair would not be cheaper than its.
+    """
+    sides = [1 << k for k in range(1, n.bit_length()) if n % (1 << k) == 0 and (1 << 2 * k) <= LONGEST**2 * n]
+    square = kronecker_factors(n)
+    held = [side for side in sides if holds(n // side, side) or not holds(*square)]
+    n2 = max(held, default=1)
+    n1 = n // n2
+    return (n1, n2) if n1 + n2.bit_length() < sum(square) else None

@@ -177,7 +177,7 @@ def table_stage(table: TableShape, *, float_bytes: int) -> Stage:
         row = table.coding.code_bytes(table.width) + 2 * table.coding.scales(table.width)
     whole = table.rows * row + (table.coding is not None)
     t = table.transform
-    turned = sum(2 * side**2 + 1 for side, there in ((t.n1, t.left), (t.n2, t.right)) if there)
+    turned = 2 * t.numbers + int(t.left) + int(t.right)
     turned += (int(t.scaled) + int(table.column_scaled)) * (2 * table.width + 1)
     own = turned + float_bytes * table.rows * table.bias
     turning = M * table.width * (2 * t.n1 * t.left + 2 * t.n2 * t.right + int(t.scaled) + int(table.column_scaled))

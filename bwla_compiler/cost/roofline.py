@@ -18,17 +18,18 @@ from bwla_compiler.spec import FLOAT_BITS, LinearSpec
 M = sp.Symbol("M", positive=True)
 """Tokens of a step."""
 
-n_in, n_out, members, planes, rank, n1, n2, diagonal, scales, columns, bias, rounded, experts, used = SYMBOLS = (
-    sp.symbols(
-        "n_in n_out members planes rank n1 n2 diagonal scales columns bias rounded experts used",
-        integer=True,
-        nonnegative=True,
-    )
+n_in, n_out, members, planes, rank, n1, n2, signed, diagonal, scales, columns, bias, rounded, experts, used = (
+    SYMBOLS
+) = sp.symbols(
+    "n_in n_out members planes rank n1 n2 signed diagonal scales columns bias rounded experts used",
+    integer=True,
+    nonnegative=True,
 )
-"""Sizes of a group: n_out over all members; rank of each member; n1, n2 are 0 for a factor that is absent; scales a row
-and plane; bias in bytes an output; diagonal (before the transform), columns (scales of columns), rounded 1 or 0.
-experts: how many matrices each member has, and how many of them a token takes; both 1 for a plain linear. Each of a
-token's rows counts as a row of its own, also where experts share it."""
+"""Sizes of a group: n_out over all members; rank of each member; n1, n2 are 0 for a factor that is absent; signed: the
+size of a right factor that is stored as signs before a Hadamard matrix, n2 then being 0; scales a row and plane; bias
+in bytes an output; diagonal (before the transform), columns (scales of columns), rounded 1 or 0. experts: how many
+matrices each member has, and how many of them a token takes; both 1 for a plain linear. Each of a token's rows counts
+as a row of its own, also where experts share it."""
 
 bandwidth, int8_peak, float_peak, units = PEAKS = sp.symbols("bandwidth int8_peak float_peak units", positive=True)
 
@@ -87,16 +88,19 @@ def symbolic_cost() -> SymbolicCost:
     diagonals, each tensor of them with one byte of exponent, the int8 low-rank pair, the bias. A step moves all of it
     once, the 16-bit input and output, and the prologue's result: int8 codes where activations are rounded, else
     16 bit. Each plane is a product in int8 (in floats where activations are not rounded); the prologue is float. A
-    seeded Hadamard costs what a fitted factor does: it is stored and applied in the same way.
+    seeded Hadamard costs what a fitted factor does: it is stored and applied in the same way. One that is stored as
+    signs is applied by additions, as CPU kernels do; those of GPUs multiply by it.
     """
     rows = M * used
-    present = sp.Piecewise((1, n1 + n2 + diagonal + rounded > 0), (0, True))
+    present = sp.Piecewise((1, n1 + n2 + signed + diagonal + rounded > 0), (0, True))
+    stored = diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2) + 2 * signed + sp.Min(1, signed)
+    additions = sp.log(sp.Max(1, signed), 2) + sp.Min(1, signed)
     width = FLOAT_BYTES - rounded  # bytes of what the product reads
     prologue = Stage(
-        stored=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2),
-        moved=diagonal * (2 * n_in + 1) + _factor(n1) + _factor(n2) + rows * n_in * (FLOAT_BYTES + width) * present,
+        stored=stored,
+        moved=stored + rows * n_in * (FLOAT_BYTES + width) * present,
         int8_ops=sp.Integer(0),
-        float_ops=rows * n_in * (2 * n1 + 2 * n2 + diagonal),
+        float_ops=rows * n_in * (2 * n1 + 2 * n2 + additions + diagonal),
     )
     return SymbolicCost(prologue, _product(read=sp.Min(1, rows / experts)))
 
@@ -193,7 +197,8 @@ def sizes(spec: LinearSpec, *, bias_bytes: int = 4, n_experts: int = 1, n_used: 
         spec.planes,
         spec.rank,
         transform.n1 if transform.left else 0,
-        transform.n2 if transform.right else 0,
+        transform.n2 if transform.right and not transform.signed else 0,
+        transform.n2 if transform.right and transform.signed else 0,
         int(transform.scaled),
         per_row,
         int(spec.scale_kind == "row+column"),

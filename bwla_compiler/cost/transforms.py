@@ -42,7 +42,7 @@ def choose_transform(spec: LinearSpec, *, budget: float, device: Device, tokens:
         return Choice(wanted, share)
     reason = f"the {wanted.n1} x {wanted.n2} {wanted.kind} takes {share:.0%} of the modelled time on {device.name}"
     for side in _block_sides(spec.in_features) if wanted.left and wanted.right else ():
-        block = TransformSpec("hadamard", spec.in_features // side, side, right=True, scaled=wanted.scaled)
+        block = TransformSpec("hadamard", spec.in_features // side, side, right=True, scaled=wanted.scaled, signed=True)
         cheaper = transform_share(dataclasses.replace(spec, transform=block), device=device, tokens=tokens)
         if cheaper <= budget:
             return Choice(block, cheaper, f"{reason}, blocks of {side} channels {cheaper:.0%}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from bwla_compiler.cost.factors import hadamard_factors
 from bwla_compiler.inspector.table import Cell, Table, row
 from bwla_compiler.numerics.billm import billm_bits
 from bwla_compiler.numerics.bits import claimed_bits, transform_bits
@@ -55,6 +56,9 @@ def _transform(recipe: Recipe, place: int, inputs: int) -> TransformSpec:
     if not rotated or (reads_residual and recipe.residual != "online"):
         return TransformSpec()
     heads_only = place == 1 and recipe.transform.folded
-    n1, n2 = (HEADS, inputs // HEADS) if heads_only else factor_pair(inputs)
     scaled = recipe.smoothing.exponent != 0 and recipe.needs_calibration
-    return TransformSpec("kronecker", n1, n2, left=True, right=not heads_only, scaled=scaled)
+    if heads_only:
+        return TransformSpec("kronecker", HEADS, inputs // HEADS, left=True, scaled=scaled)
+    found = hadamard_factors(inputs) if recipe.transform.right == "hadamard" else None
+    n1, n2 = found or factor_pair(inputs)
+    return TransformSpec("kronecker", n1, n2, left=True, right=True, scaled=scaled, signed=found is not None)

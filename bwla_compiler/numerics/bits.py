@@ -43,7 +43,7 @@ def transform_bits(spec: LinearSpec) -> int:
     diagonal = SCALE_BITS * spec.in_features * transform.scaled
     if transform.kind != "kronecker":
         return diagonal
-    return diagonal + SCALE_BITS * (transform.left * transform.n1**2 + transform.right * transform.n2**2)
+    return diagonal + SCALE_BITS * transform.numbers
 
 
 def n_bytes(tensors: Iterable[Tensor]) -> int:

@@ -77,10 +77,21 @@ def hadamard(
         A = _orthogonal(n, generator=generator, constant_column=True)
         return (_signed_permutation(A, generator=generator) @ A.mT).to(dtype)
     H = _orthogonal(n, generator=generator, constant_column=False)
-    return (_signs(n, generator=generator)[:, None] * H * _signs(n, generator=generator)).to(dtype)
+    return (random_signs(n, generator=generator)[:, None] * H * random_signs(n, generator=generator)).to(dtype)
 
 
-def _signs(n: int, *, generator: torch.Generator) -> Tensor:
+def signed_hadamard(v: Tensor) -> Tensor:
+    """Return diag(v) H [n, n] of v [n], n a power of two, with H Sylvester's Hadamard matrix of +-1; dtype of v.
+
+    Orthogonal where the entries of v are +-1 / sqrt(n). Raises ShapeError for another n.
+    """
+    n = v.numel()
+    if v.dim() != 1 or n < 1 or n & (n - 1):
+        raise ShapeError(f"the signs of a Hadamard factor have shape {list(v.shape)}: expected [a power of two]")
+    return v[:, None] * _sylvester(n).to(v)
+
+
+def random_signs(n: int, *, generator: torch.Generator) -> Tensor:
     """Return n random signs, float64."""
     return torch.randint(0, 2, (n,), generator=generator, device=generator.device).double() * 2 - 1
 
@@ -89,7 +100,7 @@ def _signed_permutation(A: Tensor, *, generator: torch.Generator) -> Tensor:
     """Return A (1 (+) P): the first column stays, the others are permuted and signed."""
     n = A.shape[0]
     order = torch.randperm(n - 1, generator=generator, device=generator.device) + 1
-    signs = _signs(n - 1, generator=generator)
+    signs = random_signs(n - 1, generator=generator)
     return torch.cat([A[:, :1], A[:, order] * signs], dim=1)
 
 

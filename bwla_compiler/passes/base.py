@@ -81,7 +81,8 @@ class RotateParameter:
 class InsertTransform:
     """Put x -> (x * scale)(left (x) right) before linears, and its inverse into their weights: nothing changes.
 
-    linears: (name, input axis of the weight). scale [n], left [n1, n1], right [n2, n2]; None is the identity.
+    linears: (name, input axis of the weight). scale [n], left [n1, n1], right [n2, n2] or, of diag(v) H, v [n2]; None
+    is the identity.
     """
 
     linears: tuple[tuple[str, int], ...]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.cost.devices import DEVICES
-from bwla_compiler.cost.factors import kronecker_factors
+from bwla_compiler.cost.factors import hadamard_factors, kronecker_factors
 from bwla_compiler.cost.transforms import Choice, choose_transform
 from bwla_compiler.graph.plan import Group, Linear
-from bwla_compiler.numerics.kronecker import hadamard
+from bwla_compiler.numerics.kronecker import apply_kronecker, hadamard, random_signs, signed_hadamard
 from bwla_compiler.numerics.okt import fit_okt
 from bwla_compiler.numerics.smoothing import smoothing_scale
 from bwla_compiler.passes.base import InsertTransform, PassContext, PassReport
@@ -22,11 +22,15 @@ from bwla_compiler.spec import LinearSpec, TransformSpec
 
 @dataclass(frozen=True)
 class Factors:
-    """Sizes of the Kronecker factors n1 x n2 of a group's input, and whether the right one is already folded."""
+    """Sizes of the Kronecker factors n1 x n2 of a group's input.
+
+    right_folded: the right one is already in the weights before it; signed: it is to be a Hadamard matrix behind signs.
+    """
 
     n1: int
     n2: int
-    right_folded: bool
+    right_folded: bool = False
+    signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,15 @@ class InsertOnline:
         if scale is not None:
             weights = weights * scale
         generator = ctx.generator(group.name)
+        left: Tensor | None = None
+        right: Tensor | None = None
+        if wanted.signed:
+            right = random_signs(wanted.n2, generator=generator) / wanted.n2**0.5
+            weights = apply_kronecker(weights, None, signed_hadamard(right))
         kind: Literal["hadamard", "kronecker"] = "hadamard" if wanted.kind == "hadamard" else "kronecker"
-        left: Tensor | None
-        right: Tensor | None
         if kind == "hadamard":
             left = hadamard(wanted.n1, generator=generator) if wanted.left else None
-            right = hadamard(wanted.n2, generator=generator) if wanted.right else None
+            right = hadamard(wanted.n2, generator=generator) if wanted.right and right is None else right
         else:
             fit = fit_okt(
                 weights,
@@ -88,9 +95,9 @@ class InsertOnline:
                 iterations=recipe.transform.iterations,
                 soft=recipe.transform.soft,
                 start=recipe.transform.start,
-                fit_right=wanted.right,
+                fit_right=wanted.right and not wanted.signed,
             )
-            left, right = fit.left, fit.right
+            left, right = fit.left, right if wanted.signed else fit.right
         members = tuple((x.name, x.in_axis) for x in linears)
         return InsertTransform(members, None if scale is None else 1 / scale, left, right, kind)
 
@@ -136,26 +143,25 @@ def planned_transform(linears: Sequence[Linear], recipe: Recipe, *, scaled: bool
 
     scaled: whether a diagonal comes first. The share of time is modelled without the low-rank pair.
     """
-    sizes = factors_of(linears[0], folded=recipe.transform.folded)
+    sizes = factors_of(linears[0], recipe)
     kind: Literal["hadamard", "kronecker"] = "hadamard" if recipe.transform.kind == "hadamard" else "kronecker"
     spec = LinearSpec(
         linears[0].in_features,
         tuple(x.out_features for x in linears),
         planes=recipe.weights.n_planes,
-        transform=TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled),
+        transform=TransformSpec(kind, sizes.n1, sizes.n2, True, not sizes.right_folded, scaled, sizes.signed),
         activation_bits=recipe.activations.bits,
     )
     return choose_transform(spec, budget=recipe.transform.budget, device=DEVICES[recipe.transform.device])
 
 
-def factors_of(linear: Linear, *, folded: bool = True) -> Factors:
-    """Return the Kronecker factors of a linear's input: across heads where a head's own factor is folded.
-
-    folded: whether the recipe folds rotations at all.
-    """
+def factors_of(linear: Linear, recipe: Recipe) -> Factors:
+    """Return the Kronecker factors of a linear's input: across heads where a head's own factor is folded."""
     *outer, last = [leaf for leaf in linear.input.leaves() if leaf.size > 1]
-    heads_only = folded and linear.decision == "partial" and linear.input.kind == "product"
+    heads_only = recipe.transform.folded and linear.decision == "partial" and linear.input.kind == "product"
     if heads_only and last.basis and outer and not any(leaf.basis for leaf in outer):
         return Factors(linear.in_features // last.size, last.size, right_folded=True)
-    n1, n2 = kronecker_factors(linear.in_features)
-    return Factors(n1, n2, right_folded=False)
+    by_additions = recipe.transform.kind == "okt" and recipe.transform.right == "hadamard"
+    if by_additions and (sizes := hadamard_factors(linear.in_features)):
+        return Factors(*sizes, signed=True)
+    return Factors(*kronecker_factors(linear.in_features))

@@ -1,13 +1,13 @@
 """What the operators ask of their tensors: shapes and dtypes that fit, scales decoded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime.compiled import Linear
-from bwla_compiler.runtime.halves import decoded
+from bwla_compiler.runtime.halves import decoded, whole_factor
 from bwla_compiler.runtime.portable import GROUP, Prologue
 from bwla_compiler.runtime.triton_layout import in_words, n_rows
 from bwla_compiler.spec import FLOAT_BITS, PROLOGUES
@@ -30,6 +30,25 @@ def maybe_values(stored: Tensor | None, exponent: Tensor | None) -> Tensor | Non
             raise ShapeError("an exponent is given, and the scale it belongs to is not")
         return None
     return values(stored, exponent)
+
+
+def is_square(factor: Tensor) -> bool:
+    """Whether a factor of a transform is a matrix that it may be."""
+    return factor.dim() == 2 and factor.shape[0] == factor.shape[1]
+
+
+def is_signs(factor: Tensor) -> bool:
+    """Whether a right factor is the diagonal before a Hadamard matrix, of a size that there is one of."""
+    n = factor.numel()
+    return factor.dim() == 1 and n > 0 and n & (n - 1) == 0
+
+
+def transform_values(
+    stored: Iterable[tuple[Tensor | None, Tensor | None]],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return scale, left and right of a transform as they act, of what is stored of them with their exponents."""
+    scale, left, right = (maybe_values(*one) for one in stored)
+    return scale, left, None if right is None else whole_factor(right)
 
 
 def check_linear(x: Tensor, linear: Linear, bits: int) -> None:
@@ -115,7 +134,7 @@ def check_prologue(x: Tensor, p: Prologue) -> None:
         if values is not None and values.shape != (n,):
             raise ShapeError(f"{name} {list(values.shape)}: expected [{n}]")
     sides = [1 if f is None else f.shape[0] for f in (p.left, p.right)]
-    if any(f is not None and f.shape != (f.shape[0],) * 2 for f in (p.left, p.right)):
+    if any(f is not None and not is_square(f) for f in (p.left, p.right)):
         raise ShapeError("the factors of a transform must be square")
     if n % (sides[0] * sides[1]) or (p.left is not None and p.right is not None and sides[0] * sides[1] != n):
         raise ShapeError(f"factors of {sides[0]} and {sides[1]} channels for an input of {n}")

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.numerics.half import to_half_bits
+from bwla_compiler.numerics.kronecker import signed_hadamard
 from bwla_compiler.runtime.derived import Derived
 
 DECODED: Derived[Tensor] = Derived("decoded scales")
+WHOLE: Derived[Tensor] = Derived("whole Hadamard factors")
 
 SMALLEST_EXPONENT = -120
 """Below, 2^e times a float16 leaves the normal float32 numbers: such a tensor counts as zeros."""
@@ -68,3 +70,8 @@ def _decode(bits: Tensor, exponent: Tensor) -> Tensor:
     """Return float16(bits) * 2^exponent as float32; the power is put together from its bits, hence exact."""
     power = ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
     return bits.view(torch.float16).float() * power
+
+
+def whole_factor(factor: Tensor) -> Tensor:
+    """Return a right factor as a matrix [n2, n2]; of one that is stored as a diagonal [n2], the same while it lives."""
+    return WHOLE.get(factor, lambda: signed_hadamard(factor)) if factor.dim() == 1 else factor

@@ -16,7 +16,7 @@ from bwla_compiler.codegen.library import KernelLibrary
 from bwla_compiler.codegen.torch_library import build_operators
 from bwla_compiler.errors import BuildError
 from bwla_compiler.runtime import compiled, expert_products, triton_layout
-from bwla_compiler.runtime.halves import DECODED
+from bwla_compiler.runtime.halves import DECODED, WHOLE
 from bwla_compiler.settings import chosen_kernels
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def operators() -> NativeOperators | None:
 
 def forget(tensor: Tensor) -> None:
     """Drop what any implementation derived from this tensor, after an edit through `.data` that cannot be seen."""
-    for cache in (*compiled.CACHES, *expert_products.CACHES, DECODED):
+    for cache in (*compiled.CACHES, *expert_products.CACHES, WHOLE, DECODED):
         cache.forget(tensor)
     triton_layout.forget(tensor)
     found = operators() if wanted() else None

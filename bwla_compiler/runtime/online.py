@@ -8,7 +8,8 @@ from torch import Tensor
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.anchors import TRANSFORM_PARTS, Anchored, by_anchor
-from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
+from bwla_compiler.runtime.checks import is_signs, is_square
+from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half, whole_factor
 from bwla_compiler.runtime.sealed import unedited
 from bwla_compiler.spec import TransformSpec
 
@@ -22,8 +23,9 @@ Kind = Literal["none", "folded", "kronecker", "hadamard"]
 class OnlineTransform(Anchored):
     """x -> (x * scale) (left (x) right): X [n1, n2] -> left^T X right for each token; each part may be absent.
 
-    Saved: scale [n], left [n1, n1], right [n2, n2], each as int16 float16 bits and an int8 exponent. Arithmetic is
-    float32. OnlineTransform(spec, device=...) is empty, to be loaded; `from_factors` takes values.
+    Saved: scale [n], left [n1, n1], right [n2, n2], or [n2] where it is a Hadamard matrix behind a diagonal, each as
+    int16 float16 bits and an int8 exponent. Arithmetic is float32. OnlineTransform(spec, device=...) is empty, to be
+    loaded; `from_factors` takes values.
     """
 
     def __init__(self, spec: TransformSpec, *, device: torch.device | str | None = None) -> None:
@@ -32,13 +34,14 @@ class OnlineTransform(Anchored):
         n = spec.n1 * spec.n2
         register_empty_half(self, "scale", (n,) if spec.scaled else None, device=device)
         register_empty_half(self, "left", (spec.n1, spec.n1) if spec.left else None, device=device)
-        register_empty_half(self, "right", (spec.n2, spec.n2) if spec.right else None, device=device)
+        register_empty_half(self, "right", _right_shape(spec), device=device)
         self.seal()
 
     @classmethod
     def from_factors(cls, scale: Tensor | None, left: Tensor | None, right: Tensor | None, *, kind: Kind) -> Self:
         """Return the transform with these factors, rounded to float16: scale [n], left [n1, n1], right [n2, n2].
 
+        right [n2] is the diagonal v of diag(v) H, see `signed_hadamard`.
         Raises ShapeError where they do not fit, WeightError where they are not finite.
         """
         n = scale.numel() if scale is not None else 0
@@ -48,9 +51,10 @@ class OnlineTransform(Anchored):
         if n and n1 * n2 != n:
             raise ShapeError(f"factors of {n1} and {n2} channels do not multiply to the {n} channels of the scale")
         for name, factor in (("left", left), ("right", right)):
-            if factor is not None and (factor.dim() != 2 or factor.shape[0] != factor.shape[1]):
+            if factor is not None and not (is_square(factor) or (name == "right" and is_signs(factor))):
                 raise ShapeError(f"{name} factor has shape {list(factor.shape)}: it must be square")
-        spec = TransformSpec(kind, n1, n2, left is not None, right is not None, scale is not None)
+        signed = right is not None and right.dim() == 1
+        spec = TransformSpec(kind, n1, n2, left is not None, right is not None, scale is not None, signed)
         transform = cls(spec, device="meta")
         for name, values in (("scale", scale), ("left", left), ("right", right)):
             register_half(transform, name, values)
@@ -58,7 +62,8 @@ class OnlineTransform(Anchored):
 
     def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (scale, left, right) as they act, float32, None for the absent. Not to be edited."""
-        return read_half(self, "scale"), read_half(self, "left"), read_half(self, "right")
+        right = read_half(self, "right")
+        return read_half(self, "scale"), read_half(self, "left"), None if right is None else whole_factor(right)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x."""
@@ -74,3 +79,10 @@ class OnlineTransform(Anchored):
     def extra_repr(self) -> str:
         parts = [name for name in ("scaled", "left", "right") if getattr(self.spec, name)]
         return f"{self.spec.kind}, {self.spec.n1} x {self.spec.n2}, {' '.join(parts) or 'identity'}"
+
+
+def _right_shape(spec: TransformSpec) -> tuple[int, ...] | None:
+    """Return the shape in which the right factor is stored, None where there is none."""
+    if not spec.right:
+        return None
+    return (spec.n2,) if spec.signed else (spec.n2, spec.n2)

@@ -34,6 +34,7 @@ from bwla_compiler.runtime.checks import (
     linears_of,
     low_rank_pair,
     maybe_values,
+    transform_values,
     values,
 )
 from bwla_compiler.runtime.compiled import Linear
@@ -162,7 +163,7 @@ def _fused_group(
         signs, scale, low_rank_in, low_rank_out, low_rank_scale, bias, scale_exponent, low_rank_scale_exponent
     )
     stored = zip((transform_scale, left, right), (transform_scale_exponent, left_exponent, right_exponent), strict=True)
-    before = portable.Prologue(prologue, eps, gain, shift, gate, *(maybe_values(*one) for one in stored))
+    before = portable.Prologue(prologue, eps, gain, shift, gate, *transform_values(stored))
     check_prologue(x, before)
     check_residuals(x, group, residual)
     if gate is not None:
@@ -213,7 +214,7 @@ def _transform(
     left_exponent: Tensor | None = None, right_exponent: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     factors = zip((scale, left, right), (scale_exponent, left_exponent, right_exponent), strict=True)
-    factored = [maybe_values(stored, exponent) for stored, exponent in factors]
+    factored = transform_values(factors)
     if on_triton.serves(x):
         return shaped_like(on_triton.transform(rows_of(x), *factored), x)
     return portable.transform(x, *factored)

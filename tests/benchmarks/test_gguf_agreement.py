@@ -68,7 +68,7 @@ def test_perplexity_there_is_held_to_ours(
     assert a8["perplexity"] != a16["perplexity"]
     assert there["against_a16"] == pytest.approx(there["perplexity"] / a16["perplexity"], abs=1e-5)
     assert (there["agrees"], there["n_bytes"]) == (agrees, 1234)
-    assert (there["kl"] < 1e-9) == agrees
+    assert (there["kl"] < 1e-6) == agrees  # sums of one sequence and of several may differ in order
     assert seen[0] == (Path("m.gguf"), 16, 1)
     assert seen[1] == (ids[0, :-1].tolist(), 0)
     assert seen[-1] == "closed"

@@ -25,7 +25,7 @@ def with_outlier() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def report() -> QuantizeReport:
-    settings = {"tuning.steps": 0, "signs.sweeps": 1, "transform.iterations": 5}
+    settings = {"tuning.steps": 0, "signs.sweeps": 1, "transform.iterations": 5, "transform.right": "fitted"}
     return bwla.quantize(
         with_outlier(), recipe="bwla-w1a6", settings=settings, calibration=tiny.ids(batch=4, length=40)
     )

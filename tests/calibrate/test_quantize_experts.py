@@ -50,7 +50,7 @@ def expected_bytes(module: PackedExperts) -> int:
     found = e * m * -(-n // 8) + 2 * e * m + 1  # signs, row scales in float16, their power of two
     found += e * rank * (n + m + 2) + 1 if rank else 0  # int8 pair, scales, their power
     t = module.spec.transform
-    sizes = (t.scaled * t.n1 * t.n2, t.left * t.n1**2, t.right * t.n2**2)
+    sizes = (t.scaled * t.n1 * t.n2, t.left * t.n1**2, t.right * (t.n2 if t.signed else t.n2**2))
     return found + sum(2 * size + 1 for size in sizes if size)
 
 

@@ -52,6 +52,9 @@ def transformed(x: np.ndarray, spec: dict[str, Any], tensors: dict[str, np.ndarr
     if left is None and right is None:
         return x
     n = x.shape[-1]
+    if right is not None and spec.get("signed"):
+        ones = np.array([[(i & j).bit_count() for j in range(len(right))] for i in range(len(right))])
+        right = right[:, None] * (-1.0) ** ones
     n1 = len(left) if left is not None else n // len(right)  # type: ignore[arg-type]
     grid = x.reshape(*x.shape[:-1], n1, n // n1)
     grid = grid if left is None else left.T @ grid
@@ -200,6 +203,9 @@ def test_vectors_by_the_reader() -> None:
     t = v["transform"]
     grid = (np.array(t["x"]) * t["scale"]).reshape(t["n1"], t["n2"])
     assert (np.array(t["left"]).T @ grid @ np.array(t["right"])).flatten().tolist() == t["result"]
+    t = v["signed"]
+    stored = {"x.transform.right": np.array(t["right"], "<f2").view("<i2"), "x.transform.right_exponent": np.int8(0)}
+    assert transformed(np.array(t["x"]), {"signed": True}, stored, "x").tolist() == t["result"]
     case = v["linear"]
     planes = signs(np.array(case["signs"], "u1"), 4) * np.array(case["row_scale"])
     pair = np.array(case["low_rank_out"]) * case["low_rank_scale"] @ np.array(case["low_rank_in"])
@@ -225,3 +231,7 @@ def test_vectors_by_the_package() -> None:
     factors = (torch.tensor(t[part], dtype=torch.float32) for part in ("scale", "left", "right"))
     turned = OnlineTransform.from_factors(*factors, kind="kronecker")(torch.tensor([t["x"]], dtype=torch.float32))
     assert turned.flatten().tolist() == t["result"]
+    t = v["signed"]
+    by_signs = OnlineTransform.from_factors(None, None, torch.tensor(t["right"]), kind="kronecker")
+    assert by_signs.spec.signed
+    assert by_signs(torch.tensor([t["x"]], dtype=torch.float32)).flatten().tolist() == t["result"]

@@ -16,7 +16,7 @@ import pytest
 from bwla_compiler.codegen.build import COMMON_FLAGS, build_library
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, supported
-from bwla_compiler.codegen.library import KernelLibrary, Member, load
+from bwla_compiler.codegen.library import RIGHT, SIGNS, KernelLibrary, Member, load
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DRIVER = Path(__file__).parent / "driver.cpp"
@@ -118,12 +118,17 @@ class EmulatedLibrary:
         own = Region(packed, self.packed_pair(out, rank), returned=True)
         self._call("pack_pair", Region(codes, out * rank), own, out, rank)
 
-    def packed_factor(self, n: int) -> int:
-        return self._call("packed_factor", n)
+    def packed_factor(self, n: int, side: int) -> int:
+        return self._call("packed_factor", n, side)
 
-    def pack_factor(self, factor: int, packed: int, n: int, is_left: int) -> None:
-        own = Region(packed, 4 * self.packed_factor(n), returned=True)
-        self._call("pack_factor", Region(factor, 4 * n * n), own, n, is_left)
+    def pack_factor(self, factor: int, packed: int, n: int, side: int) -> None:
+        own = Region(packed, 4 * self.packed_factor(n, side), returned=True)
+        self._call("pack_factor", Region(factor, 4 * n * (1 if side == SIGNS else n)), own, n, side)
+
+    def _factor(self, packed: int | None, n: int) -> int:
+        """Return the floats of a factor that is packed, 0 for none; the first one tells its kind."""
+        signs = bool(packed) and ctypes.c_float.from_address(packed or 0).value != 0
+        return self.packed_factor(n, SIGNS if signs else RIGHT) if packed else 0
 
     def quantize(
         self, x: int, column_scale: int, tokens: int, columns: int, limit: int, codes: int, scale: int
@@ -168,7 +173,7 @@ class EmulatedLibrary:
         self, x: int, scale: int, left: int, right: int, y: int, tokens: int, n1: int, n2: int, threads: int
     ) -> None:
         inputs = Region(x, 4 * tokens * n1 * n2), Region(scale, 4 * n1 * n2)
-        factors = (Region(factor, 4 * self.packed_factor(n)) for factor, n in ((left, n1), (right, n2)))
+        factors = (Region(factor, 4 * self._factor(factor, n)) for factor, n in ((left, n1), (right, n2)))
         result = Region(y, 4 * tokens * n1 * n2, returned=True)
         self._call("transform", *inputs, *factors, result, tokens, n1, n2, threads)
 
@@ -233,7 +238,7 @@ class EmulatedLibrary:
         p = given._obj
         lengths = {
             "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
-            "left": self.packed_factor(p.n1), "right": self.packed_factor(p.n2),
+            "left": self._factor(p.left, p.n1), "right": self._factor(p.right, p.n2),
         }  # fmt: skip
         links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())
         return Region(ctypes.addressof(p), ctypes.sizeof(p), links=links)

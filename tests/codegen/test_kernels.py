@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.codegen.isa import ISAS
-from bwla_compiler.codegen.library import GROUP, KernelLibrary, Member
+from bwla_compiler.codegen.library import GROUP, LEFT, RIGHT, SIGNS, KernelLibrary, Member
 from bwla_compiler.numerics.activations import fixed_point, quantize_activation
+from bwla_compiler.numerics.kronecker import signed_hadamard
 from bwla_compiler.numerics.planes import pack_signs
 from bwla_compiler.runtime.reference import int4_weight
 from tests.codegen.emulated import EmulatedLibrary, kernels
@@ -64,11 +65,11 @@ def packed_pair(
     return into, result, scale
 
 
-def packed_factor(library: Library, factor: Tensor, *, is_left: bool) -> Tensor:
-    """Return a factor [n, n] of a transform as the kernels take it; torch's memory begins with a cache line."""
+def packed_factor(library: Library, factor: Tensor, side: int) -> Tensor:
+    """Return a factor of a transform as the kernels take it; torch's memory begins with a cache line."""
     n = len(factor)
-    packed = torch.empty(library.packed_factor(n))
-    library.pack_factor(factor.data_ptr(), packed.data_ptr(), n, int(is_left))
+    packed = torch.empty(library.packed_factor(n, side))
+    library.pack_factor(factor.data_ptr(), packed.data_ptr(), n, side)
     return packed
 
 
@@ -359,7 +360,7 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
     want = want * scale if "scale" in parts else want
     want = want @ right.double() if "right" in parts else want
     want = left.double().T @ want if "left" in parts else want
-    packed = [scale, packed_factor(library, left, is_left=True), packed_factor(library, right, is_left=False)]
+    packed = [scale, packed_factor(library, left, LEFT), packed_factor(library, right, RIGHT)]
     addresses = [t.data_ptr() if n in parts else 0 for n, t in zip(("scale", "left", "right"), packed, strict=True)]
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
     # two float32 sums of up to 80 terms of order one; tiles take 16 bits of each number
@@ -367,10 +368,27 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 1), (2, 5, 4), (1, 1, 32), (3, 5, 64), (2, 33, 256), (9, 48, 512)], ids=str)
+@pytest.mark.parametrize("parts", ["scale left right", "left right", "right"])
+def test_hadamard_factors_are_applied_by_additions(library: Library, shape: tuple[int, int, int], parts: str) -> None:
+    tokens, n1, n2 = shape
+    generator = torch.Generator().manual_seed(6)
+    x, scale, left = (torch.randn(*s, generator=generator) for s in (shape, (n1, n2), (n1, n1)))
+    v = torch.randn(n2, generator=generator).sign() / n2**0.5
+    y, want = torch.full_like(x, float("nan")), x.double()
+    want = (want * scale if "scale" in parts else want) @ signed_hadamard(v.double())
+    want = left.double().T @ want if "left" in parts else want
+    packed = [scale, packed_factor(library, left, LEFT), packed_factor(library, v, SIGNS)]
+    addresses = [t.data_ptr() if n in parts else 0 for n, t in zip(("scale", "left", "right"), packed, strict=True)]
+    library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
+    atol = 1e-4 if library.isa != "amx" else 2.0**-13 * n1**0.5
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
+
+
 def test_a_token_is_transformed_alike_alone_and_beside_others(library: Library) -> None:
     n1, n2, generator = 48, 64, torch.Generator().manual_seed(8)
     x, left, right = (torch.randn(*s, generator=generator) for s in ((9, n1, n2), (n1, n1), (n2, n2)))
-    factors = packed_factor(library, left, is_left=True), packed_factor(library, right, is_left=False)
+    factors = packed_factor(library, left, LEFT), packed_factor(library, right, RIGHT)
 
     def transformed(x: Tensor) -> Tensor:
         y = torch.empty_like(x)

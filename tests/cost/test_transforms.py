@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bwla_compiler.cost.devices import DEVICES, Device
-from bwla_compiler.cost.factors import holds, kronecker_factors
+from bwla_compiler.cost.factors import hadamard_factors, holds, kronecker_factors
 from bwla_compiler.cost.transforms import choose_transform, transform_share
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.kronecker import factor_pair
@@ -83,3 +83,33 @@ def test_the_factor_across_heads_is_kept_or_left_out() -> None:
     partial = LinearSpec(8192, (5120,), transform=TransformSpec("kronecker", 64, 128, left=True))
     choice = choose_transform(partial, budget=0.001, device=DEVICES["h100-sxm"])
     assert not choice.transform.online  # a factor within heads is folded already: blocks would add nothing
+
+
+@pytest.mark.parametrize(
+    "n, pair",
+    [
+        (3072, (24, 128)),
+        (12288, (48, 256)),
+        (25600, (50, 512)),
+        (11008, (43, 256)),
+        (96, (3, 32)),
+        (53248, (104, 512)),  # no pair is held
+        (9, None),
+        (2, None),
+        (1, None),
+    ],
+)
+def test_known_sizes_beside_a_hadamard_matrix(n: int, pair: tuple[int, int] | None) -> None:
+    assert hadamard_factors(n) == pair
+
+
+@given(st.integers(1, 40_000))
+@settings(deadline=None, max_examples=200)
+def test_a_hadamard_factor_is_a_power_of_two_that_saves_operations(n: int) -> None:
+    pair = hadamard_factors(n)
+    if pair is not None:
+        n1, n2 = pair
+        assert n1 * n2 == n
+        assert n2 & (n2 - 1) == 0
+        assert n1 + n2.bit_length() < sum(kronecker_factors(n))
+        assert holds(n1, n2) or not holds(*kronecker_factors(n))

@@ -17,7 +17,7 @@ from bwla_compiler.errors import GradientError, ShapeError
 from bwla_compiler.numerics.half import to_half_bits
 from bwla_compiler.numerics.kronecker import factor_pair
 from bwla_compiler.runtime import compiled, native, ops, portable, reference
-from bwla_compiler.runtime.halves import decoded
+from bwla_compiler.runtime.halves import decoded, whole_factor
 from bwla_compiler.spec import PROLOGUES
 from tests.runtime.test_ops import make_linear, without_native
 
@@ -79,6 +79,11 @@ class Case:
             self.bits, nothing, None, nothing,
         )  # fmt: skip
 
+    def whole(self) -> portable.Prologue:
+        """Return the prologue with its factors as matrices."""
+        right = self.prologue.right
+        return dataclasses.replace(self.prologue, right=None if right is None else whole_factor(right))
+
     def run(self) -> list[Tensor]:
         """Return the operator's results."""
         results: list[Tensor] = BWLA.fused_group(*self.operands())
@@ -86,7 +91,7 @@ class Case:
 
     def exact(self) -> list[Tensor]:
         """Return the results in float64, activations rounded in float32 as the operator does."""
-        inner = reference.prologue(self.x, self.prologue)
+        inner = reference.prologue(self.x, self.whole())
         results = []
         for (signs, scale, low_rank, bias), residual in zip(
             self.members, self.residuals or [None] * len(self.members), strict=True
@@ -97,7 +102,7 @@ class Case:
 
     def check(self, *, slack: float = 2e-4) -> None:
         """Compare. A code at the edge of two may fall either way: one step of one code, at most two such a token."""
-        inner = reference.prologue(self.x, self.prologue)
+        inner = reference.prologue(self.x, self.whole())
         inner = inner if self.column_scale is None else inner * self.column_scale
         limit = 2 ** (self.bits - 1) - 1
         step = inner.abs().amax(-1, keepdim=True) / limit if self.bits < 16 else torch.zeros(())
@@ -122,12 +127,16 @@ def stored(values: Tensor) -> Tensor:
 
 def make(
     kind: str, columns: int, tokens: int, *, dtype: torch.dtype = torch.float32, transform: bool = True,
-    vectors: bool = True, seed: int = 0,
+    vectors: bool = True, seed: int = 0, signed: bool = False,
 ) -> tuple[Tensor, portable.Prologue]:  # fmt: skip
-    """Return x [tokens, columns] and a prologue of this kind with all that it may have."""
+    """Return x [tokens, columns] and a prologue of this kind with all that it may have.
+
+    signed: its right factor is a Hadamard matrix, as large as can be, given by signs.
+    """
     g = torch.Generator().manual_seed(seed)
     x = 2 * torch.randn(tokens, columns, generator=g) + 0.3
-    n1, n2 = factor_pair(columns)
+    n1, n2 = (columns // (columns & -columns), columns & -columns) if signed else factor_pair(columns)
+    right = torch.randn(n2, generator=g).sign() if signed else torch.randn(n2, n2, generator=g)
     norm = kind.endswith("_norm") and vectors
     prologue = portable.Prologue(
         kind,
@@ -137,9 +146,16 @@ def make(
         gate=torch.randn(tokens, columns, generator=g).to(dtype) if kind.endswith("_mul") else None,
         scale=stored(torch.rand(columns, generator=g) + 0.5) if transform else None,
         left=stored(torch.randn(n1, n1, generator=g) / n1**0.5) if transform else None,
-        right=stored(torch.randn(n2, n2, generator=g) / n2**0.5) if transform else None,
+        right=stored(right / n2**0.5) if transform else None,
     )
     return x.to(dtype), prologue
+
+
+@pytest.mark.parametrize("columns", [3 * 2, 5 * 32, 3 * 512])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_signs_before_a_hadamard_matrix(path: str, columns: int, tokens: int) -> None:
+    x, prologue = make("silu_mul", columns, tokens, signed=True)
+    Case(x, prologue, [make_linear(70, columns), make_linear(9, columns, rank=3)]).check()
 
 
 @pytest.mark.parametrize("transform", [False, True], ids=["plain", "transform"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.errors import GradientError, ShapeError, WeightError
+from bwla_compiler.numerics.kronecker import signed_hadamard
 from bwla_compiler.numerics.planes import BinaryWeight
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.modules import (
@@ -226,6 +227,18 @@ def test_transform_from_factors() -> None:
     scaled = OnlineTransform.from_factors(torch.full((IN,), 0.5), None, torch.eye(20), kind="hadamard")
     assert scaled.spec.n1 * scaled.spec.n2 == IN
     assert torch.equal(scaled(x), x * 0.5)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0]) / 2
+    signed = OnlineTransform.from_factors(None, torch.eye(5), signs, kind="kronecker")
+    assert signed.spec == TransformSpec("kronecker", 5, 4, True, True, False, True)
+    assert signed.spec.numbers == 29
+    assert signed._buffers["right"].shape == (4,)  # type: ignore[union-attr]
+    torch.testing.assert_close(signed.factors()[2], signed_hadamard(signs))
+    torch.testing.assert_close(signed(signed(x[:, :20])).norm(dim=-1), x[:, :20].norm(dim=-1))
+    empty = OnlineTransform(signed.spec)
+    empty.load_state_dict(signed.state_dict())
+    assert torch.equal(empty(x[:, :20]), signed(x[:, :20]))
+    with pytest.raises(ShapeError):
+        OnlineTransform.from_factors(None, None, torch.ones(6), kind="kronecker")  # no power of two
     with pytest.raises(ShapeError):
         OnlineTransform.from_factors(torch.ones(7), torch.eye(2), torch.eye(3), kind="kronecker")
     with pytest.raises(WeightError):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bwla_compiler.codegen import library as libraries
 from bwla_compiler.errors import GradientError, ShapeError
+from bwla_compiler.numerics.kronecker import signed_hadamard
 from bwla_compiler.numerics.planes import pack_signs
 from bwla_compiler.runtime import compiled, native, ops, reference
 
@@ -159,6 +160,13 @@ def test_transform_equals_reference(path: str) -> None:
         y = BWLA.transform(x, *factors)
         # two float32 sums of at most 6 terms
         torch.testing.assert_close(y.double(), reference.transform(x, *factors), rtol=1e-5, atol=1e-5)
+    v = torch.tensor([0.5, -0.5, 0.5, -0.5, -0.5, 0.5, 0.5, 0.5])
+    for scaling, other in ((scale, torch.randn(3, 3, generator=generator)), (None, None)):
+        y = BWLA.transform(x, scaling, other, v)
+        exact = reference.transform(x, scaling, other, signed_hadamard(v.double()))
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ShapeError):
+        BWLA.transform(x, None, torch.eye(4), torch.ones(6))  # six is no power of two
     same = BWLA.transform(x, None, None, None)
     assert torch.equal(same, x)
     assert same.data_ptr() != x.data_ptr()
