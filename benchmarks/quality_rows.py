@@ -59,6 +59,7 @@ ROWS = (
     Row("ours, 288 steps", "bwla-w1a6", "ours", {"tuning.steps": 288}),
     Row("ours, thrice the rates", "bwla-w1a6", "ours", FAST),
     Row("ours, 288 steps, thrice the rates", "bwla-w1a6", "ours", FAST | {"tuning.steps": 288}),
+    Row("ours, both factors fitted", "bwla-w1a6", "ours", {"transform.right": "fitted"}),
     Row("ours, online residual", "bwla-w1a6", "ours", {"residual": "online"}),
     Row("ours, rank 12", "bwla-w1a6", "ours", {"psp.rank": 12}),
     Row("ours, 2 planes, no pair", "bwla-w1a6", "ours", {"psp.hidden_over": 0, "weights.planes": 2}),
