@@ -48,13 +48,18 @@ def _processor() -> tuple[Cell, ...]:
 
 
 def cpu_model() -> str:
-    """Return the processor's name."""
+    """Return the processor's name, with its family and model where a virtual machine hides which one it is."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    first: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        first.setdefault(key.strip(), value.strip())
+    name = first.get("model name", platform.machine())
+    if any(c.isdigit() for c in name) or not {"cpu family", "model"} <= first.keys():
+        return name
+    return f"{name} (family {first['cpu family']}, model {first['model']})"
 
 
 def _compiler() -> tuple[Cell, ...]:
