@@ -1,5 +1,6 @@
 """Changes of basis that are computed at run time, against a dense rotation of the same width."""
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from benchmarks.contest import Contender, check_result, contest
 from benchmarks.noise import pinned
 from benchmarks.timing import copies
-from bwla_compiler.cost.factors import kronecker_factors
+from bwla_compiler.cost.factors import hadamard_factors, kronecker_factors
 from bwla_compiler.runtime.online import OnlineTransform
 
 TOLERANCE = 1e-5
@@ -17,19 +18,23 @@ TOLERANCE = 1e-5
 
 
 def transform_rows(width: int, tokens: int, threads: int, *, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for our Kronecker transform and for torch's dense float32 product, of `width` channels.
+    """Return a row for our Kronecker transforms and for torch's dense float32 product, of `width` channels.
 
-    Raises RefusedError where the transform's result is wrong.
+    Ours are of two fitted factors, and of one beside a Hadamard matrix, as the default recipe has it, where the width
+    has one. Raises RefusedError where a result is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     n1, n2 = kronecker_factors(width)
     x = torch.randn(tokens, width, generator=generator)
-    transform = _kronecker(n1, n2, generator)
-    check_result(transform(x), _reference(transform, x), f"bwla Kronecker {n1} x {n2}", tolerance=TOLERANCE)
+    ours = {"bwla Kronecker": _kronecker(n1, n2, generator)}
+    if sizes := hadamard_factors(width):
+        ours["bwla Kronecker, Hadamard"] = _kronecker(*sizes, generator, signed=True)
+    for way, transform in ours.items():
+        check_result(transform(x), _reference(transform, x), f"{way} of {width}", tolerance=TOLERANCE)
     with pinned(threads):
         rows = contest(
             {
-                "bwla Kronecker": _ours(n1, n2, x, generator),
+                **{way: _ours(transform, x) for way, transform in ours.items()},
                 "torch dense fp32": _dense(width, x, generator),
             },
             ours="bwla Kronecker",
@@ -40,8 +45,9 @@ def transform_rows(width: int, tokens: int, threads: int, *, rounds: int) -> lis
     return [{**about, **row} for row in rows]
 
 
-def _kronecker(n1: int, n2: int, generator: torch.Generator) -> OnlineTransform:
+def _kronecker(n1: int, n2: int, generator: torch.Generator, *, signed: bool = False) -> OnlineTransform:
     left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for n in (n1, n2))
+    right = torch.randn(n2, generator=generator).sign() / n2**0.5 if signed else right
     return OnlineTransform.from_factors(torch.ones(n1 * n2), left, right, kind="kronecker")
 
 
@@ -52,12 +58,11 @@ def _reference(transform: OnlineTransform, x: Tensor) -> Tensor:
     return (left.T @ blocks @ right).flatten(1)
 
 
-def _ours(n1: int, n2: int, x: Tensor, generator: torch.Generator) -> Contender:
-    first = _kronecker(n1, n2, generator)
-    n_bytes = sum(buffer.nbytes for buffer in first.buffers())
+def _ours(transform: OnlineTransform, x: Tensor) -> Contender:
+    n_bytes = sum(buffer.nbytes for buffer in transform.buffers())
     # Factors are read by every layer that shares them and stay warm in a model too: a handful of copies is enough.
-    transforms = [first, *(_kronecker(n1, n2, generator) for _ in range(7))]
-    return Contender([partial(transform, x) for transform in transforms], n_bytes)
+    transforms = [transform, *(deepcopy(transform) for _ in range(7))]
+    return Contender([partial(own, x) for own in transforms], n_bytes)
 
 
 def _dense(width: int, x: Tensor, generator: torch.Generator) -> Contender:
