@@ -10,7 +10,7 @@ from functools import cache
 from bwla_compiler.errors import ShapeError
 
 LONGEST = 4
-"""Side of a Hadamard factor, over the square root of the channels: a GPU multiplies by it as by any matrix."""
+"""Side of a Hadamard factor, at most, over the square root of the channels: a GPU multiplies by it as by any matrix."""
 
 LARGEST_TILE = 32768
 """Channels that one program holds: 64 float32 registers a thread in 16 warps. Beyond, registers spill."""

@@ -26,7 +26,7 @@ Q = LinearSpec(5120, (8192,), rank=80)
 KV = LinearSpec(5120, (1024, 1024), rank=26)
 O = LinearSpec(8192, (5120,), rank=80, transform=TransformSpec("kronecker", 64, 128, left=True, scaled=True))  # noqa: E741
 UP = LinearSpec(5120, (25600, 25600), rank=80)
-DOWN = LinearSpec(25600, (5120,), rank=80, transform=TransformSpec("kronecker", 128, 200, True, True, True))
+DOWN = LinearSpec(25600, (5120,), rank=80, transform=TransformSpec("kronecker", 50, 512, True, True, True, True))
 SPECS = (Q, KV, O, UP, DOWN)
 """Of one layer by bwla-w1a6."""
 

@@ -74,6 +74,16 @@ def test_prologue_on_nvidia_stays_in_registers() -> None:
     assert r.spills == r.stack_bytes == 0
 
 
+@pytest.mark.parametrize("n1, n2", [(24, 128), (48, 256), (50, 512)])
+def test_long_right_factors_stay_in_registers(n1: int, n2: int) -> None:
+    kernel = PrologueKernel(
+        n1 * n2, "silu_mul", TransformSpec("kronecker", n1, n2, True, True, True), activation_bits=6
+    )
+    for part in (kernel,) if kernel.fits else kernel.stages:
+        r = compile_kernel(emit_prologue(part), H100).resources
+        assert r.spills == r.stack_bytes == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("n1, n2, left, right", [(64, 80, True, True), (96, 128, False, False)])
 def test_low_rank_pairs_beside_the_rounding_stay_in_registers(
