@@ -30,7 +30,7 @@ def test_a_module_gives_decisions_formats_and_costs(model: nn.Module, plan: Plan
     assert report.counts == {"folded": 11, "partial": 2, "online": 2, "alone": 0}
     down = next(x for x in report.linears if x.name.endswith("0.mlp.down_proj"))
     assert down.format is not None
-    assert down.format.transform == "scaling, kronecker 8 x 12"
+    assert down.format.transform == "scaling, kronecker 3 x H32"
     assert report.cost is not None
     assert report.cost.device().device == "h100-sxm"
     assert {p.name for p in report.cost.device().decode} >= {"weights", "transforms", "low rank", "head", "attention"}
