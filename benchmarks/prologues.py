@@ -17,7 +17,7 @@ from benchmarks.contest import Call, check_result
 from benchmarks.errors import ResultsError
 from benchmarks.kernel_tables import PROLOGUE
 from benchmarks.noise import pinned
-from benchmarks.random_linear import random_linear
+from benchmarks.random_linear import random_linear, random_transform
 from benchmarks.timing import Times, copies, interleaved, quartiles
 from bwla_compiler.codegen.library import best_library
 from bwla_compiler.cost.factors import hadamard_factors
@@ -96,21 +96,14 @@ def _shares(times: dict[str, Times]) -> dict[str, Any]:
     }
 
 
-def _sizes(width: int) -> tuple[int, int]:
-    """Return the sizes of the factors of so many channels, the second one's a power of two."""
-    found = hadamard_factors(width)
-    assert found is not None
-    return found
-
-
 def _transform(served: Served) -> OnlineTransform:
     """Return a transform as the default recipe has it: across heads, or a left factor beside a Hadamard matrix."""
-    generator = torch.Generator().manual_seed(1)
-    width = served.shape[1]
-    n1, n2 = (served.heads, 0) if served.heads else _sizes(width)
-    left = torch.linalg.qr(torch.randn(n1, n1, generator=generator)).Q
-    right = None if served.heads else torch.randn(n2, generator=generator).sign() / n2**0.5
-    return OnlineTransform.from_factors(torch.ones(width), left, right, kind="kronecker")
+    generator, width = torch.Generator().manual_seed(1), served.shape[1]
+    if served.heads:
+        return random_transform(served.heads, width // served.heads, generator, right="none")
+    sizes = hadamard_factors(width)
+    assert sizes is not None
+    return random_transform(*sizes, generator, right="hadamard")
 
 
 def _call(linear: PackedLinear, transform: OnlineTransform | None, x: Tensor) -> Call:

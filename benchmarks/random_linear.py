@@ -1,9 +1,13 @@
-"""Linears of random signs and row scales, as kernels are timed with."""
+"""Linears of random signs and row scales, and random transforms before them, as kernels are timed with."""
+
+from typing import Literal
 
 import torch
 
+from bwla_compiler.numerics.kronecker import random_signs
 from bwla_compiler.numerics.planes import BinaryWeight
 from bwla_compiler.runtime.modules import PackedLinear
+from bwla_compiler.runtime.online import OnlineTransform
 
 
 def random_linear(shape: tuple[int, int], bits: int) -> PackedLinear:
@@ -14,3 +18,19 @@ def random_linear(shape: tuple[int, int], bits: int) -> PackedLinear:
     linear = PackedLinear.from_binary(binary, activation_bits=bits, dtype=torch.float32)
     linear.signs.random_(0, 256, generator=generator)
     return linear
+
+
+def random_transform(
+    n1: int, n2: int, generator: torch.Generator, *, right: Literal["fitted", "hadamard", "none"] = "fitted"
+) -> OnlineTransform:
+    """Return a transform of n1 * n2 channels with a diagonal and random orthogonal factors.
+
+    right: of any entries as after a fit, signs before a Hadamard matrix, or folded into what comes before.
+    """
+    left = torch.linalg.qr(torch.randn(n1, n1, generator=generator)).Q
+    other = None
+    if right == "fitted":
+        other = torch.linalg.qr(torch.randn(n2, n2, generator=generator)).Q
+    elif right == "hadamard":
+        other = random_signs(n2, generator=generator) / n2**0.5
+    return OnlineTransform.from_factors(torch.ones(n1 * n2), left, other, kind="kronecker")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.contest import Contender, check_result, contest
 from benchmarks.noise import pinned
+from benchmarks.random_linear import random_transform
 from benchmarks.timing import copies
 from bwla_compiler.cost.factors import hadamard_factors, kronecker_factors
 from bwla_compiler.runtime.online import OnlineTransform
@@ -26,9 +27,9 @@ def transform_rows(width: int, tokens: int, threads: int, *, rounds: int) -> lis
     generator = torch.Generator().manual_seed(0)
     n1, n2 = kronecker_factors(width)
     x = torch.randn(tokens, width, generator=generator)
-    ours = {"bwla Kronecker": _kronecker(n1, n2, generator)}
+    ours = {"bwla Kronecker": random_transform(n1, n2, generator)}
     if sizes := hadamard_factors(width):
-        ours["bwla Kronecker, Hadamard"] = _kronecker(*sizes, generator, signed=True)
+        ours["bwla Kronecker, Hadamard"] = random_transform(*sizes, generator, right="hadamard")
     for way, transform in ours.items():
         check_result(transform(x), _reference(transform, x), f"{way} of {width}", tolerance=TOLERANCE)
     with pinned(threads):
@@ -43,12 +44,6 @@ def transform_rows(width: int, tokens: int, threads: int, *, rounds: int) -> lis
         )
     about = {"linear": f"transform of {width}", "out": width, "in": width, "tokens": tokens, "threads": threads}
     return [{**about, **row} for row in rows]
-
-
-def _kronecker(n1: int, n2: int, generator: torch.Generator, *, signed: bool = False) -> OnlineTransform:
-    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for n in (n1, n2))
-    right = torch.randn(n2, generator=generator).sign() / n2**0.5 if signed else right
-    return OnlineTransform.from_factors(torch.ones(n1 * n2), left, right, kind="kronecker")
 
 
 def _reference(transform: OnlineTransform, x: Tensor) -> Tensor:

@@ -45,11 +45,17 @@ struct ByteKernel {
   static int32_t& total(Entry* table) { return *(int32_t*)(table + 32 * PLANES); }
   static int32_t total(const Entry* table) { return *(const int32_t*)(table + 32 * PLANES); }
 
-  // What picks from a word's (minus, plus) magnitudes those of code `code` of each nibble, by entry: bit by bit.
+  // What picks from a word's (minus, plus) magnitudes those of one code of each nibble, by entry: bit by bit.
+  struct Picks {
+    alignas(32) int8_t of[4][32];
+    constexpr Picks() : of() {
+      for (int code = 0; code < 4; code++)
+        for (int i = 0; i < 32; i++) of[code][i] = (int8_t)(i / 16 * 8 + 2 * code + (i >> code & 1));
+    }
+  };
   static __m256i picks(int code) {
-    alignas(32) int8_t at[32];
-    for (int i = 0; i < 32; i++) at[i] = (int8_t)(i / 16 * 8 + 2 * code + (i >> code & 1));
-    return _mm256_load_si256((const __m256i*)at);
+    static constexpr Picks all{};
+    return _mm256_load_si256((const __m256i*)all.of[code]);
   }
 
   // Tables of one word, of its magnitudes where the sign is - and where it is +, in turn [8, 2].

@@ -1,6 +1,10 @@
 """C++ text of what is derived from tensors and kept: kernel layouts, decoded scales."""
 
-DERIVED = r"""
+from bwla_compiler.codegen.cpp_transform import SIDES
+
+DERIVED = (
+    SIDES
+    + r"""
 constexpr int NO_EXPONENT = 1 << 10;
 
 // A tensor as it was when something was derived from it. The weak references keep the addresses of its TensorImpl and
@@ -202,9 +206,6 @@ Tensor packed_pair(const Tensor& codes) {
   });
 }
 
-// Of a factor of a transform: how the kernel takes it.
-enum Side : long { RIGHT, LEFT, SIGNS };
-
 // A factor [n, n], or the signs [n] of the right one, as the kernel takes it.
 Tensor packed_factor(const Maybe& factor, const Maybe& exponent, Side side) {
   if (!factor) return Tensor();
@@ -220,3 +221,4 @@ Tensor packed_factor(const Maybe& factor, const Maybe& exponent, Side side) {
 
 const void* address(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 """
+)

@@ -151,7 +151,14 @@ static void product(Input a, Input b, Output y, long rows, long depth, long n, l
 }
 """
 
-TRANSFORM = r"""
+SIDES = """
+// How a factor is packed: a matrix on the right or the left, or v of diag(v) H on the right.
+enum Side : long { RIGHT, LEFT, SIGNS };
+"""
+
+TRANSFORM = (
+    SIDES
+    + r"""
 #ifndef OWN_FACTORS
 struct SplitFactor {
   static long room(long n) { return n * n; }
@@ -160,9 +167,6 @@ struct SplitFactor {
   }
 };
 #endif
-
-// Of a factor: how it is packed. SIGNS: v of diag(v) H for the right one.
-enum Side : long { RIGHT, LEFT, SIGNS };
 
 // How many floats a factor of n channels takes as the transform reads it: a line that tells SIGNS, and what follows.
 EXPORT long bwla_packed_factor(long n, long side) {
@@ -244,3 +248,4 @@ EXPORT void bwla_transform(const float* x, const float* scale, const float* left
   parallel(tokens, across, [&](long m) { transform.token(x + m * n, y + m * n, across > 1 ? 1 : useful); });
 }
 """
+)

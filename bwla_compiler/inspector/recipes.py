@@ -3,11 +3,10 @@
 import math
 from collections.abc import Iterable
 
-from bwla_compiler.cost.factors import hadamard_factors
 from bwla_compiler.inspector.table import Cell, Table, row
 from bwla_compiler.numerics.billm import billm_bits
 from bwla_compiler.numerics.bits import claimed_bits, transform_bits
-from bwla_compiler.numerics.kronecker import factor_pair
+from bwla_compiler.passes.insert_online import whole_factors
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.spec import LinearSpec, TransformSpec
 
@@ -59,6 +58,5 @@ def _transform(recipe: Recipe, place: int, inputs: int) -> TransformSpec:
     scaled = recipe.smoothing.exponent != 0 and recipe.needs_calibration
     if heads_only:
         return TransformSpec("kronecker", HEADS, inputs // HEADS, left=True, scaled=scaled)
-    found = hadamard_factors(inputs) if recipe.transform.right == "hadamard" else None
-    n1, n2 = found or factor_pair(inputs)
-    return TransformSpec("kronecker", n1, n2, left=True, right=True, scaled=scaled, signed=found is not None)
+    sizes = whole_factors(inputs, recipe)
+    return TransformSpec("kronecker", sizes.n1, sizes.n2, left=True, right=True, scaled=scaled, signed=sizes.signed)

@@ -80,15 +80,20 @@ def hadamard(
     return (random_signs(n, generator=generator)[:, None] * H * random_signs(n, generator=generator)).to(dtype)
 
 
+def is_signs(v: Tensor) -> bool:
+    """Whether there is a Hadamard matrix that v [n] can stand before: n is a power of two."""
+    n = v.numel()
+    return v.dim() == 1 and n > 0 and n & (n - 1) == 0
+
+
 def signed_hadamard(v: Tensor) -> Tensor:
     """Return diag(v) H [n, n] of v [n], n a power of two, with H Sylvester's Hadamard matrix of +-1; dtype of v.
 
     Orthogonal where the entries of v are +-1 / sqrt(n). Raises ShapeError for another n.
     """
-    n = v.numel()
-    if v.dim() != 1 or n < 1 or n & (n - 1):
+    if not is_signs(v):
         raise ShapeError(f"the signs of a Hadamard factor have shape {list(v.shape)}: expected [a power of two]")
-    return v[:, None] * _sylvester(n).to(v)
+    return v[:, None] * _sylvester(len(v)).to(v)
 
 
 def random_signs(n: int, *, generator: torch.Generator) -> Tensor:

@@ -77,27 +77,23 @@ class InsertOnline:
         if scale is not None:
             weights = weights * scale
         generator = ctx.generator(group.name)
-        left: Tensor | None = None
-        right: Tensor | None = None
-        if wanted.signed:
-            right = random_signs(wanted.n2, generator=generator) / wanted.n2**0.5
-            weights = apply_kronecker(weights, None, signed_hadamard(right))
         kind: Literal["hadamard", "kronecker"] = "hadamard" if wanted.kind == "hadamard" else "kronecker"
+        signs = random_signs(wanted.n2, generator=generator) / wanted.n2**0.5 if wanted.signed else None
         if kind == "hadamard":
             left = hadamard(wanted.n1, generator=generator) if wanted.left else None
-            right = hadamard(wanted.n2, generator=generator) if wanted.right and right is None else right
+            right = hadamard(wanted.n2, generator=generator) if wanted.right and signs is None else signs
         else:
             fit = fit_okt(
-                weights,
+                weights if signs is None else apply_kronecker(weights, None, signed_hadamard(signs)),
                 n1=wanted.n1,
                 n2=wanted.n2,
                 generator=generator,
                 iterations=recipe.transform.iterations,
                 soft=recipe.transform.soft,
                 start=recipe.transform.start,
-                fit_right=wanted.right and not wanted.signed,
+                fit_right=wanted.right and signs is None,
             )
-            left, right = fit.left, right if wanted.signed else fit.right
+            left, right = fit.left, fit.right if signs is None else signs
         members = tuple((x.name, x.in_axis) for x in linears)
         return InsertTransform(members, None if scale is None else 1 / scale, left, right, kind)
 
@@ -161,7 +157,12 @@ def factors_of(linear: Linear, recipe: Recipe) -> Factors:
     heads_only = recipe.transform.folded and linear.decision == "partial" and linear.input.kind == "product"
     if heads_only and last.basis and outer and not any(leaf.basis for leaf in outer):
         return Factors(linear.in_features // last.size, last.size, right_folded=True)
+    return whole_factors(linear.in_features, recipe)
+
+
+def whole_factors(n: int, recipe: Recipe) -> Factors:
+    """Return the Kronecker factors that turn all of n channels online."""
     by_additions = recipe.transform.kind == "okt" and recipe.transform.right == "hadamard"
-    if by_additions and (sizes := hadamard_factors(linear.in_features)):
+    if by_additions and (sizes := hadamard_factors(n)):
         return Factors(*sizes, signed=True)
-    return Factors(*kronecker_factors(linear.in_features))
+    return Factors(*kronecker_factors(n))

@@ -37,12 +37,6 @@ def is_square(factor: Tensor) -> bool:
     return factor.dim() == 2 and factor.shape[0] == factor.shape[1]
 
 
-def is_signs(factor: Tensor) -> bool:
-    """Whether a right factor is the diagonal before a Hadamard matrix, of a size that there is one of."""
-    n = factor.numel()
-    return factor.dim() == 1 and n > 0 and n & (n - 1) == 0
-
-
 def transform_values(
     stored: Iterable[tuple[Tensor | None, Tensor | None]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

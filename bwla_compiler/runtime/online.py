@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.errors import ShapeError
+from bwla_compiler.numerics.kronecker import is_signs
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.anchors import TRANSFORM_PARTS, Anchored, by_anchor
-from bwla_compiler.runtime.checks import is_signs, is_square
+from bwla_compiler.runtime.checks import is_square
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half, whole_factor
 from bwla_compiler.runtime.sealed import unedited
 from bwla_compiler.spec import TransformSpec

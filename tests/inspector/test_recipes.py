@@ -40,3 +40,15 @@ def test_ranks_planes_and_rotations_are_counted(monkeypatch: pytest.MonkeyPatch)
     assert bits["residual"] > bits["name"]
     monkeypatch.setattr(recipes, "GROUPS", recipes.GROUPS[:1])  # {q, k, v} alone: nothing is online
     assert nominal_bits(load_recipe("hadamard-rtn")) == pytest.approx(1 + 16 / 4096)
+
+
+def test_a_hadamard_factor_is_counted_where_the_pass_makes_one_and_nowhere_else() -> None:
+    by_signs, fitted = (
+        nominal_bits(load_recipe("bwla-w1a6", {"residual": "online", "transform.right": right}))
+        for right in ("hadamard", "fitted")
+    )
+    assert by_signs < fitted
+    seeded = {"transform.kind": "hadamard", "residual": "online"}  # a rotation without a fit knows no right factor
+    assert (
+        len({nominal_bits(load_recipe("rtn", {**seeded, "transform.right": r})) for r in ("hadamard", "fitted")}) == 1
+    )
