@@ -22,14 +22,22 @@ from bwla_compiler.codegen import cpp_driver, cpp_neon, cpp_transform, isa
 from bwla_compiler.codegen.build import COMMON_FLAGS, build
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, best_isa, cpu_flags, supported
-from bwla_compiler.codegen.library import Member
+from bwla_compiler.codegen.library import LEFT, RIGHT, Member
 from bwla_compiler.numerics.activations import quantize_activation
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.spec import PROLOGUES
 from tests.codegen import emulated
 from tests.codegen.emulated import COMPILER, EmulatedLibrary, kernels
-from tests.codegen.test_kernels import Library, accumulate, packed_pair, packed_scale, packed_words, random_signs
+from tests.codegen.test_kernels import (
+    Library,
+    accumulate,
+    packed_factor,
+    packed_pair,
+    packed_scale,
+    packed_words,
+    random_signs,
+)
 from tests.runtime.test_fused import Case, make
 from tests.runtime.test_ops import make_linear
 
@@ -245,7 +253,11 @@ class DirectCase(Case):
 
         p = self.prologue
         n1 = len(p.left) if p.left is not None else columns // len(p.right) if p.right is not None else 1
-        vectors = (p.gate, p.gain, p.shift, p.scale, p.left, p.right)
+        left, right = (
+            None if factor is None else packed_factor(self.library, factor, side)
+            for factor, side in ((p.left, LEFT), (p.right, RIGHT))
+        )
+        vectors = (p.gate, p.gain, p.shift, p.scale, left, right)
         before = emulated.Prologue(PROLOGUES.index(p.kind), p.eps, *map(at, vectors), n1, columns // n1)
         results, members = [], []
         for (signs, scale, low_rank, bias), residual in zip(
