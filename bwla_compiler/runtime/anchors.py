@@ -55,16 +55,13 @@ class Anchored(Sealed):
         self.__dict__["anchor"] = anchor
 
 
-def by_anchor(x: Tensor) -> bool:
-    """Whether Dynamo, which traces a call with this input, is to see the anchor in place of the tensors."""
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-        return False
-    return x.is_cpu and _native()
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _native() -> bool:
-    """Whether no kernel that reads the tensors itself may be in a graph for the CPU: Triton's, interpreted."""
+def anchors_serve() -> bool:
+    """Whether a graph for the CPU that Dynamo traces is to see anchors: not in exported ones, which have their tensors,
+    and not where kernels that read the tensors themselves may be in it: Triton's, interpreted.
+    """
+    if torch.compiler.is_exporting():
+        return False
     return not (chosen_kernels() == "triton" and triton_module.installed() and triton_module.interpreted())
 
 

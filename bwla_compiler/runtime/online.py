@@ -4,11 +4,12 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.numerics.kronecker import is_signs
 from bwla_compiler.runtime import ops
-from bwla_compiler.runtime.anchors import TRANSFORM_PARTS, Anchored, by_anchor
+from bwla_compiler.runtime.anchors import TRANSFORM_PARTS, Anchored, anchors_serve
 from bwla_compiler.runtime.checks import is_square
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half, whole_factor
 from bwla_compiler.runtime.sealed import unedited
@@ -68,11 +69,11 @@ class OnlineTransform(Anchored):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., n], dtype of x."""
-        unedited(self)
         result: Tensor
-        if by_anchor(x):
+        if is_dynamo_compiling() and anchors_serve() and x.device.type == "cpu":
             result = TRANSFORM_OF(x, self.anchor, self.facts)
         else:
+            unedited(self)
             b = self._buffers  # looked up directly: a module's __getattr__ costs as much as a small kernel
             result = TRANSFORM(x, *[b[name] for name in TRANSFORM_PARTS])
         return result
