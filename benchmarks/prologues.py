@@ -1,11 +1,12 @@
 """What a linear waits for at one token, its online transform and rounding, as a share of the linear itself.
 
 Three contenders take turns: fused calls with the transform, calls without it, which round as well, and rounding alone.
-All find weights and factors cold, as in a model, where each layer has its own.
+All find weights and factors cold, as in a model, where each layer has its own. Calls go to the kernels themselves, as
+those of a compiled model's routines do, whose operands are bound once.
 """
 
+import ctypes
 import statistics
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.kernel_tables import PROLOGUE
 from benchmarks.noise import pinned
 from benchmarks.random_linear import random_linear, random_transform
 from benchmarks.timing import Times, copies, interleaved, quartiles
-from bwla_compiler.codegen.library import best_library
+from bwla_compiler.codegen.library import LEFT, RIGHT, SIGNS, KernelLibrary, Member, Prologue, best_library
 from bwla_compiler.cost.factors import hadamard_factors
 from bwla_compiler.numerics.planes import unpack_signs
 from bwla_compiler.runtime.halves import read_half
@@ -27,6 +28,7 @@ from bwla_compiler.runtime.modules import PackedLinear
 from bwla_compiler.runtime.online import OnlineTransform
 
 BITS = 6
+LIMIT = 2 ** (BITS - 1) - 1
 TOLERANCE = 1e-2
 """Relative. A float that lies between two codes may be rounded to the other one than in float64: of 10^4 codes some."""
 
@@ -55,22 +57,23 @@ def prologue_rows(name: str, threads: int, *, rounds: int) -> list[dict[str, Any
 
     Raises ResultsError without a C++ compiler, RefusedError where a result is wrong.
     """
-    served = SERVED[name]
+    served, library = SERVED[name], best_library()
+    if library is None:
+        raise ResultsError("transforms and rounding are timed in the compiled kernels, and there is no C++ compiler")
     x = torch.randn(1, served.shape[1], generator=torch.Generator().manual_seed(0))
     linear, transform = random_linear(served.shape, BITS), _transform(served)
-    found = _call(linear, transform, x)()
-    assert isinstance(found, Tensor)
-    check_result(found, _reference(linear, transform, x), f"{PROLOGUE} {name}", tolerance=TOLERANCE)
+
+    def call(before: OnlineTransform | None) -> _Fused:
+        return _Fused(library, linear, before, x, threads)
+
+    check_result(call(transform)(), _reference(linear, transform, x), f"{PROLOGUE} {name}", tolerance=TOLERANCE)
     n = copies(linear.signs.nbytes)
-    linears = [linear, *(deepcopy(linear) for _ in range(n - 1))]
-    transforms = [transform, *(deepcopy(transform) for _ in range(n - 1))]
     with pinned(threads):
         times = interleaved(
             {
-                "whole": [_call(linear, own, x) for linear, own in zip(linears, transforms, strict=True)],
-                # as many calls apart from those above as a turn can make
-                "without": [_call(linear, None, x) for linear in (*linears[n // 2 :], *linears[: n // 2])],
-                "rounding": [_rounding(x)],
+                "whole": [call(transform) for _ in range(n)],
+                "without": [call(None) for _ in range(n)],
+                "rounding": [_rounding(library, x)],
             },
             rounds=rounds,
         )
@@ -106,32 +109,56 @@ def _transform(served: Served) -> OnlineTransform:
     return random_transform(*sizes, generator, right="hadamard")
 
 
-def _call(linear: PackedLinear, transform: OnlineTransform | None, x: Tensor) -> Call:
-    """Return the fused operator on one linear's tensors: what a compiled model's routine computes."""
-    factors: tuple[Tensor | None, ...] = (None,) * 6
-    if transform is not None:
-        stored = dict(transform.named_buffers())
-        names = ("scale", "left", "right")
-        factors = (*(stored.get(name) for name in names), *(stored.get(f"{name}_exponent") for name in names))
-    none = [None]
-    before = (x, None, "none", 0.0, None, None, *factors)
-    linears = ([linear.signs], [linear.row_scale], None, none, none, none, none, none, BITS)
-    operands = (*before, *linears, [linear.row_scale_exponent], None, none)
-    return lambda: torch.ops.bwla.fused_group.default(*operands)[0]
+class _Fused:
+    """One linear with what precedes it, of its own memory; a call computes y [1, out] and returns it."""
+
+    def __init__(
+        self, library: KernelLibrary, linear: PackedLinear, before: OnlineTransform | None, x: Tensor, threads: int
+    ) -> None:
+        (columns, out), y = (linear.in_features, linear.out_features), torch.empty(1, linear.out_features)
+        signs = torch.empty(library.packed_bytes(1, out, columns), dtype=torch.uint8)
+        library.pack(linear.signs.data_ptr(), signs.data_ptr(), 1, out, columns, 1)
+        scale = read_half(linear, "row_scale")
+        assert scale is not None
+        member = Member(signs.data_ptr(), scale.data_ptr(), 0, 0, 0, 0, y.data_ptr(), out, 1, 1, 0, 0)
+        factors = () if before is None else _packed_factors(library, before)
+        prologue = Prologue()
+        if before is not None:
+            places = (0 if factor is None else factor.data_ptr() for factor in factors)
+            prologue = Prologue(0, 0.0, 0, 0, 0, *places, before.spec.n1, before.spec.n2)
+        self._read = x, signs, scale, factors, member, prologue  # kernels know their addresses alone
+        self._y = y
+        given = 0 if before is None else ctypes.addressof(prologue)
+        self._run = partial(library.fused_group, x.data_ptr(), given, 0, 1, columns, LIMIT, member, 1, threads)
+
+    def __call__(self) -> Tensor:
+        self._run()
+        return self._y
 
 
-def _rounding(x: Tensor) -> Call:
-    library = best_library()
-    if library is None:
-        raise ResultsError("rounding alone is timed in the compiled kernels, and there is no C++ compiler")
+def _packed_factors(library: KernelLibrary, transform: OnlineTransform) -> tuple[Tensor | None, ...]:
+    """Return (scale, left, right) of a transform as kernels read them."""
+    scale, left, right = (read_half(transform, name) for name in ("scale", "left", "right"))
+
+    def packed(factor: Tensor | None, side: int) -> Tensor | None:
+        if factor is None:
+            return None
+        own, factor = torch.empty(library.packed_factor(len(factor), side)), factor.contiguous()
+        library.pack_factor(factor.data_ptr(), own.data_ptr(), len(factor), side)
+        return own
+
+    own_scale = None if scale is None else scale.clone()
+    return own_scale, packed(left, LEFT), packed(right, SIGNS if transform.spec.signed else RIGHT)
+
+
+def _rounding(library: KernelLibrary, x: Tensor) -> Call:
     rows = x.repeat(ROUNDED_AT_ONCE, 1)
     codes, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(ROUNDED_AT_ONCE)
-    limit = 2 ** (BITS - 1) - 1
-    return partial(_quantize, library.quantize, rows, codes, scale, limit)
+    return partial(_quantize, library.quantize, rows, codes, scale)
 
 
-def _quantize(entry: Any, rows: Tensor, codes: Tensor, scale: Tensor, limit: int) -> None:
-    entry(rows.data_ptr(), 0, *rows.shape, limit, codes.data_ptr(), scale.data_ptr())
+def _quantize(entry: Any, rows: Tensor, codes: Tensor, scale: Tensor) -> None:
+    entry(rows.data_ptr(), 0, *rows.shape, LIMIT, codes.data_ptr(), scale.data_ptr())
 
 
 def _reference(linear: PackedLinear, transform: OnlineTransform, x: Tensor) -> Tensor:
@@ -142,9 +169,9 @@ def _reference(linear: PackedLinear, transform: OnlineTransform, x: Tensor) -> T
     turned = (x.double() * scale).view(len(left), -1)
     turned = left.T @ turned if right is None else left.T @ turned @ right
     turned = turned.view(1, -1)
-    row_scale, limit = read_half(linear, "row_scale"), 2 ** (BITS - 1) - 1
+    row_scale = read_half(linear, "row_scale")
     assert row_scale is not None
     weight = unpack_signs(linear.signs, linear.in_features)[0].double() * row_scale[0].double()
-    step = turned.abs().amax() / limit
+    step = turned.abs().amax() / LIMIT
     product: Tensor = (turned / step).round() * step @ weight.T
     return product

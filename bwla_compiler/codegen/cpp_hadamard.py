@@ -6,53 +6,77 @@ log2(n) additions a number (Fino and Algazi, IEEE Trans. Computers 1976) where a
 """
 
 HADAMARD = r"""
-// x[i], x[i + apart] = their sum and difference, for blocks of 2 * apart of n numbers; `apart` vectors at least.
-static inline void butterflies(float* x, long n, long apart) {
-  for (long block = 0; block < n; block += 2 * apart)
+// The lanes of x, each changed for the one at a distance of D, a power of two.
+template <int D, size_t... I>
+static inline Vec changed(Vec x, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, (int)(I ^ D)...);
+#else
+  return __builtin_shuffle(x, Lanes{(int32_t)(I ^ D)...});
+#endif
+}
+
+// Lanes at a distance of D become their sum and difference; then those at twice as much, up to the width of a vector.
+template <int D = 1, size_t... I>
+static inline Vec within(Vec x, std::index_sequence<I...> lanes) {
+  const Vec sign{(I & D ? -1.0f : 1.0f)...};
+  x = multiply_add(x, sign, changed<D>(x, lanes));
+  if constexpr (2 * D < WIDTH) return within<2 * D>(x, lanes);
+  return x;
+}
+
+// y = from(i) for all i < n, of which R at a time, `apart` from each other, become their sums and differences.
+template <long R, class F>
+static inline void butterflies(float* y, long n, long apart, const F& from) {
+  for (long block = 0; block < n; block += R * apart)
     for (long i = block; i < block + apart; i += WIDTH) {
-      const Vec a = load(x + i), b = load(x + i + apart), sum = a + b, difference = a - b;
-      std::memcpy(x + i, &sum, sizeof sum);
-      std::memcpy(x + i + apart, &difference, sizeof difference);
+      Vec x[R];
+      for (long k = 0; k < R; k++) x[k] = from(i + k * apart);
+      for (long d = 1; d < R; d *= 2)
+        for (long k = 0; k < R; k++)
+          if (!(k & d)) {
+            const Vec sum = x[k] + x[k | d];
+            x[k | d] = x[k] - x[k | d];
+            x[k] = sum;
+          }
+      for (long k = 0; k < R; k++) std::memcpy(y + i + k * apart, &x[k], sizeof(Vec));
     }
 }
 
-// The same for all distances from `apart` to n / 2: two at once, which halves reading and writing.
-static inline void all_butterflies(float* x, long n, long apart) {
-  for (; 4 * apart <= n; apart *= 4)
-    for (long block = 0; block < n; block += 4 * apart)
-      for (long i = block; i < block + apart; i += WIDTH) {
-        const Vec a = load(x + i), b = load(x + i + apart), c = load(x + i + 2 * apart), d = load(x + i + 3 * apart);
-        const Vec ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
-        const Vec y[4] = {ab + cd, a_b + c_d, ab - cd, a_b - c_d};
-        for (int k = 0; k < 4; k++) std::memcpy(x + i + k * apart, &y[k], sizeof(Vec));
+// The same for up to three distances from `apart` on, as many as there are below n; return the next one.
+template <class F>
+static inline long some_butterflies(float* y, long n, long apart, const F& from) {
+  if (8 * apart <= n) return butterflies<8>(y, n, apart, from), 8 * apart;
+  if (4 * apart <= n) return butterflies<4>(y, n, apart, from), 4 * apart;
+  if (2 * apart <= n) return butterflies<2>(y, n, apart, from), 2 * apart;
+  return butterflies<1>(y, n, apart, from), n;
+}
+
+// The same of one row that no vector fits into.
+static void narrow_butterflies(float* y, long n) {
+  for (long apart = 1; apart < n; apart *= 2)
+    for (long i = 0; i < n; i++)
+      if (!(i & apart)) {
+        const float sum = y[i] + y[i + apart];
+        y[i + apart] = y[i] - y[i + apart];
+        y[i] = sum;
       }
-  if (2 * apart <= n) butterflies(x, n, apart);
 }
 
-// y = x diag(v) H for x [n1, n2] and v [n2], n2 a power of two.
-static void times_hadamard(const float* x, const float* v, Output y, long n1, long n2) {
-  struct Small {  // of one vector
-    alignas(64) float of[WIDTH * WIDTH];
-    constexpr Small() : of() {
-      for (long i = 0; i < WIDTH; i++)
-        for (long j = 0; j < WIDTH; j++) {
-          bool is_odd = false;
-          for (long both = i & j; both; both >>= 1) is_odd ^= both & 1;
-          of[i * WIDTH + j] = is_odd ? -1.0f : 1.0f;
-        }
+// y = (x * scale) diag(v) H for x, scale [n1, n2] and v [n2], n2 a power of two; scale null for none.
+static void times_hadamard(const float* x, const float* scale, const float* v, Output y, long n1, long n2) {
+  for (long r = 0; r < n1; r++, x += n2, scale += scale ? n2 : 0, y.at += y.row) {
+    if (n2 < WIDTH) {
+      for (long i = 0; i < n2; i++) y.at[i] = (scale ? x[i] * scale[i] : x[i]) * v[i];
+      narrow_butterflies(y.at, n2);
+      continue;
     }
-  };
-  static constexpr Small small{};
-  static thread_local Buffer<float> buffer;
-  float* row = buffer.get(n2);
-  for (long r = 0; r < n1; r++, x += n2, y.at += y.row) {
-    for (long i = 0; i < n2; i++) row[i] = x[i] * v[i];
-    const long first = std::min(WIDTH, n2);  // a product does the distances within a vector
-    if (n2 < WIDTH)
-      product_narrow({row, n2}, {small.of, WIDTH}, {y.at, n2}, 1, n2, n2);
-    else
-      product_columns<1>({row, WIDTH}, {small.of, WIDTH}, {y.at, WIDTH}, n2 / WIDTH, WIDTH);
-    all_butterflies(y.at, n2, first);
+    const auto lanes = std::make_index_sequence<WIDTH>{};
+    auto signed_part = [&](long i) { return within(load(x + i) * load(v + i), lanes); };
+    auto scaled_part = [&](long i) { return within(load(x + i) * load(scale + i) * load(v + i), lanes); };
+    long apart = scale ? some_butterflies(y.at, n2, WIDTH, scaled_part)
+                       : some_butterflies(y.at, n2, WIDTH, signed_part);
+    while (apart < n2) apart = some_butterflies(y.at, n2, apart, [&](long i) { return load(y.at + i); });
   }
 }
 """

@@ -141,6 +141,25 @@ static void product_part(Input a, Input b, Output y, long rows, long depth, long
   }
 }
 
+// Y = A^T Y for A [n1, n1] and Y [n1, n2], some columns at a time. They are copied first: rows one behind another use
+// all of the first cache, where rows that are a power of two apart share few of its lines.
+static void turn_columns(const float* a, float* y, long n1, long n2, long threads) {
+  constexpr long WIDE = 2 * WIDTH;
+  parallel(divide_up(n2, WIDE), threads, [&](long job) {
+    static thread_local Buffer<float> buffer;
+    const long first = job * WIDE, n = std::min(WIDE, n2 - first);
+    float *own = buffer.get(2 * n1 * WIDE), *result = own + n1 * WIDE;
+    auto copy = [&](const float* from, long row, float* to, long to_row) {
+      for (long r = 0; r < n1; r++) std::copy(from + r * row, from + r * row + n, to + r * to_row);
+    };
+    if (n < WIDE) std::fill(own, result, 0.0f);
+    copy(y + first, n2, own, WIDE);
+    if (n == WIDE) return product_columns<2>({a, 1, n1}, {own, WIDE}, {y + first, n2}, n1, n1);
+    product_columns<2>({a, 1, n1}, {own, WIDE}, {result, WIDE}, n1, n1);
+    copy(result, WIDE, y + first, n2);
+  });
+}
+
 // Y [rows, n] = A [rows, depth] B; rows shared out over threads.
 static void product(Input a, Input b, Output y, long rows, long depth, long n, long threads) {
   const long height = threads > 1 ? divide_up(divide_up(rows, threads), TALL) * TALL : rows;
@@ -218,26 +237,29 @@ struct Transform {
 
   void token(const float* from, float* to, long threads) const {
     static thread_local Buffer<float> buffer;
-    // Rows that are powers of two apart would share few lines of the first cache: between products they are not.
-    const long n = n1 * n2, apart = left ? n2 + FLOATS_OF_LINE : n2;
-    float *scaled = buffer.get(n + n1 * apart), *half = left ? scaled + n : to;
-    if (scale) {
-      float* product = left || right || signs ? scaled : to;
+    const long n = n1 * n2;
+#ifdef OWN_FACTORS
+    if (is_tiled() && signs) {
+      float* half = buffer.get(n);
+      times_hadamard(from, scale, signs, {half, n2}, n1, n2);
+      return TiledTransform(left, right, n1, n2).token(half, to);
+    }
+#endif
+    if (scale && !signs) {
+      float* product = right || is_tiled() ? buffer.get(n) : to;
       for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
       from = product;
     }
 #ifdef OWN_FACTORS
-    if (is_tiled()) {
-      if (signs) times_hadamard(from, signs, {half, n2}, n1, n2);
-      return TiledTransform(left, right, n1, n2).token(signs ? half : from, to);
-    }
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(from, to);
 #endif
-    Input x{from, n2};
-    if (signs) times_hadamard(from, signs, {half, apart}, n1, n2);
-    if (right) product(x, {right, n2}, {half, apart}, n1, n2, n2, threads);
-    if (signs || right) x = {half, apart};
-    if (left) product({left, 1, n1}, x, {to, n2}, n1, n1, n2, threads);
-    if (x.at != to && !left) std::memcpy(to, from, n * sizeof(float));
+    if (signs)
+      times_hadamard(from, scale, signs, {to, n2}, n1, n2);
+    else if (right)
+      product({from, n2}, {right, n2}, {to, n2}, n1, n2, n2, threads);
+    else if (from != to)
+      std::memcpy(to, from, n * sizeof(float));
+    if (left) turn_columns(left, to, n1, n2, threads);
   }
 };
 

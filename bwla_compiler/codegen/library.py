@@ -6,7 +6,7 @@ All arrays are contiguous; addresses are what `tensor.data_ptr()` gives, 0 for "
 import ctypes
 import functools
 import logging
-from ctypes import POINTER, c_int, c_long, c_void_p
+from ctypes import POINTER, c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
 from bwla_compiler.codegen.build import build
@@ -37,6 +37,22 @@ class Member(ctypes.Structure):
         *((name, c_void_p) for name in ("signs", "scale", "rank_in", "rank_out", "rank_scale", "bias", "y")),
         *((name, c_long) for name in ("out_features", "planes", "groups", "rank")),
         ("residual", c_void_p),
+    )
+
+
+class Prologue(ctypes.Structure):
+    """What happens to a token before it is rounded; mirrors `struct Prologue` of the emitted source.
+
+    kind: its place in PROLOGUES. gate [tokens, in], gain, shift, scale [in] float32; left and right packed by
+    `pack_factor`, of n1 and n2 channels.
+    """
+
+    _fields_ = (
+        ("kind", c_long),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("gate", "gain", "shift", "scale", "left", "right")),
+        ("n1", c_long),
+        ("n2", c_long),
     )
 
 
@@ -100,6 +116,7 @@ class KernelLibrary:
         self.packed_factor = self._library.bwla_packed_factor
         self.pack_factor = self._library.bwla_pack_factor
         self.linear = self._library.bwla_linear
+        self.fused_group = self._library.bwla_fused_group
         self.quantize = self._library.bwla_quantize
         self.accumulate = self._library.bwla_accumulate
         self.int8_linear = self._library.bwla_int8_linear

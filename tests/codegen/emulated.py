@@ -16,23 +16,11 @@ import pytest
 from bwla_compiler.codegen.build import COMMON_FLAGS, build_library
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, supported
-from bwla_compiler.codegen.library import RIGHT, SIGNS, KernelLibrary, Member, load
+from bwla_compiler.codegen.library import RIGHT, SIGNS, KernelLibrary, Member, Prologue, load
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DRIVER = Path(__file__).parent / "driver.cpp"
 SHARED_ONLY = ("-shared", "-fPIC")
-
-
-class Prologue(ctypes.Structure):
-    """Mirrors `struct Prologue` of the emitted source."""
-
-    _fields_ = (
-        ("kind", ctypes.c_long),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("gate", "gain", "shift", "scale", "left", "right")),
-        ("n1", ctypes.c_long),
-        ("n2", ctypes.c_long),
-    )
 
 
 class Cached(ctypes.Structure):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bwla_compiler.codegen import build as building
-from bwla_compiler.codegen import cpp_driver, cpp_neon, cpp_transform, isa
+from bwla_compiler.codegen import cpp_driver, cpp_neon, cpp_transform, isa, library
 from bwla_compiler.codegen.build import COMMON_FLAGS, build
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, best_isa, cpu_flags, supported
@@ -27,7 +27,6 @@ from bwla_compiler.numerics.activations import quantize_activation
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.portable import Prologue
 from bwla_compiler.spec import PROLOGUES
-from tests.codegen import emulated
 from tests.codegen.emulated import COMPILER, EmulatedLibrary, kernels
 from tests.codegen.test_kernels import (
     Library,
@@ -258,7 +257,7 @@ class DirectCase(Case):
             for factor, side in ((p.left, LEFT), (p.right, RIGHT))
         )
         vectors = (p.gate, p.gain, p.shift, p.scale, left, right)
-        before = emulated.Prologue(PROLOGUES.index(p.kind), p.eps, *map(at, vectors), n1, columns // n1)
+        before = library.Prologue(PROLOGUES.index(p.kind), p.eps, *map(at, vectors), n1, columns // n1)
         results, members = [], []
         for (signs, scale, low_rank, bias), residual in zip(
             self.members, self.residuals or [None] * len(self.members), strict=True
@@ -292,7 +291,7 @@ def test_fused_groups_equal_the_reference(direct: EmulatedLibrary, kind: str, bi
 def test_a_prologue_alone_equals_the_reference(direct: EmulatedLibrary, kind: str) -> None:
     x, prologue = make(kind, 203, 5, transform=False)
     vectors = [0 if v is None else v.data_ptr() for v in (prologue.gate, prologue.gain, prologue.shift)]
-    before = emulated.Prologue(PROLOGUES.index(kind), prologue.eps, *vectors, 0, 0, 0, 1, 203)
+    before = library.Prologue(PROLOGUES.index(kind), prologue.eps, *vectors, 0, 0, 0, 1, 203)
     y = torch.full_like(x, float("nan"))
     direct.prologue(x.data_ptr(), ctypes.byref(before), y.data_ptr(), 5, 203, 2)
     # float32 functions of values up to 10, and sums of 203 of them
