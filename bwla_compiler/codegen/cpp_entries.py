@@ -228,11 +228,13 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members,
   parallel(first_jobs + early + jobs * parts, threads, job);
 }
 
-// Have what comes before the first linear, and its first signs, fetched while tokens are prepared and rounded.
+constexpr long FETCHED = 256 << 10;  // bytes that the second cache holds beside the tokens
+
+// Have what comes before the first linear fetched, and its first signs while tokens are prepared and rounded.
 static inline void fetch(const Prologue* prologue, const Member& member, long words) {
   if (prologue) transform_of(*prologue).fetch();
   const long n = Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word);
-  fetch_ahead(member.signs, std::min(AHEAD, n));
+  next_signs = {(const char*)member.signs, (const char*)member.signs + std::min(FETCHED, n)};
 }
 
 template <class K>
@@ -241,18 +243,19 @@ static void linear(const float* x, const Prologue* prologue, const float* column
   using Code = typename K::Code;
   static thread_local Buffer<float> scale_buffer;
   const long words = divide_up(in, COLUMNS), padded = words * COLUMNS;
-  if (tokens <= FEW) fetch(prologue, members[0], words);
   const long most = std::clamp((4L << 20) / (padded * (long)sizeof(Code)) / TOKENS * TOKENS, TOKENS, 16 * TOKENS);
   for (long first = 0; first < tokens; first += most) {
     const long n = std::min(most, tokens - first), helpers = n <= 4 ? 1 : threads;
     const auto tables = Tables<K>::room(n, words);
     float* scale = scale_buffer.get(n);
     auto prepare_all = [&] {
+      if (tokens <= FEW) fetch(prologue, members[0], words);
       parallel(n, helpers, [&](long m) {
         const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
         scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
         tables.put(m);
       });
+      next_signs = {};
     };
     const bool is_brief = helpers == 1 && (!prologue || !transform_of(*prologue).is_shared(threads));
     run_wave<K>({first, n, in, limit, threads, scale, tables}, members, n_members, is_brief, prepare_all);

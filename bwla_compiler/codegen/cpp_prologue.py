@@ -41,6 +41,7 @@ static inline void map(const float* x, float* y, long n, const F& f) {
   for (; i + WIDTH <= n; i += WIDTH) {
     const Vec v = f(load(x + i), i);
     std::memcpy(y + i, &v, sizeof v);
+    next_signs.fetch(1);
   }
   if (i == n) return;
   Vec v{};
@@ -57,6 +58,7 @@ static inline float sum_of(const float* x, long n, const F& f) {
   long i = 0;
   for (; i + STEP <= n; i += STEP)
     for (int j = 0; j < 4; j++) acc[j] += f(load(x + i + j * WIDTH));
+    next_signs.fetch(2);
   const Vec sums = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   float total = 0;
   for (int j = 0; j < WIDTH; j++) total += sums[j];

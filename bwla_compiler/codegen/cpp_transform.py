@@ -153,6 +153,7 @@ static void turn_columns(const float* a, float* y, long n1, long n2, long thread
       for (long r = 0; r < n1; r++) std::copy(from + r * row, from + r * row + n, to + r * to_row);
     };
     if (n < WIDE) std::fill(own, result, 0.0f);
+    next_signs.fetch(n1 * n1 * WIDE / 256);
     copy(y + first, n2, own, WIDE);
     if (n == WIDE) return product_columns<2>({a, 1, n1}, {own, WIDE}, {y + first, n2}, n1, n1);
     product_columns<2>({a, 1, n1}, {own, WIDE}, {result, WIDE}, n1, n1);
