@@ -229,8 +229,9 @@ class LinearKernel:
     @property
     def sum_tile(self) -> Tile:
         """The tile of the kernel that adds up parts."""
-        rows = 64 if self.tile.tokens <= 16 else 32  # twice as many spill, a few, on sm_80 under triton 3.6
-        return Tile(rows=rows, tokens=self.tile.tokens, warps=4, stages=1)
+        few = self.tile.tokens <= 16
+        # twice as many rows spill, a few, on sm_80 under triton 3.6; half as many warps on sm_100 under triton 3.9
+        return Tile(rows=64 if few else 32, tokens=self.tile.tokens, warps=4 if few else 8, stages=1)
 
     @property
     def rank_tile(self) -> Tile:
