@@ -230,11 +230,13 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members,
 
 constexpr long FETCHED = 256 << 10;  // bytes that the second cache holds beside the tokens
 
-// Have what comes before the first linear fetched, and its first signs while tokens are prepared and rounded.
+// Have what comes before the first linear fetched, and its first signs: some at once, more while tokens are prepared.
 static inline void fetch(const Prologue* prologue, const Member& member, long words) {
   if (prologue) transform_of(*prologue).fetch();
   const long n = Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word);
-  next_signs = {(const char*)member.signs, (const char*)member.signs + std::min(FETCHED, n)};
+  const char* signs = (const char*)member.signs;
+  fetch_ahead(signs, std::min(AHEAD, n));
+  next_signs = {signs + std::min(AHEAD, n), signs + std::min(FETCHED, n)};
 }
 
 template <class K>
