@@ -99,8 +99,10 @@ def test_the_fit_beats_rounding_on_the_experts(mixtral: tuple[nn.Module, nn.Modu
     model, packed, report = mixtral
     rounded = copy.deepcopy(model)
     api.quantize(rounded, recipe="rtn")
-    reference = logits(model)
-    assert (logits(packed) - reference).norm() < 0.9 * (logits(rounded) - reference).norm()
+    ids = tiny.ids(batch=64, length=24, seed=4)  # of few tokens chance decides
+    with torch.no_grad():
+        reference, fitted, plain = (m(ids, use_cache=False).logits for m in (model, packed, rounded))
+    assert (fitted - reference).norm() < 0.9 * (plain - reference).norm()
     experts = [x for x in report.linears if x.tokens is not None]
     assert all(0 < x.output_error < x.weight_error < 1 for x in experts)
 
