@@ -59,6 +59,10 @@ class Anchored(Sealed):
 def anchors_serve() -> bool:
     """Whether a graph for the CPU that Dynamo traces is to see anchors: not in exported ones, which have their tensors,
     and not where kernels that read the tensors themselves may be in it: Triton's, interpreted.
+
+    The forwards that ask this ask for Dynamo and a CPU themselves, each in its own words: a function that Dynamo traces
+    into takes it some milliseconds, and a model has hundreds of these calls. For the same reason they do not call
+    `unedited` on that path: handing over the facts guards them.
     """
     if torch.compiler.is_exporting():
         return False
