@@ -1,64 +1,40 @@
 """C++ text of the int8 head on processors with AMX: floats as three signed bytes each, in exact integer products."""
 
 INT8 = r"""
-// Floats as integers of three signed bytes times a scale a token: what float32 holds of a token's largest value.
-struct Digits {
-  static constexpr long COUNT = 3;
-  static constexpr float LIMIT = 8e6f;  // below 127.5 * 2^16
+// Digits of tokens as the right side of products.
+struct DigitTiles {
   long tokens, in, steps;
-  const int8_t* tiles;  // [tokens / SIDE, COUNT, steps, STEP / 4, SIDE, 4]
+  const int8_t* tiles;  // [tokens / SIDE, DIGITS, steps, STEP / 4, SIDE, 4]
   const float* scale;   // [tokens / SIDE * SIDE]; NaN where a token is not finite
 
-  const int8_t* at(long token, long digit) const { return tiles + (token / SIDE * COUNT + digit) * steps * TILE_BYTES; }
+  const int8_t* at(long token, long digit) const {
+    return tiles + (token / SIDE * DIGITS + digit) * steps * TILE_BYTES;
+  }
 
-  static Digits of(const float* x, long tokens, long in, long threads) {
+  static DigitTiles of(const float* x, long tokens, long in, long threads) {
     static thread_local Buffer<int8_t> tile_buffer;
     static thread_local Buffer<float> scale_buffer;
-    const long steps = divide_up(in, STEP), strips = divide_up(tokens, SIDE), bytes = COUNT * steps * TILE_BYTES;
+    const long steps = divide_up(in, STEP), strips = divide_up(tokens, SIDE), bytes = DIGITS * steps * TILE_BYTES;
     int8_t* const tiles = tile_buffer.get(strips * bytes);
     float* const scale = scale_buffer.get(strips * SIDE);
     parallel(strips, tokens * in < (1 << 16) ? 1 : threads, [&](long strip) {
       static thread_local Buffer<int8_t> row_buffer;
-      int8_t* const rows = row_buffer.get(COUNT * SIDE * in);
+      int8_t* const rows = row_buffer.get(DIGITS * SIDE * in);
       const long n = std::min(SIDE, tokens - strip * SIDE);
       for (long t = 0; t < n; t++)
-        scale[strip * SIDE + t] = split(x + (strip * SIDE + t) * in, in, rows + t * in, SIDE * in);
+        scale[strip * SIDE + t] = split_digits(x + (strip * SIDE + t) * in, in, rows + t * in, SIDE * in);
       std::fill(scale + strip * SIDE + n, scale + (strip + 1) * SIDE, 0.0f);
-      for (long digit = 0; digit < COUNT; digit++)
+      for (long digit = 0; digit < DIGITS; digit++)
         turn(rows + digit * SIDE * in, n, in, tiles + strip * bytes + digit * steps * TILE_BYTES);
     });
     return {tokens, in, steps, tiles, scale};
   }
-
- private:
-  // Write the digits of one token, the lowest first, `apart` bytes from each other, and return its scale.
-  static float split(const float* x, long in, int8_t* to, long apart) {
-    __m512 peak = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-    auto lanes = [&](long i) { return (__mmask16)(0xFFFF >> (16 - std::min(16L, in - i))); };
-    for (long i = 0; i < in; i += 16) {
-      const __m512 v = _mm512_maskz_loadu_ps(lanes(i), x + i);
-      peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
-      poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
-    }
-    const float top = _mm512_reduce_max_ps(peak), sick = _mm512_reduce_add_ps(poison);
-    const float factor = LIMIT / top;  // infinite where all is next to nothing
-    const bool finite = sick == 0 && std::isfinite(factor);
-    for (long i = 0; i < in; i += 16) {
-      const __m512 v = finite ? _mm512_maskz_loadu_ps(lanes(i), x + i) : _mm512_setzero_ps();
-      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(finite ? factor : 0.0f)));
-      for (long digit = 0; digit < COUNT; digit++) {
-        _mm_mask_storeu_epi8(to + digit * apart + i, lanes(i), _mm512_cvtepi32_epi8(q));
-        q = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);  // what is left of a signed byte
-      }
-    }
-    return sick != 0 ? std::numeric_limits<float>::quiet_NaN() : top / LIMIT;
-  }
 };
 
 // y [SIDE tokens, stride] = codes of SIDE rows, tiles [steps, SIDE, STEP], times the digits of tokens from m on.
-static inline void multiply_codes(const Digits& x, long m, const int8_t* codes, const float* scale, float* y,
+static inline void multiply_codes(const DigitTiles& x, long m, const int8_t* codes, const float* scale, float* y,
                                   long stride) {
-  alignas(64) int32_t sums[Digits::COUNT][TILE_SUMS];
+  alignas(64) int32_t sums[DIGITS][TILE_SUMS];
   const int8_t *low = x.at(m, 0), *middle = x.at(m, 1), *high = x.at(m, 2);
   asm volatile("" ::: "memory");
   _tile_zero(0);
@@ -93,9 +69,9 @@ static inline void multiply_codes(const Digits& x, long m, const int8_t* codes, 
 static void int8_tiles(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                        long tokens, long out, long in, long threads) {
   constexpr long HEIGHT = 16 * SIDE;
-  const long most = std::max(SIDE, (1L << 20) / (Digits::COUNT * in) / SIDE * SIDE);  // whose digits stay there too
+  const long most = std::max(SIDE, (1L << 20) / (DIGITS * in) / SIDE * SIDE);  // whose digits stay there too
   for (long first = 0; first < tokens; first += most) {
-    const Digits digits = Digits::of(x + first * in, std::min(most, tokens - first), in, threads);
+    const DigitTiles digits = DigitTiles::of(x + first * in, std::min(most, tokens - first), in, threads);
     parallel(divide_up(out, HEIGHT), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
       static thread_local Buffer<int8_t> buffer;
       const long top = job * HEIGHT, rows = std::min(HEIGHT, out - top), strip = digits.steps * TILE_BYTES;

@@ -24,6 +24,16 @@ static inline void add_scaled(float* to, __m512i v, const float* scale) {
 static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {
   __m512i acc = _mm512_setzero_si512();
   long i = 0;
+#ifdef __AVX512VNNI__
+  const __m512i offset = _mm512_set1_epi8((char)128);  // of a, to be unsigned
+  __m512i added = acc;
+  for (; i + 64 <= n; i += 64) {
+    const __m512i line = _mm512_loadu_si512(b + i);
+    acc = _mm512_dpbusd_epi32(acc, _mm512_xor_si512(_mm512_loadu_si512(a + i), offset), line);
+    added = _mm512_dpbusd_epi32(added, offset, line);
+  }
+  acc = _mm512_sub_epi32(acc, added);
+#endif
   for (; i + 32 <= n; i += 32)
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(a + i))),
                                                   _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(b + i)))));

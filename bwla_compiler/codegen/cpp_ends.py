@@ -35,44 +35,68 @@ static inline long piece_of(long rows, long bytes, long tokens, long threads) {
   return std::clamp(rows / (threads * 8), 1L, tokens > 4 ? 64L : std::max(64L, (1L << 20) / std::max(bytes, 1L)));
 }
 
-// Tiles of four tokens, each [padded / LANES, 4, LANES]. As they are, rows of x are often some pages apart, and loads
-// of several wait for each other in the first cache.
-static const float* in_lanes(const float* x, long tokens, long in, long padded) {
-  static thread_local Buffer<float> buffer;
-  float* room = buffer.get(tokens * padded);
-  for (long m = 0; m + 4 <= tokens; m += 4)
-    for (long k = 0; k < in; k += LANES)
-      for (long t = 0; t < 4; t++)
-        std::copy_n(x + (m + t) * in + k, std::min(LANES, in - k), room + m * padded + 4 * k + t * LANES);
-  return room;
-}
+// Tokens for products with rows of codes: tiles of four, each [padded / LANES, 4, LANES]. As they are, rows of x are
+// often some pages apart, and loads of several wait for each other in the first cache.
+class FloatRows {
+  static inline thread_local Buffer<float> buffer;
+  const float* const x;
+  const long in, padded;
+  float* const tiles;
 
-// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], in float32.
-EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
-                             long tokens, long out, long in, long threads) {
-#ifdef TILED
-  if (TILED(tokens)) return int8_tiles(x, codes, scale, bias, y, tokens, out, in, threads);
-#endif
+ public:
+  FloatRows(const float* x, long tokens, long in)
+      : x(x), in(in), padded(divide_up(in, LANES) * LANES), tiles(buffer.get(tokens * padded)) {
+    for (long m = 0; m + 4 <= tokens; m += 4)
+      for (long k = 0; k < in; k += LANES)
+        for (long t = 0; t < 4; t++)
+          std::copy_n(x + (m + t) * in + k, std::min(LANES, in - k), tiles + m * padded + 4 * k + t * LANES);
+  }
+
+  template <int T>
+  static constexpr int HEIGHT = 1;
+
+  // Products out [T] of one row of codes with T tokens from m on.
+  template <int T>
+  void dots(const int8_t* codes, long, long m, float* out) const {
+    ::dots<T>(codes, T == 1 ? x + m * in : tiles + m * padded, in, out);
+  }
+};
+
+template <class Rows>
+static void int8_rows(const Rows& rows, const int8_t* codes, const float* scale, const float* bias, float* y,
+                      long tokens, long out, long in, long threads) {
   const long height = piece_of(out, in, tokens, threads);
-  const long width = divide_up(in, LANES) * LANES;
-  const float* tiles = in_lanes(x, tokens, in, width);
   parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
     const long last = std::min((job + 1) * height, out);
-    auto store = [&](long m, long row, float sum) { y[m * out + row] = sum * scale[row] + (bias ? bias[row] : 0); };
+    auto multiply = [&](auto some, long m) {
+      constexpr int T = decltype(some)::value, HEIGHT = Rows::template HEIGHT<T>;
+      for (long row = job * height; row < last; row += HEIGHT) {
+        const long n = std::min<long>(HEIGHT, last - row);
+        float sums[T * HEIGHT];
+        rows.template dots<T>(codes + row * in, n, m, sums);
+        for (int t = 0; t < T; t++)
+          for (long r = row; r < row + n; r++)
+            y[(m + t) * out + r] = sums[t * HEIGHT + r - row] * scale[r] + (bias ? bias[r] : 0);
+      }
+    };
     long m = 0;
-    for (; m + 4 <= tokens; m += 4)
-      for (long row = job * height; row < last; row++) {
-        float sums[4];
-        dots<4>(codes + row * in, tiles + m * width, in, sums);
-        for (int t = 0; t < 4; t++) store(m + t, row, sums[t]);
-      }
-    for (; m < tokens; m++)
-      for (long row = job * height; row < last; row++) {
-        float sum;
-        dots<1>(codes + row * in, x + m * in, in, &sum);
-        store(m, row, sum);
-      }
+    for (; m + 4 <= tokens; m += 4) multiply(Int<4>{}, m);
+    for (; m < tokens; m++) multiply(Int<1>{}, m);
   });
+}
+
+// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], as exact as float32.
+EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
+                             long tokens, long out, long in, long threads) {
+#ifdef BYTE_PRODUCTS
+  if (in <= DIGIT_COLUMNS) {
+#ifdef TILED
+    if (TILED(tokens)) return int8_tiles(x, codes, scale, bias, y, tokens, out, in, threads);
+#endif
+    return int8_rows(DigitRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
+  }
+#endif
+  int8_rows(FloatRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
 }
 """
 

@@ -269,7 +269,7 @@ ENTRIES = r"""
 // Call f(K{}) with the kernel for so many tokens of codes in [-limit, limit], or of floats where limit is 0.
 // A kernel text that has a SmallKernel says up to which limit it serves; one that has a TileKernel, which tokens.
 template <class F>
-static void with_kernel(int limit, long tokens, const F& f) {
+static void with_kernel(int limit, [[maybe_unused]] long tokens, const F& f) {
   if (!limit) return f(FloatKernel{});
 #ifdef TILED
   if (TILED(tokens)) return f(TileKernel{});

@@ -11,6 +11,7 @@ from bwla_compiler.codegen import (
     cpp_avx2,
     cpp_avx512,
     cpp_cache,
+    cpp_digits,
     cpp_driver,
     cpp_ends,
     cpp_entries,
@@ -41,6 +42,9 @@ def emit(isa: Isa) -> str:
     def with_amx(*texts: str) -> tuple[str, ...]:
         return texts if isa == "amx" else ()
 
+    def with_vbmi(*texts: str) -> tuple[str, ...]:
+        return texts if isa in ("amx", "avx512vbmi") else ()
+
     parts = (
         f"// bwla kernels for {isa}; generated",
         cpp_driver.HEADER,
@@ -57,6 +61,7 @@ def emit(isa: Isa) -> str:
         cpp_prologue.FUNCTIONS,
         cpp_prologue.PROLOGUE,
         cpp_ends.DOTS,
+        *with_vbmi(cpp_digits.SPLIT, cpp_digits.DOTS),
         cpp_entries.LINEAR,
         *with_amx(cpp_amx_linear.PANEL, cpp_amx_ends.INT8),
         cpp_entries.ENTRIES,

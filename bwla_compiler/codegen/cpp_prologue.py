@@ -56,9 +56,10 @@ static inline float sum_of(const float* x, long n, const F& f) {
   constexpr long STEP = 4 * WIDTH;
   Vec acc[4] = {};
   long i = 0;
-  for (; i + STEP <= n; i += STEP)
+  for (; i + STEP <= n; i += STEP) {
     for (int j = 0; j < 4; j++) acc[j] += f(load(x + i + j * WIDTH));
     next_signs.fetch(2);
+  }
   const Vec sums = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   float total = 0;
   for (int j = 0; j < WIDTH; j++) total += sums[j];

@@ -11,7 +11,7 @@ ISAS: tuple[Isa, ...] = ("amx", "avx512vbmi", "avx512", "avx2", "neon", "portabl
 """Every instruction set with an emitter, best first."""
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma")
-_VBMI = (*_AVX512, "avx512vbmi")
+_VBMI = (*_AVX512, "avx512vbmi", "avx512_vnni")
 _AMX = (*_VBMI, "amx_tile", "amx_int8", "amx_bf16")
 
 NEEDS: dict[Isa, frozenset[str]] = {
@@ -24,10 +24,17 @@ NEEDS: dict[Isa, frozenset[str]] = {
 }
 """Processor flags that a kernel of each instruction set executes, named as Linux names them."""
 
+
+def _with(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the compiler's words for flags that Linux spells so."""
+    words = (flag.replace("avx512_", "avx512").replace("_", "-") for flag in flags)
+    return (*(f"-m{word}" for word in words), "-mprefer-vector-width=512")
+
+
 FLAGS: dict[Isa, tuple[str, ...]] = {
-    "amx": (*(f"-m{flag.replace('_', '-')}" for flag in _AMX), "-mprefer-vector-width=512"),
-    "avx512vbmi": (*(f"-m{flag}" for flag in _VBMI), "-mprefer-vector-width=512"),
-    "avx512": (*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512"),
+    "amx": _with(_AMX),
+    "avx512vbmi": _with(_VBMI),
+    "avx512": _with(_AVX512),
     "avx2": ("-mavx2", "-mfma"),
     "neon": ("-march=armv8-a",),
     "portable": (),

@@ -1,6 +1,7 @@
 """Compilation: cache, keys, parallel processes, missing and failing compilers; and the choice of instruction set."""
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ from bwla_compiler.codegen import build as building
 from bwla_compiler.codegen import library
 from bwla_compiler.codegen.build import build, compiler_version
 from bwla_compiler.codegen.cpp_linear import emit
-from bwla_compiler.codegen.isa import ISAS, best_isa, cpu_flags, describe, supported
+from bwla_compiler.codegen.isa import FLAGS, ISAS, Isa, best_isa, cpu_flags, describe, supported
 from bwla_compiler.errors import BuildError
+from bwla_compiler.settings import settings
 
 TINY = 'extern "C" int answer() { return 42; }\n'
 
@@ -37,6 +39,17 @@ def test_builds_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
 def test_source_and_isa_are_in_the_key() -> None:
     paths = {build(TINY, "portable"), build(TINY + "\n", "portable"), build(TINY, "avx2")}
     assert len(paths) == 3
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if set(FLAGS[isa]) <= set(FLAGS["amx"])])
+def test_kernels_compile_without_a_warning(isa: Isa) -> None:
+    """A warning has told of a statement that stood outside of its loop."""
+    if FLAGS[isa] and not supported("avx2"):
+        pytest.skip("another processor's compiler")
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", *FLAGS[isa]]
+    command = [*shlex.split(settings().compiler), *flags, "-x", "c++", "-"]
+    run = subprocess.run(command, input=emit(isa), capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("compiler", ["", "no-such-compiler-anywhere"])

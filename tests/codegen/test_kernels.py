@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwla_compiler.codegen.isa import ISAS
+from bwla_compiler.codegen.isa import ISAS, Isa
 from bwla_compiler.codegen.library import GROUP, LEFT, RIGHT, SIGNS, KernelLibrary, Member
 from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.kronecker import signed_hadamard
@@ -243,7 +243,7 @@ def test_tiles_of_others_on_the_same_thread(library: Library) -> None:
         assert torch.equal(run_linear(library, x, signs, torch.ones(1, 256, 1), 31, threads=1), ours)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (7, 65, 33), (37, 300, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (4, 6, 128), (7, 65, 33), (37, 300, 1000)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool) -> None:
     tokens, out, columns = shape
@@ -261,6 +261,25 @@ def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool
     size = x.abs().double() @ codes.abs().double().T * scale + 1
     # float32 sums of 1000 terms in 16 or 32 lanes
     assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512vbmi"])
+@pytest.mark.parametrize("shape", [(1, 1), (66, 33), (131, 1000)], ids=str)
+def test_int8_linear_gives_a_token_the_same_bits_beside_any_others(isa: Isa, shape: tuple[int, int]) -> None:
+    library, (out, columns) = kernels(isa), shape
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(23, columns, generator=generator) * torch.logspace(-20, 20, 23)[:, None]
+    codes = torch.randint(-128, 128, (out, columns), generator=generator, dtype=torch.int8)
+    scale, bias = torch.rand(out, generator=generator), torch.randn(out, generator=generator)
+
+    def product(x: Tensor) -> Tensor:
+        y, places = torch.empty(len(x), out), (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), bias.data_ptr())
+        library.int8_linear(*places, y.data_ptr(), len(x), out, columns, 2)
+        return y
+
+    alone = torch.cat([product(x[i : i + 1].clone()) for i in range(23)])
+    for tokens in (2, 4, 7, 23):
+        assert torch.equal(product(x[:tokens].clone()), alone[:tokens])
 
 
 @pytest.mark.parametrize("tokens", [4, 19])

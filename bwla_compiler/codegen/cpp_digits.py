@@ -1,0 +1,120 @@
+"""C++ text of the int8 head on AVX-512 with VNNI: floats as three signed bytes each, in exact integer products.
+
+Codes plus 128 are the unsigned side of the products of bytes, so that 64 of them cost four instructions, where floats
+cost twelve; sums begin with what that adds. Sums are exact, and put together as those of tiles (cpp_amx_ends.py) are:
+a token's results are the same bits beside any number of others.
+Source of the instructions: Intel 64 and IA-32 Software Developer's Manual, volume 2 (VPDPBUSD).
+"""
+
+SPLIT = r"""
+// Floats as integers of three signed bytes times a scale a token: what float32 holds of a token's largest value.
+constexpr long DIGITS = 3;
+constexpr float DIGIT_LIMIT = 8e6f;  // below 127.5 * 2^16
+constexpr long DIGIT_COLUMNS = (1L << 17) - 1;  // whose products with codes an int32 can hold; on the way it may wrap
+
+// Write the digits of one token, the lowest first, `apart` bytes from each other, and return its scale: NaN where it is
+// not finite.
+static float split_digits(const float* x, long in, int8_t* to, long apart) {
+  __m512 peak = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+  auto lanes = [&](long i) { return (__mmask16)(0xFFFF >> (16 - std::min(16L, in - i))); };
+  for (long i = 0; i < in; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(lanes(i), x + i);
+    peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
+    poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+  }
+  const float top = _mm512_reduce_max_ps(peak), sick = _mm512_reduce_add_ps(poison);
+  const float factor = DIGIT_LIMIT / top;  // infinite where all is next to nothing
+  const bool finite = sick == 0 && std::isfinite(factor);
+  for (long i = 0; i < in; i += 16) {
+    const __m512 v = finite ? _mm512_maskz_loadu_ps(lanes(i), x + i) : _mm512_setzero_ps();
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(finite ? factor : 0.0f)));
+    for (long digit = 0; digit < DIGITS; digit++) {
+      _mm_mask_storeu_epi8(to + digit * apart + i, lanes(i), _mm512_cvtepi32_epi8(q));
+      q = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);  // what is left of a signed byte
+    }
+  }
+  return sick != 0 ? std::numeric_limits<float>::quiet_NaN() : top / DIGIT_LIMIT;
+}
+"""
+
+DOTS = r"""
+#define BYTE_PRODUCTS
+// Tokens for products with rows of codes: digits [tokens, DIGITS, padded], zeros beyond `in`; begin [tokens, DIGITS,
+// 16], what sums begin with.
+class DigitRows {
+  static constexpr long STEP_CODES = 64;
+  static inline thread_local Buffer<int8_t> digit_buffer;
+  static inline thread_local Buffer<int32_t> begin_buffer;
+  static inline thread_local Buffer<float> scale_buffer;
+  const long in, padded;
+  int8_t* const digits;
+  int32_t* const begin;
+  float* const scale;
+
+ public:
+  DigitRows(const float* x, long tokens, long in)
+      : in(in), padded(divide_up(in, STEP_CODES) * STEP_CODES), digits(digit_buffer.get(tokens * DIGITS * padded)),
+        begin(begin_buffer.get(tokens * DIGITS * 16)), scale(scale_buffer.get(tokens)) {
+    for (long m = 0; m < tokens; m++) {
+      int8_t* const to = digits + m * DIGITS * padded;
+      for (long digit = 0; digit < DIGITS; digit++)
+        std::memset(to + (digit + 1) * padded - STEP_CODES, 0, STEP_CODES);
+      scale[m] = split_digits(x + m * in, in, to, padded);
+      for (long digit = 0; digit < DIGITS; digit++) {
+        __m512i added = _mm512_setzero_si512();
+        for (long k = 0; k < padded; k += STEP_CODES)
+          added = _mm512_dpbusd_epi32(added, _mm512_set1_epi8((char)128), _mm512_load_si512(to + digit * padded + k));
+        _mm512_store_si512(begin + (m * DIGITS + digit) * 16, _mm512_sub_epi32(_mm512_setzero_si512(), added));
+      }
+    }
+  }
+
+  // Rows that are multiplied by T tokens at once: four sums of each digit.
+  template <int T>
+  static constexpr int HEIGHT = 4 / T;
+
+  // Products out [T, HEIGHT] of some rows of codes, one or more, with T tokens from m on.
+  template <int T>
+  void dots(const int8_t* codes, long rows, long m, float* out) const {
+    constexpr int R = HEIGHT<T>;
+    const int8_t* from = digits + m * DIGITS * padded;
+    const int8_t* row[R];
+    __m512i sums[DIGITS][T * R];
+    UNROLL for (int r = 0; r < R; r++) row[r] = codes + std::min<long>(r, rows - 1) * in;
+    UNROLL for (int d = 0; d < DIGITS; d++) UNROLL for (int s = 0; s < T * R; s++)
+      sums[d][s] = _mm512_load_si512(begin + ((m + s / R) * DIGITS + d) * 16);
+    auto add = [&](long k, __mmask64 inside) {
+      __m512i code[R];
+      UNROLL for (int r = 0; r < R; r++)
+        code[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, row[r] + k), _mm512_set1_epi8((char)128));
+      UNROLL for (int d = 0; d < DIGITS; d++) UNROLL for (int t = 0; t < T; t++) {
+        const __m512i digit = _mm512_load_si512(from + (t * DIGITS + d) * padded + k);
+        UNROLL for (int r = 0; r < R; r++)
+          sums[d][t * R + r] = _mm512_dpbusd_epi32(sums[d][t * R + r], code[r], digit);
+      }
+    };
+    long k = 0;
+    for (; k + STEP_CODES <= in; k += STEP_CODES) {
+      UNROLL for (int r = 0; r < R; r++) {
+        _mm_prefetch((const char*)row[r] + k + AHEAD, _MM_HINT_T1);
+        _mm_prefetch((const char*)row[r] + k + SOON, _MM_HINT_T0);
+      }
+      add(k, ~0ULL);
+    }
+    if (k < in) add(k, ~0ULL >> (STEP_CODES - (in - k)));
+    auto digit = [&](int d) { return _mm_cvtepi32_ps(sums_of(sums[d][0], sums[d][1], sums[d][2], sums[d][3])); };
+    const __m128 byte = _mm_set1_ps(256), sum = _mm_fmadd_ps(_mm_fmadd_ps(digit(2), byte, digit(1)), byte, digit(0));
+    _mm_storeu_ps(out, _mm_mul_ps(sum, T == 1 ? _mm_set1_ps(scale[m]) : _mm_loadu_ps(scale + m)));
+  }
+
+ private:
+  // The sums of the lanes of each.
+  static __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
+    a = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    c = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    a = _mm512_add_epi32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
+};
+"""
