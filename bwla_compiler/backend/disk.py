@@ -52,7 +52,7 @@ def _path(key: str) -> Path:
     return settings().cache / "packs" / f"{key}.safetensors"
 
 
-def _write_whole(path: Path, write: Callable[[str], object], *, what: str) -> None:
+def write_whole(path: Path, write: Callable[[str], object], *, what: str) -> None:
     """Have a file written beside `path`, then put in its place; where that fails the run goes on, with a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class Verdict:
 def save_verdict(key: str, verdict: Verdict) -> None:
     """Write a verdict; where that fails the run goes on, with a warning."""
     text = json.dumps({"plan": verdict.plan.to_json(), "reason": verdict.reason})
-    _write_whole(_verdict_path(key), lambda part: Path(part).write_text(text, "utf-8"), what="plans")
+    write_whole(_verdict_path(key), lambda part: Path(part).write_text(text, "utf-8"), what="plans")
 
 
 def load_verdict(key: str) -> Verdict | None:
@@ -106,7 +106,7 @@ def save_pack(key: str, quantized: nn.Module) -> None:
     saved = quantized.state_dict()  # signs in the canonical layout, wherever they are
     named = (*quantized.named_parameters(), *quantized.named_buffers())
     tensors = _apart((name, saved.get(name, tensor)) for name, tensor in named)
-    _write_whole(
+    write_whole(
         _path(key),
         lambda part: safetensors.torch.save_file(tensors, part, metadata={"modules": modules}),
         what="packed weights",

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from bwla_compiler.backend.guards import facts_of_anchors
 from bwla_compiler.backend.prepare import prepare
+from bwla_compiler.backend.vector_isas import recall_isas, remember_isas
 from bwla_compiler.runtime.programs import Program
 
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
@@ -34,7 +35,9 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None) -
     tensors = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     chosen = torch._inductor.list_mode_options(mode) if mode else {}
     patches = {**UNCHECKED, **chosen, **inductor_passes(tuple(tensors), prepared.exact)}
+    recall_isas()
     compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches))
+    remember_isas()
     return Program(prepared.watching(compiled), tensors, facts=facts)
 
 
