@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bwla_compiler.numerics.nibbles import dequantized, group_scales, nibble_codes
 from bwla_compiler.runtime.halves import read_half, register_empty_half, register_half
-from bwla_compiler.runtime.online import OnlineTransform
+from bwla_compiler.runtime.online import TRANSFORM, OnlineTransform
 from bwla_compiler.runtime.typed import register_typed, stand_in
 from bwla_compiler.spec import INT8_ROWS, Coding
 
@@ -275,8 +275,12 @@ def _prepared(head: nn.Module, x: Tensor) -> Tensor:
     """Return what a head's codes are multiplied with: x itself, or transform(x) * column_scale in float32."""
     transform = head._modules.get("transform")
     inner = x if transform is None else transform(x.float())
-    if head._buffers["column_scale"] is None:
+    bits, exponent = head._buffers["column_scale"], head._buffers["column_scale_exponent"]
+    if bits is None:
         return inner
+    if x.device.type == "cpu":  # Inductor's loop would wake a thread of OpenMP, which then waits on the head's core
+        scaled: Tensor = TRANSFORM(inner.float(), bits, None, None, exponent, None, None)
+        return scaled
     column_scale = read_half(head, "column_scale")
     assert column_scale is not None
     return inner.float() * column_scale
