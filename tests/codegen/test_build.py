@@ -44,8 +44,8 @@ def test_source_and_isa_are_in_the_key() -> None:
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if set(FLAGS[isa]) <= set(FLAGS["amx"])])
 def test_kernels_compile_without_a_warning(isa: Isa) -> None:
     """A warning has told of a statement that stood outside of its loop."""
-    if FLAGS[isa] and not supported("avx2"):
-        pytest.skip("another processor's compiler")
+    if compiler_version() is None or (FLAGS[isa] and not supported("avx2")):
+        pytest.skip("no compiler for it")
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", *FLAGS[isa]]
     command = [*shlex.split(settings().compiler), *flags, "-x", "c++", "-"]
     run = subprocess.run(command, input=emit(isa), capture_output=True, text=True, timeout=300)
