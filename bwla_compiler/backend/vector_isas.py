@@ -24,13 +24,7 @@ def recall_isas() -> None:
     from torch._inductor import config, cpu_vec_isa  # imports Inductor
 
     path = _path()
-    if path is None or _found() is not None or not path.is_file():
-        return
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        log.warning("%s is damaged and is made anew: %s", path, error)
-        path.unlink(missing_ok=True)
+    if path is None or _found() is not None or (known := _known(path)) is None:
         return
     with config.patch({"cpp.vec_isa_ok": True}):  # without a trial: all that the processor has
         cpu_vec_isa.valid_vec_isa_list()
@@ -41,7 +35,7 @@ def recall_isas() -> None:
 def remember_isas() -> None:
     """Write down what Inductor found, if it has looked in this process."""
     path, found = _path(), _found()
-    if path is not None and found is not None and not path.is_file():
+    if path is not None and found is not None and _known(path) != found:
         write_whole(path, lambda part: Path(part).write_text(json.dumps(found), "utf-8"), what="vector instructions")
 
 
@@ -51,6 +45,19 @@ def _found() -> list[str] | None:
 
     looked = cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
     return [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] if looked else None
+
+
+def _known(path: Path) -> list[str] | None:
+    """Return what the file says, None where there is none; a damaged one is removed."""
+    if not path.is_file():
+        return None
+    try:
+        known: list[str] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged and is made anew: %s", path, error)
+        path.unlink(missing_ok=True)
+        return None
+    return known
 
 
 def _path() -> Path | None:

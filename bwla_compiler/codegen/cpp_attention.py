@@ -113,14 +113,6 @@ static inline void blend(const float* chances, const Lines<Code>& values, long l
     }
 }
 
-// Call f(Int<K>, first) for tiles of 4 and of 1 of n.
-template <class F>
-static inline void by_four(long n, const F& f) {
-  long i = 0;
-  for (; i + 4 <= n; i += 4) f(Int<4>{}, i);
-  for (; i < n; i++) f(Int<1>{}, i);
-}
-
 // What queries see of a span: the largest score of each, the sum of e^(score - largest), and their values so weighted.
 struct Seen {
   float *peak, *total, *sums;  // [group], [group], [group, size]

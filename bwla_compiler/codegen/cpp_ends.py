@@ -79,9 +79,7 @@ static void int8_rows(const Rows& rows, const int8_t* codes, const float* scale,
             y[(m + t) * out + r] = sums[t * HEIGHT + r - row] * scale[r] + (bias ? bias[r] : 0);
       }
     };
-    long m = 0;
-    for (; m + 4 <= tokens; m += 4) multiply(Int<4>{}, m);
-    for (; m < tokens; m++) multiply(Int<1>{}, m);
+    by_four(tokens, multiply);
   });
 }
 

@@ -7,6 +7,14 @@ static_assert(CHUNK % GROUP_WORDS == 0 && HELD / TILE % GROUP_WORDS == 0, "a ste
 template <int T>
 using Int = std::integral_constant<int, T>;
 
+// Call f(Int<K>, first) for tiles of 4 and of 1 of n.
+template <class F>
+static inline void by_four(long n, const F& f) {
+  long i = 0;
+  for (; i + 4 <= n; i += 4) f(Int<4>{}, i);
+  for (; i < n; i++) f(Int<1>{}, i);
+}
+
 template <class K>
 constexpr bool is_tiled = false;  // whether kernel K multiplies tiles of tokens, and has no tables of sums
 

@@ -49,9 +49,13 @@ def test_what_was_found_is_taken_without_a_trial(monkeypatch: pytest.MonkeyPatch
 
 def test_fewer_than_the_processor_has_are_sought_anew(own_cache: Path) -> None:
     file = remembered(own_cache)
+    before = file.read_text()
     file.write_text(json.dumps(["others"]))
     recall_isas()
     assert not LOOK.cache_info().currsize
+    LOOK()
+    remember_isas()
+    assert file.read_text() == before, "the next process would try again"
 
 
 def test_a_damaged_file_is_removed(own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
