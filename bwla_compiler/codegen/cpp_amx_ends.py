@@ -31,44 +31,66 @@ struct DigitTiles {
   }
 };
 
-// y [SIDE tokens, stride] = codes of SIDE rows, tiles [steps, SIDE, STEP], times the digits of tokens from m on.
-static inline void multiply_codes(const DigitTiles& x, long m, const int8_t* codes, const float* scale, float* y,
-                                  long stride) {
-  alignas(64) int32_t sums[DIGITS][TILE_SUMS];
+// sums [2, DIGITS] tiles = codes of two tiles of rows, `apart` bytes from each other, times the digits of SIDE tokens
+// from m on. Loading a tile takes half as long as multiplying by it where the first cache has it, so each is used for
+// as many products as there are tiles for sums.
+static inline void multiply_codes(const DigitTiles& x, long m, const int8_t* codes, long apart, int32_t* sums) {
   const int8_t *low = x.at(m, 0), *middle = x.at(m, 1), *high = x.at(m, 2);
   asm volatile("" ::: "memory");
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
   for (long at = 0; at < x.steps * TILE_BYTES; at += TILE_BYTES) {
-    _tile_loadd(3, codes + at, STEP);
-    _tile_loadd(4, low + at, STEP);
-    _tile_dpbssd(0, 3, 4);
-    _tile_loadd(5, middle + at, STEP);
-    _tile_dpbssd(1, 3, 5);
-    _tile_loadd(6, high + at, STEP);
-    _tile_dpbssd(2, 3, 6);
+    _tile_loadd(6, codes + at, STEP);
+    _tile_loadd(7, low + at, STEP);
+    _tile_dpbssd(0, 6, 7);
+    _tile_loadd(7, middle + at, STEP);
+    _tile_dpbssd(1, 6, 7);
+    _tile_loadd(7, high + at, STEP);
+    _tile_dpbssd(2, 6, 7);
+    _tile_loadd(6, codes + apart + at, STEP);
+    _tile_dpbssd(5, 6, 7);
+    _tile_loadd(7, middle + at, STEP);
+    _tile_dpbssd(4, 6, 7);
+    _tile_loadd(7, low + at, STEP);
+    _tile_dpbssd(3, 6, 7);
   }
-  _tile_stored(0, sums[0], STEP);
-  _tile_stored(1, sums[1], STEP);
-  _tile_stored(2, sums[2], STEP);
+  _tile_stored(0, sums, STEP);
+  _tile_stored(1, sums + TILE_SUMS, STEP);
+  _tile_stored(2, sums + 2 * TILE_SUMS, STEP);
+  _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
+  _tile_stored(4, sums + 4 * TILE_SUMS, STEP);
+  _tile_stored(5, sums + 5 * TILE_SUMS, STEP);
   asm volatile("" ::: "memory");
-  const __m512 byte = _mm512_set1_ps(256), token = _mm512_loadu_ps(x.scale + m);
+}
+
+// y [tokens, out] = sums of the digits of a tile put together, times the scales of tokens and rows, of which there are
+// `n` and `rows`, plus bias.
+static inline void put_digits(const int32_t* sums, const float* token_scale, const float* scale, const float* bias,
+                              float* y, long n, long rows, long out) {
+  const __mmask16 inside = first_lanes(rows);
+  const __m512 byte = _mm512_set1_ps(256), token = _mm512_loadu_ps(token_scale);
   __m512i lines[SIDE];
   for (long r = 0; r < SIDE; r++) {
-    auto digit = [&](long d) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums[d] + r * SIDE)); };
+    auto digit = [&](long d) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums + d * TILE_SUMS + r * SIDE)); };
     const __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(digit(2), byte, digit(1)), byte, digit(0));
     lines[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_mul_ps(sum, token), _mm512_set1_ps(scale[r])));
   }
   transpose(lines);
-  for (long t = 0; t < SIDE; t++) _mm512_store_si512(y + t * stride, lines[t]);
+  const __m512 added = bias ? _mm512_maskz_loadu_ps(inside, bias) : _mm512_setzero_ps();
+  for (long t = 0; t < std::min(SIDE, n); t++) {
+    const __m512 line = _mm512_castsi512_ps(lines[t]);
+    _mm512_mask_storeu_ps(y + t * out, inside, bias ? _mm512_add_ps(line, added) : line);
+  }
 }
 
-// As `bwla_int8_linear`: some strips of rows at a time, whose codes stay in the second cache and whose results are
-// written together, since each token's lie on other pages.
+// As `bwla_int8_linear`: some strips of rows at a time, whose codes stay in the second cache.
 static void int8_tiles(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                        long tokens, long out, long in, long threads) {
-  constexpr long HEIGHT = 16 * SIDE;
+  constexpr long HEIGHT = 8 * STRIP;
   const long most = std::max(SIDE, (1L << 20) / (DIGITS * in) / SIDE * SIDE);  // whose digits stay there too
   for (long first = 0; first < tokens; first += most) {
     const DigitTiles digits = DigitTiles::of(x + first * in, std::min(most, tokens - first), in, threads);
@@ -76,9 +98,10 @@ static void int8_tiles(const float* x, const int8_t* codes, const float* scale, 
       static thread_local Buffer<int8_t> buffer;
       const long top = job * HEIGHT, rows = std::min(HEIGHT, out - top), strip = digits.steps * TILE_BYTES;
       int8_t* const tiles = buffer.get(HEIGHT / SIDE * strip);
-      alignas(64) float results[SIDE * HEIGHT], factor[HEIGHT] = {};
+      alignas(64) int32_t sums[2][DIGITS * TILE_SUMS];
+      float factor[HEIGHT] = {};
       std::copy_n(scale + top, rows, factor);
-      for (long r = 0; r < divide_up(rows, SIDE) * SIDE; r++)
+      for (long r = 0; r < divide_up(rows, STRIP) * STRIP; r++)
         for (long k = 0; k < in; k += STEP) {
           const __mmask64 inside = r < rows ? ~0ULL >> (STEP - std::min(STEP, in - k)) : 0;
           _mm_prefetch((const char*)codes + (top + r) * in + k + AHEAD, _MM_HINT_T0);
@@ -86,15 +109,15 @@ static void int8_tiles(const float* x, const int8_t* codes, const float* scale, 
                              _mm512_maskz_loadu_epi8(inside, codes + (top + r) * in + k));
         }
       const TileScope scope;
-      for (long m = 0; m < digits.tokens; m += SIDE) {
-        for (long r = 0; r < rows; r += SIDE)
-          multiply_codes(digits, m, tiles + r / SIDE * strip, factor + r, results + r, HEIGHT);
-        for (long t = 0; t < std::min(SIDE, digits.tokens - m); t++) {
-          float* to = y + (first + m + t) * out + top;
-          const float* from = results + t * HEIGHT;
-          for (long r = 0; r < rows; r++) to[r] = bias ? from[r] + bias[top + r] : from[r];
+      for (long m = 0; m < digits.tokens; m += SIDE)
+        for (long r = 0; r < rows; r += STRIP) {
+          multiply_codes(digits, m, tiles + r / SIDE * strip, strip, sums[0]);
+          for (long half = 0; half < 2; half++) {
+            const long row = r + half * SIDE;
+            put_digits(sums[half], digits.scale + m, factor + row, bias ? bias + top + row : nullptr,
+                       y + (first + m) * out + top + row, digits.tokens - m, rows - row, out);
+          }
         }
-      }
     });
   }
 }
