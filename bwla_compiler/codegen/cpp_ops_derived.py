@@ -23,6 +23,13 @@ struct Seen {
         data(t.const_data_ptr()), version(t._version()), type(t.dtype()),
         sizes(t.sizes().begin(), t.sizes().end()), strides(t.strides().begin(), t.strides().end()) {}
 
+  // Have what `holds` looks at fetched: it lies all over memory, and a step's weights have driven it out of the caches.
+  void fetch() const {
+    for (const void* at : {(const void*)impl, (const void*)storage._unsafe_get_target()})
+      for (size_t line = 0; line < (at == impl ? sizeof *impl : sizeof(c10::StorageImpl)); line += 64)
+        __builtin_prefetch((const char*)at + line);
+  }
+
   // Whether the tensor lives, and nobody has edited it.
   bool holds() const {
     return !owner.expired() && impl->version_counter().current_version() == version && impl->data() == data &&

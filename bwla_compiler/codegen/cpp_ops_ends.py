@@ -130,16 +130,21 @@ struct Factors {
   }
 };
 
+// A transform of the last channels, n1 times n2, for factors as the kernels take them.
+Tensor run_transform(const Tensor& x, const void* scale, const void* left, const void* right, long n1, long n2) {
+  const Tensor rows = plain(x);
+  Tensor y = result_of(x, x.size(-1));
+  kernels.transform(rows.const_data_ptr(), scale, left, right, y.mutable_data_ptr(), tokens_of(x), n1, n2,
+                    at::get_num_threads());
+  return typed_like(std::move(y), x);
+}
+
 Tensor transform(const Tensor& x, const Maybe& scale, const Maybe& left, const Maybe& right,
                  const Maybe& scale_exponent, const Maybe& left_exponent, const Maybe& right_exponent) {
   const bool good = is_input(x);
   const Factors f(good ? x.size(-1) : 0, scale, left, right, scale_exponent, left_exponent, right_exponent);
   if (!good || !f.fit)
     return TransformRoute::portable(x, scale, left, right, scale_exponent, left_exponent, right_exponent);
-  const Tensor rows = plain(x);
-  Tensor y = result_of(x, x.size(-1));
-  kernels.transform(rows.const_data_ptr(), address(f.scale), address(f.left), address(f.right), y.mutable_data_ptr(),
-                    tokens_of(x), f.n1, f.n2, at::get_num_threads());
-  return typed_like(std::move(y), x);
+  return run_transform(x, address(f.scale), address(f.left), address(f.right), f.n1, f.n2);
 }
 """

@@ -25,7 +25,8 @@ struct Words {
   }
 };
 
-// A norm or activation function, a transform, and linears, or the first alone; with places of what they read.
+// A norm or activation function, a transform, and linears, or one of the first two alone; with places of what they
+// read.
 struct Step {
   Before before;
   Linears linears;
@@ -90,7 +91,8 @@ struct Step {
       if (place >= 0 && !is_channels(values[place], columns)) return false;
     take(gates, prologue.gate), take(at(gain), prologue.gain), take(at(shift), prologue.shift);
     if (linears.members.empty()) {
-      values.push_back(run_prologue(x, prologue, heads, columns));
+      const auto& [kind, eps, gate, gain, shift, scale, left, right, n1, n2] = prologue;
+      values.push_back(kind ? run_prologue(x, prologue, heads, columns) : run_transform(x, scale, left, right, n1, n2));
       return true;
     }
     c10::SmallVector<Maybe, 4> added(residuals.size());
@@ -162,7 +164,12 @@ struct Routine {
   }
 
   bool is_fresh() const {
-    return epoch == forgotten && std::all_of(weights.begin(), weights.end(), [](const Seen& w) { return w.holds(); });
+    constexpr size_t SOON = 8;
+    for (size_t i = 0; i < weights.size(); i++) {
+      if (i + SOON < weights.size()) weights[i + SOON].fetch();
+      if (!weights[i].holds()) return false;
+    }
+    return epoch == forgotten;
   }
 
   // The results, none where the inputs do not fit.

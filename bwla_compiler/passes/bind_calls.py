@@ -13,6 +13,7 @@ from bwla_compiler.passes.routine_calls import (
     ATTENTION,
     GROUP,
     PROLOGUE,
+    TRANSFORM,
     Call,
     activations,
     caches,
@@ -31,9 +32,10 @@ from bwla_compiler.spec import ROUTINE_RESULTS
 class BindCalls:
     """Make routines of the `bwla.fused_group` on the CPU, where a call costs as much as a small kernel.
 
-    A norm by head of a routine's own result is taken in, and so is attention to a static cache: with it, all blocks of
-    a step are one routine. Works in place on what Inductor is about to lower, whose inputs must be described by
-    AOTAutograd: a weight that is no input of the graph leaves its call as it is.
+    A norm by head of a routine's own result is taken in, and so are transforms, those before a head and behind an
+    embedding too, and attention to a static cache: with it, all blocks of a step are one routine. Works in place on
+    what Inductor is about to lower, whose inputs must be described by AOTAutograd: a weight that is no input of the
+    graph leaves its call as it is.
     """
 
     name: ClassVar[str] = "bind-calls"
@@ -49,11 +51,11 @@ class BindCalls:
             return report
         order, chain = positions(graph), list[Call]()
         for node in list(graph.nodes):
-            if node.target not in (GROUP, PROLOGUE, ATTENTION):
+            if node.target not in (GROUP, PROLOGUE, TRANSFORM, ATTENTION):
                 continue
             if chain and not refusal(node) and _joins(graph, chain, node, order):
                 chain.append(node)
-            elif node.target is GROUP:
+            elif node.target in (GROUP, TRANSFORM):
                 if reason := refusal(node):
                     report.skip(node.name, reason)
                     continue

@@ -19,7 +19,8 @@ from bwla_compiler.spec import FLOAT_BITS
 
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, _ATEN.reshape.default)
-GROUP, PROLOGUE, ATTENTION = OPS.fused_group.default, OPS.prologue.default, OPS.cached_attention.default
+GROUP, PROLOGUE, TRANSFORM = OPS.fused_group.default, OPS.prologue.default, OPS.transform.default
+ATTENTION = OPS.cached_attention.default
 
 # Places among the operands of bwla::fused_group; see routines.Step and routines.Member for their order.
 _GATE, _KIND, _EPS, _GAIN, _SHIFT, _SIGNS, _RESIDUAL, _BITS = 1, 2, 3, 4, 5, 12, 19, 20
@@ -118,12 +119,13 @@ def step_of(call: Call, number: Callable[[Node | None], Place]) -> Step | Attent
         return Attention(a[_SCALE], tuple(_rows(call, number)), tuple(number(_operand(call, i)) for i in _OTHERS))
     gain, shift = (_place(value) or number(value) for value in _gains(call))
     columns = a[0].meta["val"].shape[-1]
-    if call.target is PROLOGUE:
-        _, kind, eps, *_ = a
+    if call.target is not GROUP:
+        kind, eps = a[1:3] if call.target is PROLOGUE else ("none", 0.0)
         (channels,) = _channels(call)
         assert channels is not None
-        x = number(channels.source)
-        return Step(kind, eps, FLOAT_BITS, columns, channels.heads, x, None, gain, shift, (None,) * len(_WEIGHTS), ())
+        x, transform = number(channels.source), tuple(map(_place, _weights(call)))
+        weights = (*transform, *(None,) * (len(_WEIGHTS) - len(transform)))
+        return Step(kind, eps, FLOAT_BITS, columns, channels.heads, x, None, gain, shift, weights, ())
     lists = zip(*(a[i] for i in _MEMBER), a[_RESIDUAL], strict=True)
     members = tuple(
         Member(n_rows(weights[0].meta["val"]), tuple(map(_place, weights)), number(residual))
@@ -151,7 +153,10 @@ def _rows(call: Call, number: Callable[[Node | None], Place]) -> Iterator[Rows]:
 
 
 def _channels(call: Call) -> list[_Channels | None]:
-    """Return what a norm by head, or attention, reads; None for what is no fixed channels of anything."""
+    """Return what a norm by head, a transform or attention reads; None for what is no fixed channels of anything."""
+    if call.target is TRANSFORM:
+        x = call.args[0]
+        return [_Channels(x, 0, 1, x.meta["val"].shape[-1], ())]
     if call.target is PROLOGUE:
         return [_split(call.args[0])]
     return [_heads_of(call.args[i]) for i in _ROWS]
@@ -205,6 +210,8 @@ def _cut(x: Call) -> tuple[Node, int, tuple[Node, ...]] | None:
 
 def _weights(call: Call) -> Iterator[Node | None]:
     """Yield every weight that a call reads, but gain and shift."""
+    if call.target is TRANSFORM:
+        yield from call.args[1:]
     if call.target is GROUP:
         for i in _WEIGHTS:
             yield call.args[i]
@@ -214,6 +221,8 @@ def _weights(call: Call) -> Iterator[Node | None]:
 
 def _gains(call: Call) -> tuple[Node | None, Node | None]:
     """Return gain and shift."""
+    if call.target is TRANSFORM:
+        return None, None
     gain, shift = call.args[3:] if call.target is PROLOGUE else call.args[_GAIN : _SHIFT + 1]
     return gain, shift
 

@@ -40,7 +40,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Step:
-    """One bwla::fused_group; or, without members, one bwla::prologue of `heads` times `columns` channels.
+    """One bwla::fused_group; or, without members, one bwla::prologue of `heads` times `columns` channels, or, of kind
+    "none", one bwla::transform.
 
     x, gate: values, of which it reads channels from `first` on, ALL: the value is as wide. gain, shift: weights, or
     values that the graph computes of them. weights: transform (3), its exponents (3), column scale, its exponent.
@@ -72,9 +73,11 @@ class Step:
             self._channels(get(place), first) for place, first in zip((self.x, self.gate), self.first, strict=True)
         )
         assert x is not None
+        *transform, column_scale, column_exponent = map(get, self.weights)
+        if not self.members and self.kind == "none":
+            return [torch.ops.bwla.transform.default(x, *transform)]
         if not self.members:
             return [torch.ops.bwla.prologue.default(self._by_head(x), self.kind, self.eps, gain, shift)]
-        *transform, column_scale, column_exponent = map(get, self.weights)
         members = [[*map(get, member.weights), get(member.residual)] for member in self.members]
         signs, scale, rank_in, rank_out, rank_scale, bias, exponent, rank_exponent, residual = map(
             list, zip(*members, strict=True)

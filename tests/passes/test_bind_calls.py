@@ -201,6 +201,25 @@ def test_only_a_norm_by_head_is_taken_in(shape: Sequence[int], n_steps: int) -> 
     assert count(backend.graphs[-1], "prologue") == 2 - n_steps
 
 
+def test_transforms_before_and_behind_are_steps() -> None:
+    factor, column_scale = torch.linalg.qr(torch.randn(4, 4))[0], torch.rand(16) + 0.5
+
+    def transform(model: Small, x: Tensor) -> Tensor:
+        y: Tensor = BWLA.transform(
+            model.linear(BWLA.transform(x, None, model.factor, None), 0), model.column, None, None
+        )
+        return y * 2
+
+    def parts(model: Small) -> None:
+        model.register_buffer("factor", factor)
+        model.register_buffer("column", column_scale)
+
+    backend = bind(transform, before=parts)
+    (routine,) = backend.routines()
+    assert [(step.kind, len(step.members)) for step in routine.steps] == [("none", 0), ("rms_norm", 1), ("none", 0)]
+    assert count(backend.graphs[-1], "transform") == 0
+
+
 def test_a_norm_alone_is_no_routine() -> None:
     backend = bind(lambda m, x: BWLA.prologue(x, "rms_norm", 1e-5, m.gain, None))
     assert sizes(backend) == []
