@@ -232,6 +232,18 @@ def test_tokens_beside_it_do_not_change_a_token(library: Library, grouped: bool)
     assert torch.equal(run_linear(library, x, signs, scale, 31)[36:], one)
 
 
+@pytest.mark.parametrize("out", [8192, 8200])
+def test_results_of_more_than_a_cache(library: Library, out: int) -> None:
+    """They may be written past the caches, where rows are whole vectors; each has the bits that it has alone."""
+    generator = torch.Generator().manual_seed(7)
+    x, signs = torch.randn(70, 40, generator=generator), random_signs(1, out, 40, generator)
+    scale, bias = torch.rand(1, out, 1, generator=generator) + 0.5, torch.randn(out, generator=generator)
+    several = run_linear(library, x, signs, scale, 31, bias=bias)
+    for token in (0, 37, 69):
+        alone = run_linear(library, x[token : token + 1], signs, scale, 31, bias=bias)
+        assert torch.equal(several[token], alone[0])
+
+
 def test_tiles_of_others_on_the_same_thread(library: Library) -> None:
     """Products of bfloat16 in torch use the same registers where a processor has tiles, and remember their layout."""
     generator = torch.Generator().manual_seed(8)
@@ -243,7 +255,9 @@ def test_tiles_of_others_on_the_same_thread(library: Library) -> None:
         assert torch.equal(run_linear(library, x, signs, torch.ones(1, 256, 1), 31, threads=1), ours)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 300, 1000), (4, 6, 128), (7, 65, 33), (37, 300, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 300, 1000), (4, 6, 128), (7, 65, 33), (37, 300, 1000), (49, 544, 192)], ids=str
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool) -> None:
     tokens, out, columns = shape
