@@ -138,12 +138,14 @@ def prologues_table(rows: Sequence[Row]) -> str:
         return ""
     columns = [
         Column("linear", left=True), Column("out x in"), Column("threads"), Column("transform and rounding, us"),
-        Column("rounding alone, us"), Column("linear, us"), Column("share"), Column("quartiles"),
+        Column("rounding alone, us"), Column("the same call twice, us"), Column("linear, us"), Column("share"),
+        Column("quartiles"),
     ]  # fmt: skip
     cells: list[list[Cell]] = []
     for row in sorted(found, key=lambda row: row["threads"]):
         name, shape = row["linear"].removeprefix(f"{PROLOGUE} "), f"{row['out']} x {row['in']}"
-        times = [f"{row['us']:.1f}", f"{row['rounding_us']:.1f}", f"{row['linear_us']:.0f}"]
+        control = f"{row['control_us']:+.1f}" if "control_us" in row else "-"
+        times = [f"{row['us']:.1f}", f"{row['rounding_us']:.1f}", control, f"{row['linear_us']:.0f}"]
         quartiles = f"{row['share_low']:.1%}-{row['share_high']:.1%}"
         cells.append([name, shape, str(row["threads"]), *times, f"{row['share']:.1%}", quartiles])
     said = "Medians over rounds; the share is of the linear without them, weights and factors cold, one token."

@@ -1,11 +1,14 @@
 """What a linear waits for at one token, its online transform and rounding, as a share of the linear itself.
 
-Three contenders take turns: fused calls with the transform, calls without it, which round as well, and rounding alone.
-All find weights and factors cold, as in a model, where each layer has its own. Calls go to the kernels themselves, as
-those of a compiled model's routines do, whose operands are bound once.
+Contenders take turns: fused calls with the transform, calls without it, which round as well, the latter once more, and
+rounding alone. All find weights and factors cold, as in a model, where each layer has its own. Their copies lie in
+turn too: of two contenders that do the same, the one whose copies came first was a microsecond slower, as much as a
+transform takes. What the same two differ by is told. Calls go to the kernels themselves, as those of a compiled
+model's routines do, whose operands are bound once.
 """
 
 import ctypes
+import mmap
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +35,9 @@ LIMIT = 2 ** (BITS - 1) - 1
 TOLERANCE = 1e-2
 """Relative. A float that lies between two codes may be rounded to the other one than in float64: of 10^4 codes some."""
 
-ROUNDED_AT_ONCE = 64
-"""Tokens of a call that rounds and does nothing else: what the call costs from Python counts for little."""
+ROUNDED_AT_ONCE, ROUNDINGS = 16, 16
+"""Tokens of a call that rounds and does nothing else, and such calls in a row: what a call costs from Python counts for
+little, and the tokens lie in the caches, as one does that has just been transformed."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,19 @@ def prologue_rows(name: str, threads: int, *, rounds: int) -> list[dict[str, Any
     x = torch.randn(1, served.shape[1], generator=torch.Generator().manual_seed(0))
     linear, transform = random_linear(served.shape, BITS), _transform(served)
 
+    memory = _Memory()
+
     def call(before: OnlineTransform | None) -> _Fused:
-        return _Fused(library, linear, before, x, threads)
+        return _Fused(library, linear, before, x, threads, memory)
 
     check_result(call(transform)(), _reference(linear, transform, x), f"{PROLOGUE} {name}", tolerance=TOLERANCE)
-    n = copies(linear.signs.nbytes)
+    contenders: dict[str, list[Call]] = {"whole": [], "without": [], "again": []}
+    for _ in range(copies(linear.signs.nbytes)):
+        for name_of, calls in contenders.items():
+            calls.append(call(transform if name_of == "whole" else None))
+    contenders["rounding"] = [_rounding(library, x)] * ROUNDINGS
     with pinned(threads):
-        times = interleaved(
-            {
-                "whole": [call(transform) for _ in range(n)],
-                "without": [call(None) for _ in range(n)],
-                "rounding": [_rounding(library, x)],
-            },
-            rounds=rounds,
-        )
+        times = interleaved(contenders, rounds=rounds)
     about = {"linear": f"{PROLOGUE} {name}", "out": served.shape[0], "in": served.shape[1], "tokens": 1}
     return [{**about, "threads": threads, "way": "transform and rounding", **_shares(times)}]
 
@@ -84,15 +87,16 @@ def prologue_rows(name: str, threads: int, *, rounds: int) -> list[dict[str, Any
 def _shares(times: dict[str, Times]) -> dict[str, Any]:
     """Return figures of what precedes the linear, taken round by round."""
     rounding = times["rounding"].over(ROUNDED_AT_ONCE)
-    rows = list(zip(times["whole"].seconds, times["without"].seconds, rounding.seconds, strict=True))
-    before = [whole - without + rounded for whole, without, rounded in rows]
-    linear = [without - rounded for _, without, rounded in rows]
+    rows = list(zip(*(times[way].seconds for way in ("whole", "without", "again")), rounding.seconds, strict=True))
+    before = [whole - (without + again) / 2 + rounded for whole, without, again, rounded in rows]
+    linear = [(without + again) / 2 - rounded for _, without, again, rounded in rows]
     shares = [a / b for a, b in zip(before, linear, strict=True)]
     low, high = quartiles(shares)
     return {
         "us": round(statistics.median(before) * 1e6, 2),
         "rounding_us": round(rounding.median * 1e6, 2),
         "linear_us": round(statistics.median(linear) * 1e6, 1),
+        "control_us": round(statistics.median(again - without for _, without, again, _ in rows) * 1e6, 2),
         "share": round(statistics.median(shares), 4),
         "share_low": round(low, 4),
         "share_high": round(high, 4),
@@ -109,19 +113,48 @@ def _transform(served: Served) -> OnlineTransform:
     return random_transform(*sizes, generator, right="hadamard")
 
 
+class _Memory:
+    """Memory for what calls read, of huge pages where the system has them, as operators keep what they read."""
+
+    BLOCK = 16 << 20
+
+    def __init__(self) -> None:
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def like(self, values: Tensor) -> Tensor:
+        """Return a copy of values from a cache line on."""
+        n_bytes = values.nbytes
+        if self._used + n_bytes > len(self._block):
+            pages = mmap.mmap(-1, max(self.BLOCK, n_bytes))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            self._block, self._used = torch.frombuffer(pages, dtype=torch.uint8), 0
+        copy = self._block[self._used : self._used + n_bytes].view(values.dtype).view(values.shape)
+        self._used += -(-n_bytes // 64) * 64
+        return copy.copy_(values)
+
+
 class _Fused:
     """One linear with what precedes it, of its own memory; a call computes y [1, out] and returns it."""
 
     def __init__(
-        self, library: KernelLibrary, linear: PackedLinear, before: OnlineTransform | None, x: Tensor, threads: int
+        self,
+        library: KernelLibrary,
+        linear: PackedLinear,
+        before: OnlineTransform | None,
+        x: Tensor,
+        threads: int,
+        memory: "_Memory",
     ) -> None:
         (columns, out), y = (linear.in_features, linear.out_features), torch.empty(1, linear.out_features)
         signs = torch.empty(library.packed_bytes(1, out, columns), dtype=torch.uint8)
         library.pack(linear.signs.data_ptr(), signs.data_ptr(), 1, out, columns, 1)
         scale = read_half(linear, "row_scale")
         assert scale is not None
+        signs, scale = memory.like(signs), memory.like(scale)
         member = Member(signs.data_ptr(), scale.data_ptr(), 0, 0, 0, 0, y.data_ptr(), out, 1, 1, 0, 0)
-        factors = () if before is None else _packed_factors(library, before)
+        packed = () if before is None else _packed_factors(library, before)
+        factors = [None if factor is None else memory.like(factor) for factor in packed]
         prologue = Prologue()
         if before is not None:
             places = (0 if factor is None else factor.data_ptr() for factor in factors)

@@ -194,7 +194,7 @@ def test_ceilings_are_positive_and_a_transform_is_checked(monkeypatch: pytest.Mo
 
 def test_what_a_linear_waits_for_is_a_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {
-        "whole": Times((13.0, 15.0)), "without": Times((11.0, 12.0)),
+        "whole": Times((13.0, 15.0)), "without": Times((10.5, 11.0)), "again": Times((11.5, 13.0)),
         "rounding": Times((1.0 * prologues.ROUNDED_AT_ONCE, 2.0 * prologues.ROUNDED_AT_ONCE)),
     }  # fmt: skip
     found = prologues._shares(times)
@@ -203,6 +203,7 @@ def test_what_a_linear_waits_for_is_a_share_of_it(monkeypatch: pytest.MonkeyPatc
         1.5e6,
         10e6,
     )  # of 3 and 5, 1 and 2, 10 and 10
+    assert found["control_us"] == 1.5e6
     assert (found["share"], found["share_low"], found["share_high"]) == (0.4, 0.35, 0.45)
 
 
