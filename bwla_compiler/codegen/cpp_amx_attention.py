@@ -1,15 +1,17 @@
-"""C++ text of attention of many tokens on processors with AMX: both products by tiles of bfloat16 parts, as exact as
-float32, and of keys that no token of a strip sees, none (online softmax: Milakov and Gimelshein, 2018).
+"""C++ text of attention of many tokens on processors with AMX: both products by tiles of digits, as exact as float32,
+and of keys that no token of a strip sees, none (online softmax: Milakov and Gimelshein, 2018).
 
-Results do not depend on how many hidden keys follow those that are seen, nor on whether a mask hides them or causality.
+Results do not depend on how many hidden keys follow those that are seen, nor on whether a mask hides them or causality:
+values have a scale a key, by which chances are multiplied, and those of hidden keys are zero.
 """
 
 TILED = r"""
 // Rows are the queries of one head of keys: token by token, of each its group.
 class TiledAttention {
-  static inline thread_local Buffer<Half> query_buffer, key_buffer, value_buffer, chance_buffer;
+  static inline thread_local Buffer<int8_t> query_buffer, key_buffer, value_buffer, chance_buffer;
   static inline thread_local Buffer<float> float_buffer;
   static constexpr long HEIGHT = 512, STRIPS = HEIGHT / STRIP;  // rows of a job: keys are split once for all of them
+  static constexpr long AHEAD_ROWS = 8;                         // rows of other tokens lie far apart
 
   struct Range {  // of keys
     long first, end;
@@ -18,31 +20,35 @@ class TiledAttention {
 
   const Attention& a;
   const long b, head, top, rows, padded;  // padded: floats of a row of sums
-  const Parts queries, keys, values;
-  float *peak, *total, *sums, *scores;
+  const Digits queries, keys, values, chances;
+  float *peak, *total, *sums, *scores;  // sums of a strip: none before it has seen a key
+  float query_scale[HEIGHT], key_scale[SPAN_KEYS], value_scale[SPAN_KEYS];
 
   TiledAttention(const Attention& a, long b, long head, long top, long rows)
-      : a(a), b(b), head(head), top(top), rows(rows), padded(divide_up(a.size, STRIP) * STRIP),
-        queries(Parts::room(query_buffer, PARTS, rows, a.size)),
-        keys(Parts::room(key_buffer, PARTS, SPAN_KEYS, a.size)),
-        values(Parts::room(value_buffer, PARTS, a.size, SPAN_KEYS)) {
+      : a(a), b(b), head(head), top(top), rows(rows), padded(divide_up(a.size, SIDE) * SIDE),
+        queries(Digits::of(query_buffer, rows, a.size)), keys(Digits::of(key_buffer, SPAN_KEYS, a.size)),
+        values(Digits::of(value_buffer, a.size, SPAN_KEYS)), chances(Digits::of(chance_buffer, STRIP, SPAN_KEYS)) {
     peak = float_buffer.get((2 + padded) * HEIGHT + std::max(STRIP * SPAN_KEYS, a.size));
     total = peak + HEIGHT, sums = total + HEIGHT, scores = sums + padded * HEIGHT;
     std::fill(peak, peak + HEIGHT, HIDDEN);
-    std::fill(total, total + (1 + padded) * HEIGHT, 0.0f);
+    std::fill(total, total + HEIGHT, 0.0f);
   }
 
   long token(long row) const { return (top + row) / a.group; }
   long query(long row) const { return head * a.group + (top + row) % a.group; }
+  const float* query_at(long row) const {
+    return a.queries + b * a.query_batch + query(row) * a.query_head + token(row) * a.query_token;
+  }
 
   void split_queries() {
     float* const scaled = scores;
     const float scale = a.scale;
-    for (long row = 0; row < queries.whole(); row++) {
+    for (long row = 0; row < divide_up(rows, STRIP) * STRIP; row++) {
       const long n = row < rows ? a.size : 0;
-      const float* from = a.queries + b * a.query_batch + query(row) * a.query_head + token(row) * a.query_token;
+      const float *from = query_at(row), *soon = query_at(row + AHEAD_ROWS);
       for (long i = 0; i < n; i++) scaled[i] = from[i] * scale;
-      queries.put_row<PARTS>(row, scaled, n);
+      for (long i = 0; row + AHEAD_ROWS < rows && i < n; i += SIDE) __builtin_prefetch(soon + i);
+      query_scale[row] = queries.put_row(row, scaled, n);
     }
   }
 
@@ -57,40 +63,35 @@ class TiledAttention {
     if (a.causal) return {first, std::min(end, token(last - 1) + 1)};
     if (!a.mask) return {first, end};
     Range range{end, first};
-    for (; row < last; row += a.mask_head ? 1 : a.group - (top + row) % a.group) {
+    // The last rows see most as a rule, and only what others see beyond them is looked for.
+    for (long r = last - 1; r >= row; r -= a.mask_head ? 1 : (top + r) % a.group + 1) {
       long low = first, high = end;
       if (a.mask_bytes == 1) {
-        const auto* bytes = (const uint8_t*)mask(row, 0);
+        const auto* bytes = (const uint8_t*)mask(r, 0);
         const auto* one = (const uint8_t*)std::memchr(bytes + first, 1, end - first);
         if (!one) continue;
         low = one - bytes;
-        while (!bytes[high - 1]) high--;
+        while (high > range.end && !bytes[high - 1]) high--;
       } else {
-        const auto* added = (const float*)mask(row, 0);
+        const auto* added = (const float*)mask(r, 0);
         while (low < end && added[low] == HIDDEN) low++;
-        while (high > low && added[high - 1] == HIDDEN) high--;
         if (low == end) continue;
+        while (high > range.end && added[high - 1] == HIDDEN) high--;
       }
-      range = {std::min(range.first, low), std::max(range.end, high)};
+      range = {std::min(range.first, low), high};
     }
     return range;
   }
 
-  // Split the keys and values of a range that begins at `begin`, by whole steps.
-  void split_keys(long begin, Range range) const {
+  // Split the keys and values of a range of the span that begins at `begin`, by whole steps.
+  void split_keys(long begin, Range range) {
     const Lines<float> key(a.keys, b, head, begin), value(a.values, b, head, begin);
-    const long first = (range.first - begin) / STRIP * STRIP, end = range.end - begin;
-    const long whole = divide_up(end, STRIP) * STRIP;  // zeros beyond the end: what lay there may be no number
+    const long first = (range.first - begin) / STEP * STEP, end = range.end - begin;
+    const long whole = divide_up(end, STEP) * STEP;  // zeros beyond the end: what lay there may be no number
     for (long l = first; l < whole; l += SIDE)
-      for (long step = 0; step < keys.steps; step++)
-        keys.put_columns(l, step, key.line(l) + step * WIDE, key.stride, end - l, a.size - step * WIDE);
-    for (long l = first; l < whole; l += l % WIDE == SIDE - 1 ? SIDE + 1 : 1)
-      for (long i = 0; i < values.whole(); i += SIDE) {
-        auto line = [&](long l) {
-          return l < end ? _mm512_maskz_loadu_ps(first_lanes(a.size - i), value.line(l) + i) : _mm512_setzero_ps();
-        };
-        values.put<PARTS>(values.lines(i, l), line(l), line(l + SIDE));
-      }
+      keys.put_columns(l, key.line(std::min(l, end)), key.stride, end - l, a.size, key_scale + l);
+    for (long l = first; l < whole; l += 4)
+      values.put_lines(l, value.line(std::min(l, end)), value.stride, end - l, a.size, value_scale + l);
   }
 
   // Hide scores [n] of the keys from `first` on that a row does not see, those from `end` on among them.
@@ -119,51 +120,63 @@ class TiledAttention {
     total[row] += sum;
   }
 
-  // Put four tiles of sums to or on rows `apart` floats from each other.
-  template <bool ADDED>
-  static void put_tiles(const float* tiles, float* to, long apart) {
-    for (long r = 0; r < STRIP; r++, to += apart)
-      for (long half = 0; half < 2; half++) {
-        __m512 line = _mm512_load_ps(tiles + (r / SIDE * 2 + half) * TILE_SUMS + r % SIDE * SIDE);
-        if (ADDED) line = _mm512_add_ps(line, _mm512_loadu_ps(to + half * SIDE));
-        _mm512_storeu_ps(to + half * SIDE, line);
-      }
+  // Chances [n] times the scales of values from `first` on; 0 for hidden keys, whose values may be no numbers.
+  void weigh_values(float* chance, long first, long n) const {
+    for (long l = 0; l < n; l += SIDE) {
+      const __m512 v = _mm512_loadu_ps(chance + l), of = _mm512_loadu_ps(value_scale + first + l);
+      const __mmask16 seen = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      _mm512_storeu_ps(chance + l, _mm512_maskz_mul_ps(seen, v, of));
+    }
   }
 
-  // A strip of rows from `row` on, and the keys that it sees of the span that begins at `begin`.
-  void see_strip(long row, long begin, Range range) {
-    const long first = (range.first - begin) / STRIP * STRIP, n = divide_up(range.end - begin - first, STRIP) * STRIP;
-    alignas(64) float tiles[4 * TILE_SUMS];
-    for (long l = 0; l < n; l += STRIP) {
-      multiply_parts(queries, keys, {row, first + l, 2}, tiles);
-      put_tiles<false>(tiles, scores + l, SPAN_KEYS);
+  // A strip of rows from `row` on, and the keys that it sees of the span that begins at `begin`; is_first: it has seen
+  // none before.
+  void see_strip(long row, long begin, Range range, bool is_first) {
+    const long first = (range.first - begin) / STEP * STEP, n = divide_up(range.end - begin - first, STEP) * STEP;
+    DigitSums products;
+    float chance_scale[STRIP];
+    for (long l = 0; l < n; l += SIDE) {
+      products.multiply(queries, row, keys, first + l, queries.steps, 0);
+      const __m512 of = _mm512_loadu_ps(key_scale + first + l);
+      for (long r = 0; r < STRIP; r++) {
+        const __m512 scale = _mm512_mul_ps(of, _mm512_set1_ps(query_scale[row + r]));
+        _mm512_storeu_ps(scores + r * SPAN_KEYS + l, _mm512_mul_ps(products.row(r), scale));
+      }
     }
-    const Parts chances = Parts::room(chance_buffer, PARTS, STRIP, n);
     for (long r = 0; r < STRIP; r++) {
       float* score = scores + r * SPAN_KEYS;
       if (row + r < rows) {
         hide(row + r, begin + first, range.end, score, n);
         soften_row(row + r, score, n);
+        weigh_values(score, first, n);
       }
-      chances.put_row<PARTS>(r, score, row + r < rows ? n : 0);
+      chance_scale[r] = chances.put_row(r, score, row + r < rows ? n : 0);
     }
-    for (long i = 0; i < padded; i += STRIP) {
-      multiply_parts(chances, values, {0, i, 2}, tiles, first / WIDE);
-      put_tiles<true>(tiles, sums + row * padded + i, padded);
+    for (long i = 0; i < padded; i += SIDE) {
+      products.multiply(chances, 0, values, i, n / STEP, first / STEP);
+      for (long r = 0; r < STRIP; r++) {
+        float* const to = sums + (row + r) * padded + i;
+        const __m512 sum = _mm512_mul_ps(products.row(r), _mm512_set1_ps(chance_scale[r]));
+        _mm512_storeu_ps(to, is_first ? sum : _mm512_add_ps(_mm512_loadu_ps(to), sum));
+      }
     }
   }
 
   void write() const {
     for (long row = 0; row < rows; row++) {
-      const float factor = total[row] == 0 ? 0.0f : 1.0f / total[row];
+      const float factor = 1.0f / total[row];
       float* y = a.y + ((b * a.tokens + token(row)) * a.heads * a.group + query(row)) * a.size;
-      for (long i = 0; i < a.size; i++) y[i] = sums[row * padded + i] * factor;
+      if (total[row] == 0)
+        std::fill(y, y + a.size, 0.0f);
+      else
+        for (long i = 0; i < a.size; i++) y[i] = sums[row * padded + i] * factor;
     }
   }
 
   void run() {
     const TileScope scope;
     split_queries();
+    bool has_seen[STRIPS] = {};
     for (long begin = 0; begin < a.length; begin += SPAN_KEYS) {
       const long end = std::min(a.length, begin + SPAN_KEYS);
       Range strips[STRIPS], all{end, begin};
@@ -173,8 +186,10 @@ class TiledAttention {
       }
       if (all.empty()) continue;
       split_keys(begin, all);
-      for (long row = 0; row < rows; row += STRIP)
-        if (!strips[row / STRIP].empty()) see_strip(row, begin, strips[row / STRIP]);
+      for (long row = 0; row < rows; row += STRIP) {
+        const Range range = strips[row / STRIP];
+        if (!range.empty()) see_strip(row, begin, range, !std::exchange(has_seen[row / STRIP], true));
+      }
     }
     write();
   }

@@ -22,7 +22,9 @@ struct DigitTiles {
       int8_t* const rows = row_buffer.get(DIGITS * SIDE * in);
       const long n = std::min(SIDE, tokens - strip * SIDE);
       for (long t = 0; t < n; t++)
-        scale[strip * SIDE + t] = split_digits(x + (strip * SIDE + t) * in, in, rows + t * in, SIDE * in);
+        scale[strip * SIDE + t] = split_digits(x + (strip * SIDE + t) * in, in, in, [&](long digit, long i) {
+          return rows + (digit * SIDE + t) * in + i;
+        });
       std::fill(scale + strip * SIDE + n, scale + (strip + 1) * SIDE, 0.0f);
       for (long digit = 0; digit < DIGITS; digit++)
         turn(rows + digit * SIDE * in, n, in, tiles + strip * bytes + digit * steps * TILE_BYTES);

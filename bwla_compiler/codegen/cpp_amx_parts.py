@@ -56,24 +56,6 @@ struct Parts {
       _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xD8));
     }
   }
-
-  // Columns n to n + SIDE of a step of the right side: as many rows of values, `stride` apart, of which `inside` are
-  // there, with `depth` values from this step on.
-  void put_columns(long n, long step, const float* values, long stride, long inside, long depth) const {
-    Half* to = at(0, n, step);
-    for (long r = 0; r < SIDE; r++) {
-      const long k = r < inside ? depth : 0;
-      const float* row = values + (k ? r * stride : 0);
-      put<PARTS>(to + r * WIDE, _mm512_maskz_loadu_ps(first_lanes(k), row),
-                 _mm512_maskz_loadu_ps(first_lanes(k - SIDE), row + SIDE));
-    }
-    for (long part = 0; part < PARTS; part++, to += apart()) {
-      __m512i lines[SIDE];
-      for (long r = 0; r < SIDE; r++) lines[r] = _mm512_load_si512(to + r * WIDE);
-      transpose(lines);
-      for (long r = 0; r < SIDE; r++) _mm512_store_si512(to + r * WIDE, lines[r]);
-    }
-  }
 };
 
 // Four tiles of a product: of two tiles of rows and two of columns, one after the other, or of one of rows and four (or
@@ -95,10 +77,8 @@ static inline void store_tiles(float* sums) {
   _tile_stored(3, sums + 3 * TILE_SUMS, STEP);
 }
 
-// sums = a block of left times right, from step `from` of this on, four tiles; the smallest products are added first,
-// those beyond are left out.
-static inline void multiply_parts(const Parts& left, const Parts& right, const Block& block, float* sums,
-                                  long from = 0) {
+// sums = a block of left times right, four tiles; the smallest products are added first, those beyond are left out.
+static inline void multiply_parts(const Parts& left, const Parts& right, const Block& block, float* sums) {
   const long below = left.steps * SIDE * WIDE, next = right.steps * SIDE * WIDE;
   const long columns = right.tiles - block.column / SIDE;
   asm volatile("" ::: "memory");
@@ -109,7 +89,7 @@ static inline void multiply_parts(const Parts& left, const Parts& right, const B
   for (long order = std::max(left.parts, right.parts) - 1; order >= 0; order--)
     for (long part = std::max(0L, order - right.parts + 1); part <= std::min(order, left.parts - 1); part++)
       for (long s = 0; s < left.steps; s++) {
-        const Half *a = left.at(part, block.row, s), *b = right.at(order - part, block.column, from + s);
+        const Half *a = left.at(part, block.row, s), *b = right.at(order - part, block.column, s);
         _tile_loadd(4, a, STEP);
         _tile_loadd(6, b, STEP);
         _tile_dpbf16ps(0, 4, 6);

@@ -118,6 +118,17 @@ struct Seen {
   float *peak, *total, *sums;  // [group], [group], [group, size]
 };
 
+// The largest lane, of lanes that are numbers.
+template <int D = 1>
+static inline float largest_lane(Vec v) {
+  const Vec other = changed<D>(v, std::make_index_sequence<WIDTH>{});
+  v = v > other ? v : other;
+  if constexpr (2 * D < WIDTH)
+    return largest_lane<2 * D>(v);
+  else
+    return v[0];
+}
+
 // The largest of n scores, whole vectors of them; HIDDEN where all are hidden, or no numbers.
 static inline float largest(const float* scores, long n) {
   Vec top = spread(HIDDEN);
@@ -125,9 +136,7 @@ static inline float largest(const float* scores, long n) {
     const Vec v = load(scores + l);
     top = v > top ? v : top;
   }
-  float peak = HIDDEN;
-  for (long l = 0; l < WIDTH; l++) peak = std::max(peak, top[l]);
-  return peak;
+  return largest_lane(top);
 }
 
 // Scores become e^(score - peak), whose sum is returned.

@@ -12,26 +12,52 @@ constexpr long DIGITS = 3;
 constexpr float DIGIT_LIMIT = 8e6f;  // below 127.5 * 2^16
 constexpr long DIGIT_COLUMNS = (1L << 17) - 1;  // whose products with codes an int32 can hold; on the way it may wrap
 
-// Write the digits of one token, the lowest first, `apart` bytes from each other, and return its scale: NaN where it is
-// not finite.
-static float split_digits(const float* x, long in, int8_t* to, long apart) {
+static inline __mmask16 first_floats(long n) { return n >= 16 ? 0xFFFF : n > 0 ? 0xFFFF >> (16 - n) : 0; }
+
+// Digits of four vectors of integers: with 128 added to all of them they are the bytes, of which 128 is taken again.
+static inline void to_digits(const __m512i (&q)[4], __m512i (&digits)[DIGITS]) {
+  struct Places {
+    alignas(64) uint8_t of[2][64];  // the two lower bytes of the integers of two vectors; the highest, twice
+    constexpr Places() : of() {
+      for (int i = 0; i < 64; i++) of[0][i] = (uint8_t)(i % 32 * 4 + i / 32), of[1][i] = (uint8_t)(i % 32 * 4 + 2);
+    }
+  };
+  static constexpr Places places;
+  const __m512i lower = _mm512_load_si512(places.of[0]), highest = _mm512_load_si512(places.of[1]);
+  const __m512i halves = _mm512_set1_epi32(0x808080);
+  __m512i bytes[4];
+  UNROLL for (int v = 0; v < 4; v++) bytes[v] = _mm512_xor_si512(_mm512_add_epi32(q[v], halves), halves);
+  const __m512i first = _mm512_permutex2var_epi8(bytes[0], lower, bytes[1]);
+  const __m512i second = _mm512_permutex2var_epi8(bytes[2], lower, bytes[3]);
+  digits[0] = _mm512_shuffle_i64x2(first, second, 0x44), digits[1] = _mm512_shuffle_i64x2(first, second, 0xEE);
+  digits[2] = _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(bytes[0], highest, bytes[1]),
+                                      _mm512_permutex2var_epi8(bytes[2], highest, bytes[3]));
+}
+
+// Write the digits of n values, and zeros up to `whole`, 64 at a time to to(digit, i), the lowest digit first, and
+// return their scale: NaN where they are not finite.
+template <class To>
+static inline float split_digits(const float* x, long n, long whole, const To& to) {
+  constexpr long STEP = 64;
   __m512 peak = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-  auto lanes = [&](long i) { return (__mmask16)(0xFFFF >> (16 - std::min(16L, in - i))); };
-  for (long i = 0; i < in; i += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(lanes(i), x + i);
+  for (long i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(first_floats(n - i), x + i);
     peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
     poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
   }
   const float top = _mm512_reduce_max_ps(peak), sick = _mm512_reduce_add_ps(poison);
   const float factor = DIGIT_LIMIT / top;  // infinite where all is next to nothing
-  const bool finite = sick == 0 && std::isfinite(factor);
-  for (long i = 0; i < in; i += 16) {
-    const __m512 v = finite ? _mm512_maskz_loadu_ps(lanes(i), x + i) : _mm512_setzero_ps();
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(finite ? factor : 0.0f)));
-    for (long digit = 0; digit < DIGITS; digit++) {
-      _mm_mask_storeu_epi8(to + digit * apart + i, lanes(i), _mm512_cvtepi32_epi8(q));
-      q = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);  // what is left of a signed byte
+  const long finite = sick == 0 && std::isfinite(factor) ? n : 0;
+  const __m512 factors = _mm512_set1_ps(finite ? factor : 0.0f);
+  for (long i = 0; i < whole; i += STEP) {
+    __m512i q[4], digits[DIGITS];
+    UNROLL for (long v = 0; v < 4; v++) {
+      const long k = i + 16 * v;
+      q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_floats(finite - k), x + k), factors));
     }
+    to_digits(q, digits);
+    const __mmask64 inside = ~0ULL >> (STEP - std::min(STEP, whole - i));
+    for (long digit = 0; digit < DIGITS; digit++) _mm512_mask_storeu_epi8(to(digit, i), inside, digits[digit]);
   }
   return sick != 0 ? std::numeric_limits<float>::quiet_NaN() : top / DIGIT_LIMIT;
 }
@@ -59,7 +85,7 @@ class DigitRows {
       int8_t* const to = digits + m * DIGITS * padded;
       for (long digit = 0; digit < DIGITS; digit++)
         std::memset(to + (digit + 1) * padded - STEP_CODES, 0, STEP_CODES);
-      scale[m] = split_digits(x + m * in, in, to, padded);
+      scale[m] = split_digits(x + m * in, in, in, [&](long digit, long i) { return to + digit * padded + i; });
       for (long digit = 0; digit < DIGITS; digit++) {
         __m512i added = _mm512_setzero_si512();
         for (long k = 0; k < padded; k += STEP_CODES)

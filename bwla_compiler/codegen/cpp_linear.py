@@ -3,6 +3,7 @@
 from bwla_compiler.codegen import (
     cpp_amx,
     cpp_amx_attention,
+    cpp_amx_digits,
     cpp_amx_ends,
     cpp_amx_linear,
     cpp_amx_parts,
@@ -69,7 +70,7 @@ def emit(isa: Isa) -> str:
         cpp_ends.EMBEDDING,
         cpp_int4.INT4,
         cpp_attention.STEP,
-        *with_amx(cpp_amx_attention.TILED),
+        *with_amx(cpp_amx_digits.DIGITS, cpp_amx_attention.TILED),
         cpp_attention.ENTRY,
         cpp_cache.ROWS,
     )

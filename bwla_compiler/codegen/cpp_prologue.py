@@ -13,11 +13,12 @@ typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 static inline Vec exponential(Vec x) {
   x = x < -87.0f ? spread(-87.0f) : x;
   x = x > 88.0f ? spread(88.0f) : x;
-  const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits hold the nearest integer
+  const Vec shifted = multiply_add(x, 1.44269504f, spread(12582912.0f));  // 1.5 * 2^23: low bits hold the next integer
   const Vec k = shifted - 12582912.0f;
-  const Vec r = (x - k * 0.693359375f) - k * -2.12194440e-4f;  // ln 2 in two parts, the first with few bits
-  Vec p = r * (1.0f / 5040) + 1.0f / 720;
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  // ln 2 in two parts, the first with few bits
+  const Vec r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
+  Vec p = multiply_add(r, 1.0f / 5040, spread(1.0f / 720));
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = multiply_add(p, r, spread(c));
   return p * (Vec)(((IntVec)shifted + 127) << 23);
 }
 

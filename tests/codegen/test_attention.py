@@ -99,6 +99,19 @@ def test_many_tokens(library: Library, tokens: int, hidden: str) -> None:
     check(attended(library, query, key, value, given, causal=causal), query, key, value, given, causal=causal)
 
 
+@pytest.mark.parametrize("hidden", ["bytes", "causal"])
+@pytest.mark.parametrize("later", [1e6, torch.nan])
+def test_later_keys_do_not_change_a_bit(library: Library, hidden: str, later: float) -> None:
+    if not library.attends(90):
+        pytest.skip(f"{library.isa} leaves many tokens to torch")
+    query, key, value, _ = operands((1, 2, 3, 90, 40), 90)
+    mask = torch.ones(1, 1, 90, 90, dtype=torch.bool).tril() if hidden == "bytes" else None
+    before = attended(library, query, key, value, mask, causal=mask is None)
+    key[:, :, 70:], value[:, :, 70:] = later, later
+    after = attended(library, query, key, value, mask, causal=mask is None)
+    assert torch.equal(after[:, :, :70], before[:, :, :70])
+
+
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("shape", [(1, 3, 2, 6), (2, 1, 5, 34), (2, 70, 8, 128), (1, 1, 1, 2)], ids=str)
