@@ -129,6 +129,10 @@ class BlockSums {
     const long row = block * ROWS, rows = std::min(ROWS, member.out - row);
     if (member.rank) pair.take(block);
     for (long m = 0; m < tokens; m += STRIP) {
+      // Found while the pair is multiplied: rows of other tokens lie on other pages.
+      for (long t = m; member.residual && t < std::min(m + STRIP, tokens); t++)
+        for (long r = 0; r < rows; r += SIDE)
+          __builtin_prefetch(member.residual + (wave.first + t) * member.out + row + r, 0, 2);
       for (long r = 0; member.rank && r < rows; r += STRIP) pair.multiply(m, r, side + at(0, r));
       if (scaled)
         write_strip(m, row, rows, [&](long at, long) { return _mm512_load_ps(floats + at); });
