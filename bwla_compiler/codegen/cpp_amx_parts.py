@@ -9,7 +9,6 @@ constexpr long PARTS = 3, WIDE = 32;  // WIDE: of a row of a tile
 // One side of a product. Left: [n, depth] as tiles [parts, n / SIDE, steps, SIDE, SIDE, 2]; right: [depth, n] as tiles
 // [parts, n / SIDE, steps, SIDE, SIDE, 2]. Zeros beyond. Of a step of WIDE, k and k + SIDE are neighbours: so two
 // registers of floats become one without a permutation.
-static inline __mmask16 first_lanes(long n) { return n >= SIDE ? 0xFFFF : n > 0 ? 0xFFFF >> (SIDE - n) : 0; }
 struct Parts {
   long parts, tiles, steps;
   Half* data;

@@ -10,6 +10,9 @@ COMMON = r"""
 #include <immintrin.h>
 #define UNROLL _Pragma("GCC unroll 8")
 
+// Of a vector of floats the first n lanes; all where there are more, none below one.
+static inline __mmask16 first_lanes(long n) { return n >= 16 ? 0xFFFF : n > 0 ? 0xFFFF >> (16 - n) : 0; }
+
 static inline void add(int32_t* to, __m512i v) {
   _mm512_storeu_si512(to, _mm512_add_epi32(v, _mm512_loadu_si512(to)));
 }

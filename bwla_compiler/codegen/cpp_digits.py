@@ -12,8 +12,6 @@ constexpr long DIGITS = 3;
 constexpr float DIGIT_LIMIT = 8e6f;  // below 127.5 * 2^16
 constexpr long DIGIT_COLUMNS = (1L << 17) - 1;  // whose products with codes an int32 can hold; on the way it may wrap
 
-static inline __mmask16 first_floats(long n) { return n >= 16 ? 0xFFFF : n > 0 ? 0xFFFF >> (16 - n) : 0; }
-
 // Digits of four vectors of integers: with 128 added to all of them they are the bytes, of which 128 is taken again.
 static inline void to_digits(const __m512i (&q)[4], __m512i (&digits)[DIGITS]) {
   struct Places {
@@ -41,7 +39,7 @@ static inline float split_digits(const float* x, long n, long whole, const To& t
   constexpr long STEP = 64;
   __m512 peak = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
   for (long i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_maskz_loadu_ps(first_floats(n - i), x + i);
+    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
     peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
     poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
   }
@@ -53,7 +51,7 @@ static inline float split_digits(const float* x, long n, long whole, const To& t
     __m512i q[4], digits[DIGITS];
     UNROLL for (long v = 0; v < 4; v++) {
       const long k = i + 16 * v;
-      q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_floats(finite - k), x + k), factors));
+      q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(finite - k), x + k), factors));
     }
     to_digits(q, digits);
     const __mmask64 inside = ~0ULL >> (STEP - std::min(STEP, whole - i));
