@@ -43,9 +43,16 @@ class TiledAttention {
   void split_queries() {
     float* const scaled = scores;
     const float scale = a.scale;
+    static thread_local Buffer<float> turn_buffer;
+    float* const turned = turn_buffer.get(a.size);
     for (long row = 0; row < divide_up(rows, STRIP) * STRIP; row++) {
       const long n = row < rows ? a.size : 0;
       const float *from = query_at(row), *soon = query_at(row + AHEAD_ROWS);
+      if (a.cos && n) {
+        const long at = b * a.turn_batch + token(row) * a.turn_token;
+        turn(from, a.cos + at, a.sin + at, n, turned);
+        from = turned;
+      }
       for (long i = 0; i < n; i++) scaled[i] = from[i] * scale;
       for (long i = 0; row + AHEAD_ROWS < rows && i < n; i += SIDE) __builtin_prefetch(soon + i);
       query_scale[row] = queries.put_row(row, scaled, n);

@@ -26,6 +26,8 @@ struct Attention {
   long batch, heads, group, tokens, length, size, bytes;  // bytes: of an element of the cache
   float scale;
   bool causal;  // token m sees keys up to m alone
+  const float *cos, *sin;  // [batch, tokens, size]: several tokens' queries are turned on the way; or null
+  long turn_batch, turn_token;
 };
 
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));

@@ -5,6 +5,16 @@ not contracted, so that the bits are torch's. Where a cache holds int8, each hea
 runtime/kv_cache.py does.
 """
 
+TURN = r"""
+// Queries or keys of one head of one token, turned.
+static inline void turn(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, long size,
+                        float* __restrict y) {
+  const long half = size / 2;
+  for (long i = 0; i < half; i++) y[i] = x[i] * cos[i] + -x[half + i] * sin[i];
+  for (long i = half; i < size; i++) y[i] = x[i] * cos[i] + x[i - half] * sin[i];
+}
+"""
+
 ROWS = r"""
 // Rows on their way to attention; strides in elements. Mirrored by the operators.
 struct Rows {
@@ -14,13 +24,6 @@ struct Rows {
   long x_batch, x_token, x_head, y_batch, y_head, y_token, scale_batch, scale_head, scale_token;
   long turn_batch, turn_token, batch, tokens, heads, size;
 };
-
-static inline void turn(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, long size,
-                        float* __restrict y) {
-  const long half = size / 2;
-  for (long i = 0; i < half; i++) y[i] = x[i] * cos[i] + -x[half + i] * sin[i];
-  for (long i = half; i < size; i++) y[i] = x[i] * cos[i] + x[i - half] * sin[i];
-}
 
 // Round one head of one token to codes, and return its scale, which is 0 for zeros.
 static float round_head(const float* x, long size, int8_t* codes) {

@@ -69,6 +69,7 @@ def emit(isa: Isa) -> str:
         cpp_ends.INT8,
         cpp_ends.EMBEDDING,
         cpp_int4.INT4,
+        cpp_cache.TURN,
         cpp_attention.STEP,
         *with_amx(cpp_amx_digits.DIGITS, cpp_amx_attention.TILED),
         cpp_attention.ENTRY,

@@ -82,6 +82,8 @@ struct Attention {
   long batch, heads, group, tokens, length, size, bytes;
   float scale;
   bool causal;
+  const float *cos, *sin;
+  long turn_batch, turn_token;
 };
 
 // Rows on their way to attention; mirrors `struct Rows` of the kernels.

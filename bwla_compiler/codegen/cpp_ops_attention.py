@@ -68,10 +68,15 @@ bool attends(const Heads& query, const Tensor& key, const Tensor& value, const M
          !(causal && mask);
 }
 
-// Attention to operands that fit, to y [batch, tokens, heads, size].
+// Attention to operands that fit, to y [batch, tokens, heads, size]; cos and sin turn queries of several tokens.
 void attend_to(const Heads& query, const Tensor& key, const Tensor& value, const Maybe& mask, double scale, bool causal,
-               const Maybe& key_scale, const Maybe& value_scale, float* y) {
+               const Maybe& key_scale, const Maybe& value_scale, float* y, const Maybe& cos = {},
+               const Maybe& sin = {}) {
   Attention a{};
+  if (cos) {
+    a.cos = cos->const_data_ptr<float>(), a.sin = sin->const_data_ptr<float>();
+    a.turn_batch = cos->size(0) == 1 ? 0 : cos->stride(0), a.turn_token = cos->stride(1);
+  }
   a.queries = query.data;
   a.query_batch = query.by_batch, a.query_head = query.by_head, a.query_token = query.by_token;
   if (mask) {

@@ -80,7 +80,8 @@ struct CachedCall {
   Tensor run(double scale) const {
     static thread_local std::vector<float> room;
     Heads turned = query;
-    if (cos) {
+    const bool alone = query.tokens == 1;  // of several tokens, attention turns queries as it reads them
+    if (cos && alone) {
       room.resize(query.batch * query.tokens * query.heads * query.size);
       Rows r = rows_to_place(query, cos, sin);
       r.y = room.data(), r.y_head = query.size, r.y_token = query.heads * query.size;
@@ -94,7 +95,8 @@ struct CachedCall {
     for (const Maybe& t : {key_scale, value_scale})
       if (t) mark_edited(*t);
     Tensor y = new_floats({query.batch, query.tokens, query.heads * query.size});
-    attend_to(turned, keys, values, mask, scale, false, key_scale, value_scale, y.mutable_data_ptr<float>());
+    attend_to(turned, keys, values, mask, scale, false, key_scale, value_scale, y.mutable_data_ptr<float>(),
+              alone ? NOTHING : cos, alone ? NOTHING : sin);
     return y;
   }
 };

@@ -46,6 +46,8 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("batch", "heads", "group", "tokens", "length", "size", "bytes")),
         ("scale", ctypes.c_float),
         ("causal", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        *((f"turn_{name}", ctypes.c_long) for name in ("batch", "token")),
     )
 
 

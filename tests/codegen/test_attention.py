@@ -32,7 +32,7 @@ def cached(held: Tensor, scale: Tensor | None) -> Cached:
 
 def attended(
     library: Library, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None, turns: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return what the kernel makes of contiguous query [batch, heads, tokens, size], mask for all heads."""
     batch, heads, tokens, size = query.shape
@@ -45,6 +45,9 @@ def attended(
         0 if mask is None else mask.element_size(), batch, kv_heads, heads // kv_heads, tokens, length, size,
         key.element_size(), 0.3, causal,
     )  # fmt: skip
+    if turns:
+        a.cos, a.sin, a.turn_token = turns[0].data_ptr(), turns[1].data_ptr(), size
+        a.turn_batch = 0 if len(turns[0]) == 1 else tokens * size
     library.attend(ctypes.byref(a), 2)
     return y.transpose(1, 2)
 
@@ -110,6 +113,19 @@ def test_later_keys_do_not_change_a_bit(library: Library, hidden: str, later: fl
     key[:, :, 70:], value[:, :, 70:] = later, later
     after = attended(library, query, key, value, mask, causal=mask is None)
     assert torch.equal(after[:, :, :70], before[:, :, :70])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_queries_are_turned_on_the_way(library: Library, batch: int) -> None:
+    if not library.attends(75):
+        pytest.skip(f"{library.isa} leaves many tokens to torch")
+    query, key, value, mask = operands((2, 2, 3, 80, 40), 75)
+    angles = torch.randn(batch, 75, 40, generator=torch.Generator().manual_seed(9))
+    cos, sin = angles.cos(), angles.sin()
+    first, second = query.chunk(2, -1)
+    turned = query * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    expected = attended(library, turned, key, value, mask)
+    assert torch.equal(attended(library, query, key, value, mask, turns=(cos, sin)), expected)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])

@@ -206,4 +206,5 @@ def test_all_blocks_of_a_step_are_one_routine(name: str, bits: int, monkeypatch:
             assert torch.equal(found, expected)
     reports = {report.name: report for report in passes["post_grad_custom_pre_pass"].reports}
     assert len(reports["fuse-attention"].changed) == 2
-    assert len(reports["bind-calls"].changed) == 1
+    # gpt2's positions are added to what the transform behind its embedding gives
+    assert len(reports["bind-calls"].changed) == (2 if name == "gpt2" else 1)
