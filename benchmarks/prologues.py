@@ -65,18 +65,17 @@ def prologue_rows(name: str, threads: int, *, rounds: int) -> list[dict[str, Any
     if library is None:
         raise ResultsError("transforms and rounding are timed in the compiled kernels, and there is no C++ compiler")
     x = torch.randn(1, served.shape[1], generator=torch.Generator().manual_seed(0))
-    linear, transform = random_linear(served.shape, BITS), _transform(served)
-
-    memory = _Memory()
+    linear, transform, memory = random_linear(served.shape, BITS), _transform(served), _Memory()
 
     def call(before: OnlineTransform | None) -> _Fused:
         return _Fused(library, linear, before, x, threads, memory)
 
     check_result(call(transform)(), _reference(linear, transform, x), f"{PROLOGUE} {name}", tolerance=TOLERANCE)
-    contenders: dict[str, list[Call]] = {"whole": [], "without": [], "again": []}
+    transforms = {"whole": transform, "without": None, "again": None}
+    contenders: dict[str, list[Call]] = {way: [] for way in transforms}
     for _ in range(copies(linear.signs.nbytes)):
-        for name_of, calls in contenders.items():
-            calls.append(call(transform if name_of == "whole" else None))
+        for way, calls in contenders.items():
+            calls.append(call(transforms[way]))
     contenders["rounding"] = [_rounding(library, x)] * ROUNDINGS
     with pinned(threads):
         times = interleaved(contenders, rounds=rounds)
@@ -144,7 +143,7 @@ class _Fused:
         before: OnlineTransform | None,
         x: Tensor,
         threads: int,
-        memory: "_Memory",
+        memory: _Memory,
     ) -> None:
         (columns, out), y = (linear.in_features, linear.out_features), torch.empty(1, linear.out_features)
         signs = torch.empty(library.packed_bytes(1, out, columns), dtype=torch.uint8)
