@@ -145,7 +145,7 @@ class BlockSums {
 
  private:
   static constexpr long GROUP_STEPS = GROUP / STEP;
-  static constexpr long FAR = 2 << 20;  // bytes: from there on writing past the caches is faster, reading included
+  static constexpr long FAR = 1 << 20;  // bytes: from there on writing past the caches is faster, reading included
 
   // Where one token's sum of a row is: tiles [tokens / STRIP, ROWS / STRIP, 2, 2, SIDE, SIDE].
   static long at(long token, long row) {
