@@ -31,6 +31,13 @@ constexpr long STEP_WORDS = STEP / COLUMNS, TILE_SUMS = SIDE * SIDE;
 constexpr long TILED_TOKENS = 5;         // from so many on tiles are faster than tables
 #define TILED(tokens) (tokens >= TILED_TOKENS && has_tiles())
 
+// Whether results [n, width] are written past the caches, in whole lines: of so many bytes the second cache keeps
+// little until they are read, and what is written past it need not be fetched first. A fence must follow.
+static inline bool is_far(const float* y, long n, long width) {
+  constexpr long FAR = 1 << 20;
+  return n * width * (long)sizeof(float) > FAR && width % SIDE == 0 && (uintptr_t)y % 64 == 0;
+}
+
 // All tiles are of 16 rows of 64 bytes while this lives; afterwards as the thread had them, since libraries that
 // multiply on the same thread remember how they left them.
 class TileScope {

@@ -170,14 +170,20 @@ class TiledAttention {
   }
 
   void write() const {
+    const bool far = is_far(a.y, a.batch * a.tokens * a.heads * a.group, a.size);
     for (long row = 0; row < rows; row++) {
-      const float factor = 1.0f / total[row];
-      float* y = a.y + ((b * a.tokens + token(row)) * a.heads * a.group + query(row)) * a.size;
-      if (total[row] == 0)
-        std::fill(y, y + a.size, 0.0f);
-      else
-        for (long i = 0; i < a.size; i++) y[i] = sums[row * padded + i] * factor;
+      float* const y = a.y + ((b * a.tokens + token(row)) * a.heads * a.group + query(row)) * a.size;
+      const __m512 factor = _mm512_set1_ps(total[row] == 0 ? 0.0f : 1.0f / total[row]);
+      for (long i = 0; i < a.size; i += SIDE) {
+        const __m512 sum = _mm512_maskz_loadu_ps(total[row] == 0 ? 0 : 0xFFFF, sums + row * padded + i);
+        const __m512 v = _mm512_mul_ps(sum, factor);
+        if (far)
+          _mm512_stream_ps(y + i, v);
+        else
+          _mm512_mask_storeu_ps(y + i, first_lanes(a.size - i), v);
+      }
     }
+    if (far) _mm_sfence();
   }
 
   void run() {

@@ -76,7 +76,7 @@ class BlockSums {
   const Wave<TileKernel>& wave;
   const long tokens, words, blocks;
   const bool by_group, scaled;  // scaled: of several planes or groups, sums are floats that their scales are in
-  const bool is_far;            // results are more than the second cache keeps until they are read
+  const bool far;
   const long size;
   int32_t* const integers;
   float* const floats;
@@ -89,14 +89,13 @@ class BlockSums {
   BlockSums(const Member& member, const Wave<TileKernel>& wave)
       : member(member), wave(wave), tokens(wave.tokens), words(wave.tables.words),
         blocks(divide_up(member.out, ROWS)), by_group(member.groups > 1), scaled(by_group || member.planes > 1),
-        is_far(tokens * member.out * (long)sizeof(float) > FAR && member.out % SIDE == 0 &&
-               (uintptr_t)member.y % 64 == 0),
+        far(is_far(member.y, tokens, member.out)),
         size(divide_up(tokens, STRIP) * STRIP * ROWS), integers(integer_buffer.get(size)),
         floats(float_buffer.get(scaled ? size : 0)) {}
 
   // What was streamed is in memory before anybody hears that it has been written.
   ~BlockSums() {
-    if (is_far) _mm_sfence();
+    if (far) _mm_sfence();
   }
 
   void clear() {
@@ -145,7 +144,6 @@ class BlockSums {
 
  private:
   static constexpr long GROUP_STEPS = GROUP / STEP;
-  static constexpr long FAR = 1 << 20;  // bytes: from there on writing past the caches is faster, reading included
 
   // Where one token's sum of a row is: tiles [tokens / STRIP, ROWS / STRIP, 2, 2, SIDE, SIDE].
   static long at(long token, long row) {
@@ -196,7 +194,7 @@ class BlockSums {
         v = _mm512_mul_ps(v, token);
         if (member.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.bias + row + r));
         if (member.residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, member.residual + place + r));
-        if (is_far)
+        if (far)
           _mm512_stream_ps(member.y + place + r, v);
         else
           _mm512_mask_storeu_ps(member.y + place + r, inside, v);
