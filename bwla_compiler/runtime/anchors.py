@@ -55,7 +55,6 @@ class Anchored(Sealed):
         self.__dict__["anchor"] = anchor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def anchors_serve() -> bool:
     """Whether a graph for the CPU that Dynamo traces is to see anchors: not in exported ones, which have their tensors,
     and not where kernels that read the tensors themselves may be in it: Triton's, interpreted.
@@ -67,6 +66,10 @@ def anchors_serve() -> bool:
     if torch.compiler.is_exporting():
         return False
     return not (chosen_kernels() == "triton" and triton_module.installed() and triton_module.interpreted())
+
+
+# As torch.compiler.assume_constant_result would, which imports Dynamo, and with it Triton, whoever imports us.
+anchors_serve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Watched(dict[str, Tensor | None]):

@@ -116,3 +116,8 @@ def test_a_transform_is_anchored_too() -> None:
     transform = OnlineTransform(TransformSpec("hadamard", 4, 8, left=True, right=True, scaled=False))
     assert part_of(transform.anchor, "scale") is None
     assert part_of(transform.anchor, "left") is transform.left
+
+
+def test_dynamo_takes_whether_anchors_serve_for_a_constant() -> None:
+    """Marked as torch's decorator marks a function, without importing Dynamo for it."""
+    assert vars(torch.compiler.assume_constant_result(lambda: False)) == vars(anchors.anchors_serve)
