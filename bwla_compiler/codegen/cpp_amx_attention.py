@@ -12,6 +12,7 @@ class TiledAttention {
   static inline thread_local Buffer<float> float_buffer;
   static constexpr long HEIGHT = 512, STRIPS = HEIGHT / STRIP;  // rows of a job: keys are split once for all of them
   static constexpr long AHEAD_ROWS = 8;                         // rows of other tokens lie far apart
+  static constexpr float LOW = 1 << 16;                         // of low sums: what is smaller is left out
 
   struct Range {  // of keys
     long first, end;
@@ -43,15 +44,13 @@ class TiledAttention {
   void split_queries() {
     float* const scaled = scores;
     const float scale = a.scale;
-    static thread_local Buffer<float> turn_buffer;
-    float* const turned = turn_buffer.get(a.size);
     for (long row = 0; row < divide_up(rows, STRIP) * STRIP; row++) {
       const long n = row < rows ? a.size : 0;
       const float *from = query_at(row), *soon = query_at(row + AHEAD_ROWS);
       if (a.cos && n) {
         const long at = b * a.turn_batch + token(row) * a.turn_token;
-        turn(from, a.cos + at, a.sin + at, n, turned);
-        from = turned;
+        turn(from, a.cos + at, a.sin + at, n, scaled);
+        from = scaled;
       }
       for (long i = 0; i < n; i++) scaled[i] = from[i] * scale;
       for (long i = 0; row + AHEAD_ROWS < rows && i < n; i += SIDE) __builtin_prefetch(soon + i);
@@ -146,7 +145,7 @@ class TiledAttention {
       products.multiply(queries, row, keys, first + l, queries.steps, 0);
       const __m512 of = _mm512_loadu_ps(key_scale + first + l);
       for (long r = 0; r < STRIP; r++) {
-        const __m512 scale = _mm512_mul_ps(of, _mm512_set1_ps(query_scale[row + r]));
+        const __m512 scale = _mm512_mul_ps(of, _mm512_set1_ps(query_scale[row + r] * LOW));
         _mm512_storeu_ps(scores + r * SPAN_KEYS + l, _mm512_mul_ps(products.row(r), scale));
       }
     }
@@ -163,7 +162,7 @@ class TiledAttention {
       products.multiply(chances, 0, values, i, n / STEP, first / STEP);
       for (long r = 0; r < STRIP; r++) {
         float* const to = sums + (row + r) * padded + i;
-        const __m512 sum = _mm512_mul_ps(products.row(r), _mm512_set1_ps(chance_scale[r]));
+        const __m512 sum = _mm512_mul_ps(products.row(r), _mm512_set1_ps(chance_scale[r] * LOW));
         _mm512_storeu_ps(to, is_first ? sum : _mm512_add_ps(_mm512_loadu_ps(to), sum));
       }
     }

@@ -30,24 +30,16 @@ struct Digits {
   // Put SIDE columns of the right side from n on, as many rows of values `stride` apart, of which `inside` are there,
   // and write their scales.
   void put_columns(long n, const float* values, long stride, long inside, long depth, float* scale) const {
-    static thread_local Buffer<int8_t> buffer;
     const long whole = steps * STEP;
-    int8_t* const rows = buffer.get(DIGITS * SIDE * whole);
-    for (long r = 0; r < SIDE; r++)
-      scale[r] = split_digits(values + (r < inside ? r * stride : 0), r < inside ? depth : 0, whole,
-                              [&](long digit, long i) { return rows + (digit * SIDE + r) * whole + i; });
+    int8_t* const rows = split_rows(SIDE, values, stride, inside, depth, whole, scale);
     for (long digit = 0; digit < DIGITS; digit++) turn(rows + digit * SIDE * whole, SIDE, whole, at(n, digit, 0));
   }
 
   // Put lines k to k + 4 of the right side, as many rows of values `stride` apart, of which `inside` are there, and
   // write their scales.
   void put_lines(long k, const float* values, long stride, long inside, long n, float* scale) const {
-    static thread_local Buffer<int8_t> buffer;
     const long whole = divide_up(n, STEP) * STEP;
-    int8_t* const rows = buffer.get(DIGITS * 4 * whole);
-    for (long r = 0; r < 4; r++)
-      scale[r] = split_digits(values + (r < inside ? r * stride : 0), r < inside ? n : 0, whole,
-                              [&](long digit, long i) { return rows + (digit * 4 + r) * whole + i; });
+    int8_t* const rows = split_rows(4, values, stride, inside, n, whole, scale);
     for (long digit = 0; digit < DIGITS; digit++)
       for (long i = 0; i < n; i += SIDE) {
         auto row = [&](long r) { return _mm_load_si128((const __m128i*)(rows + (digit * 4 + r) * whole + i)); };
@@ -60,17 +52,26 @@ struct Digits {
         _mm_store_si128(to + 3, _mm_unpackhi_epi16(high, next_high));
       }
   }
+
+ private:
+  // Digits [DIGITS, height, whole] of rows, valid until the next call on this thread.
+  static int8_t* split_rows(long height, const float* values, long stride, long inside, long n, long whole,
+                            float* scale) {
+    static thread_local Buffer<int8_t> buffer;
+    int8_t* const rows = buffer.get(DIGITS * height * whole);
+    for (long r = 0; r < height; r++)
+      scale[r] = split_digits(values + (r < inside ? r * stride : 0), r < inside ? n : 0, whole,
+                              [&](long digit, long i) { return rows + (digit * height + r) * whole + i; });
+    return rows;
+  }
 };
 
 // Sums of a strip of rows and a tile of columns: high, middle and low of each tile of rows.
 struct DigitSums {
   alignas(64) int32_t of[2][DIGITS][TILE_SUMS];
 
-  // Sums of the left side's strip from `row` on, and of the columns from `column` on, over `steps` steps of the left
-  // side and as many of the right one from step `from` on.
-  void multiply(const Digits& left, long row, const Digits& right, long column, long steps, long from) {
-    const int8_t *a = left.at(row, 0, 0), *b = left.at(row + SIDE, 0, 0), *c = right.at(column, 0, from);
-    const long apart = left.apart(), beside = right.apart();
+  // Between these six tiles are summed up, those of one tile of rows after the other's.
+  static void begin() {
     asm volatile("" ::: "memory");
     _tile_zero(0);
     _tile_zero(1);
@@ -78,6 +79,23 @@ struct DigitSums {
     _tile_zero(3);
     _tile_zero(4);
     _tile_zero(5);
+  }
+  void end() {
+    _tile_stored(0, of[0][0], STEP);
+    _tile_stored(1, of[0][1], STEP);
+    _tile_stored(2, of[0][2], STEP);
+    _tile_stored(3, of[1][0], STEP);
+    _tile_stored(4, of[1][1], STEP);
+    _tile_stored(5, of[1][2], STEP);
+    asm volatile("" ::: "memory");
+  }
+
+  // Sums of the left side's strip from `row` on, and of the columns from `column` on, over `steps` steps of the left
+  // side and as many of the right one from step `from` on.
+  void multiply(const Digits& left, long row, const Digits& right, long column, long steps, long from) {
+    const int8_t *a = left.at(row, 0, 0), *b = left.at(row + SIDE, 0, 0), *c = right.at(column, 0, from);
+    const long apart = left.apart(), beside = right.apart();
+    begin();
     // No product waits for the one before it, and sides are loaded as seldom as two tiles allow.
     for (long s = 0; s < steps; s++, a += TILE_BYTES, b += TILE_BYTES, c += TILE_BYTES) {
       _tile_loadd(6, a + 2 * apart, STEP);
@@ -106,23 +124,16 @@ struct DigitSums {
       _tile_loadd(6, b, STEP);
       _tile_dpbssd(5, 6, 7);
     }
-    _tile_stored(0, of[0][0], STEP);
-    _tile_stored(1, of[0][1], STEP);
-    _tile_stored(2, of[0][2], STEP);
-    _tile_stored(3, of[1][0], STEP);
-    _tile_stored(4, of[1][1], STEP);
-    _tile_stored(5, of[1][2], STEP);
-    asm volatile("" ::: "memory");
+    end();
   }
 
-  // The sums of a row, of scales apart.
+  // The sums of a row put together, in units of the low ones, of scales apart.
   __m512 row(long r) const {
     auto part = [&](long order) {
       return _mm512_cvtepi32_ps(_mm512_load_si512(of[r / SIDE][order] + r % SIDE * SIDE));
     };
     const __m512 byte = _mm512_set1_ps(256);
-    const __m512 sum = _mm512_fmadd_ps(_mm512_fmadd_ps(part(0), byte, part(1)), byte, part(2));
-    return _mm512_mul_ps(sum, _mm512_mul_ps(byte, byte));
+    return _mm512_fmadd_ps(_mm512_fmadd_ps(part(0), byte, part(1)), byte, part(2));
   }
 };
 """

@@ -80,8 +80,7 @@ struct CachedCall {
   Tensor run(double scale) const {
     static thread_local std::vector<float> room;
     Heads turned = query;
-    const bool alone = query.tokens == 1;  // of several tokens, attention turns queries as it reads them
-    if (cos && alone) {
+    if (cos && query.tokens == 1) {  // of several tokens, attention turns queries as it reads them
       room.resize(query.batch * query.tokens * query.heads * query.size);
       Rows r = rows_to_place(query, cos, sin);
       r.y = room.data(), r.y_head = query.size, r.y_token = query.heads * query.size;
@@ -96,7 +95,7 @@ struct CachedCall {
       if (t) mark_edited(*t);
     Tensor y = new_floats({query.batch, query.tokens, query.heads * query.size});
     attend_to(turned, keys, values, mask, scale, false, key_scale, value_scale, y.mutable_data_ptr<float>(),
-              alone ? NOTHING : cos, alone ? NOTHING : sin);
+              cos, sin);
     return y;
   }
 };

@@ -25,9 +25,10 @@ struct Seen {
 
   // Have what `holds` looks at fetched: it lies all over memory, and a step's weights have driven it out of the caches.
   void fetch() const {
-    for (const void* at : {(const void*)impl, (const void*)storage._unsafe_get_target()})
-      for (size_t line = 0; line < (at == impl ? sizeof *impl : sizeof(c10::StorageImpl)); line += 64)
-        __builtin_prefetch((const char*)at + line);
+    auto lines = [](const void* at, size_t n) {
+      for (size_t line = 0; line < n; line += 64) __builtin_prefetch((const char*)at + line);
+    };
+    lines(impl, sizeof *impl), lines(storage._unsafe_get_target(), sizeof(c10::StorageImpl));
   }
 
   // Whether the tensor lives, and nobody has edited it.

@@ -91,8 +91,9 @@ struct Step {
       if (place >= 0 && !is_channels(values[place], columns)) return false;
     take(gates, prologue.gate), take(at(gain), prologue.gain), take(at(shift), prologue.shift);
     if (linears.members.empty()) {
-      const auto& [kind, eps, gate, gain, shift, scale, left, right, n1, n2] = prologue;
-      values.push_back(kind ? run_prologue(x, prologue, heads, columns) : run_transform(x, scale, left, right, n1, n2));
+      const Prologue& p = prologue;
+      values.push_back(p.kind ? run_prologue(x, p, heads, columns)
+                              : run_transform(x, p.scale, p.left, p.right, p.n1, p.n2));
       return true;
     }
     c10::SmallVector<Maybe, 4> added(residuals.size());

@@ -13,7 +13,8 @@ typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 static inline Vec exponential(Vec x) {
   x = x < -87.0f ? spread(-87.0f) : x;
   x = x > 88.0f ? spread(88.0f) : x;
-  const Vec shifted = multiply_add(x, 1.44269504f, spread(12582912.0f));  // 1.5 * 2^23: low bits hold the next integer
+  // 1.5 * 2^23: the low bits hold the nearest integer
+  const Vec shifted = multiply_add(x, 1.44269504f, spread(12582912.0f));
   const Vec k = shifted - 12582912.0f;
   // ln 2 in two parts, the first with few bits
   const Vec r = multiply_add(k, 2.12194440e-4f, multiply_add(k, -0.693359375f, x));
