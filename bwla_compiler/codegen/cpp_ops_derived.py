@@ -129,10 +129,47 @@ void advise_huge([[maybe_unused]] void* from, [[maybe_unused]] size_t n) {
 #endif
 }
 
-// Logits of a prompt are new memory at every call: of small pages, finding them takes as long as filling them.
+// Memory of a large result that was freed, for the next one of its size. Beyond some size malloc maps memory anew at
+// every call, and to clear its pages takes as long as to fill them. The system may have the pages of what lies here.
+struct Spare {
+  std::mutex mutex;
+  void* block = nullptr;
+  size_t size = 0;
+
+  static constexpr size_t LEAST = 32 << 20;  // malloc itself keeps less
+  static Spare& its() {
+    static Spare* const only = new Spare;  // never destroyed: results may outlive static destructors
+    return *only;
+  }
+
+  void* take(size_t n) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (size == n) return size = 0, std::exchange(block, nullptr);
+    }
+    void* fresh = ::operator new(n, std::align_val_t(PAGE));
+    advise_huge(fresh, n);
+    return fresh;
+  }
+
+  void give(void* freed, size_t n) {
+#if defined(__linux__) && defined(MADV_FREE)
+    if (madvise(freed, n, MADV_FREE) == 0) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      std::swap(block, freed);
+      size = n;
+    }
+#endif
+    ::operator delete(freed, std::align_val_t(PAGE));
+  }
+};
+
 Tensor new_floats(at::IntArrayRef sizes) {
+  const size_t n = (c10::multiply_integers(sizes) * sizeof(float) + PAGE - 1) / PAGE * PAGE;
+  if (n >= Spare::LEAST)
+    return at::from_blob(Spare::its().take(n), sizes, [n](void* p) { Spare::its().give(p, n); }, at::kFloat);
   Tensor t = at::detail::empty_cpu(sizes, at::kFloat);  // as at::empty, which goes through the dispatcher
-  if (t.nbytes() > 2 * PAGE) advise_huge(t.mutable_data_ptr(), t.nbytes());
+  if (n > 2 * PAGE) advise_huge(t.mutable_data_ptr(), t.nbytes());
   return t;
 }
 

@@ -187,6 +187,31 @@ def test_kernels_compute_on_as_many_threads_as_torch_does(installed: NativeOpera
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot have pages back on demand")
+def test_large_results_take_the_memory_of_freed_ones_and_of_no_others(installed: NativeOperators) -> None:
+    x, scale = inputs(10_000, 1024), torch.full((1024,), 2.0)
+
+    def doubled(x: Tensor) -> Tensor:
+        y: Tensor = BWLA.transform(x, scale, None, None)
+        return y
+
+    first, second = doubled(x), doubled(-x)
+    assert torch.equal(first, 2 * x)
+    assert torch.equal(second, -2 * x)
+    address, row = first.data_ptr(), first[7]
+    del first
+    third = doubled(-x)  # a row of the first one still lives
+    assert third.data_ptr() not in (address, second.data_ptr())
+    assert torch.equal(row, 2 * x[7])
+    del row
+    smaller = doubled(x[1000:])
+    assert smaller.data_ptr() != address
+    again = doubled(x)
+    assert again.data_ptr() == address
+    for y, expected in ((again, x), (second, -x), (third, -x), (smaller, x[1000:])):
+        assert torch.equal(y, 2 * expected)
+
+
 def test_calls_from_several_threads(installed: NativeOperators) -> None:
     x, chain = inputs(1, 64), [weights(64, 64, seed=s) for s in range(20)]
     with ThreadPoolExecutor(4) as pool:
