@@ -21,14 +21,15 @@ class TiledAttention {
 
   const Attention& a;
   const long b, head, top, rows, padded;  // padded: floats of a row of sums
-  const Digits queries, keys, values, chances;
+  const Digits<3> queries, keys, values, chances;
   float *peak, *total, *sums, *scores;  // sums of a strip: none before it has seen a key
   float query_scale[HEIGHT], key_scale[SPAN_KEYS], value_scale[SPAN_KEYS];
 
   TiledAttention(const Attention& a, long b, long head, long top, long rows)
       : a(a), b(b), head(head), top(top), rows(rows), padded(divide_up(a.size, SIDE) * SIDE),
-        queries(Digits::of(query_buffer, rows, a.size)), keys(Digits::of(key_buffer, SPAN_KEYS, a.size)),
-        values(Digits::of(value_buffer, a.size, SPAN_KEYS)), chances(Digits::of(chance_buffer, STRIP, SPAN_KEYS)) {
+        queries(Digits<3>::of(query_buffer, rows, a.size)), keys(Digits<3>::of(key_buffer, SPAN_KEYS, a.size)),
+        values(Digits<3>::of(value_buffer, a.size, SPAN_KEYS)),
+        chances(Digits<3>::of(chance_buffer, STRIP, SPAN_KEYS)) {
     peak = float_buffer.get((2 + padded) * HEIGHT + std::max(STRIP * SPAN_KEYS, a.size));
     total = peak + HEIGHT, sums = total + HEIGHT, scores = sums + padded * HEIGHT;
     std::fill(peak, peak + HEIGHT, HIDDEN);
@@ -139,10 +140,10 @@ class TiledAttention {
   // none before.
   void see_strip(long row, long begin, Range range, bool is_first) {
     const long first = (range.first - begin) / STEP * STEP, n = divide_up(range.end - begin - first, STEP) * STEP;
-    DigitSums products;
+    DigitSums<3> products;
     float chance_scale[STRIP];
     for (long l = 0; l < n; l += SIDE) {
-      products.multiply(queries, row, keys, first + l, queries.steps, 0);
+      multiply_digits(queries, row, keys, first + l, queries.steps, 0, products);
       const __m512 of = _mm512_loadu_ps(key_scale + first + l);
       for (long r = 0; r < STRIP; r++) {
         const __m512 scale = _mm512_mul_ps(of, _mm512_set1_ps(query_scale[row + r] * LOW));
@@ -159,7 +160,7 @@ class TiledAttention {
       chance_scale[r] = chances.put_row(r, score, row + r < rows ? n : 0);
     }
     for (long i = 0; i < padded; i += SIDE) {
-      products.multiply(chances, 0, values, i, n / STEP, first / STEP);
+      multiply_digits(chances, 0, values, i, n / STEP, first / STEP, products);
       for (long r = 0; r < STRIP; r++) {
         float* const to = sums + (row + r) * padded + i;
         const __m512 sum = _mm512_mul_ps(products.row(r), _mm512_set1_ps(chance_scale[r] * LOW));

@@ -1,33 +1,30 @@
-"""C++ text of the int8 head on processors with AMX: floats as three signed bytes each, in exact integer products."""
+"""C++ text of the int8 head on processors with AMX: its input as two signed bytes a number, in exact integer
+products."""
 
 INT8 = r"""
-// Sums of codes of two tiles of rows, `apart` bytes from each other, times the digits of SIDE tokens from m on. Loading
-// a tile takes half as long as multiplying by it where the first cache has it, so each is used for as many products as
-// there are tiles for sums.
-static inline void multiply_codes(const Digits& x, long m, const int8_t* codes, long apart, DigitSums& sums) {
-  const int8_t *low = x.at(m, 0, 0), *middle = x.at(m, 1, 0), *high = x.at(m, 2, 0);
+using HeadDigits = Digits<HEAD_DIGITS>;
+using HeadSums = DigitSums<HEAD_DIGITS>;
+
+// Sums of codes of two tiles of rows, `apart` bytes from each other, times the digits of SIDE tokens from m on.
+static inline void multiply_codes(const HeadDigits& x, long m, const int8_t* codes, long apart, HeadSums& sums) {
+  const int8_t *low = x.at(m, 0, 0), *high = x.at(m, 1, 0);
   sums.begin();
   for (long at = 0; at < x.apart(); at += TILE_BYTES) {
-    _tile_loadd(6, codes + at, STEP);
+    _tile_loadd(6, high + at, STEP);
+    _tile_loadd(4, codes + at, STEP);
+    _tile_dpbssd(0, 4, 6);
     _tile_loadd(7, low + at, STEP);
-    _tile_dpbssd(2, 6, 7);
-    _tile_loadd(7, middle + at, STEP);
-    _tile_dpbssd(1, 6, 7);
-    _tile_loadd(7, high + at, STEP);
-    _tile_dpbssd(0, 6, 7);
-    _tile_loadd(6, codes + apart + at, STEP);
-    _tile_dpbssd(3, 6, 7);
-    _tile_loadd(7, middle + at, STEP);
-    _tile_dpbssd(4, 6, 7);
-    _tile_loadd(7, low + at, STEP);
-    _tile_dpbssd(5, 6, 7);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, codes + apart + at, STEP);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
   }
   sums.end();
 }
 
 // y [tokens, out] = sums of tile `half` of the rows, times the scales of tokens and rows, of which there are `n` and
 // `rows`, plus bias.
-static inline void put_sums(const DigitSums& sums, long half, const float* token_scale, const float* scale,
+static inline void put_sums(const HeadSums& sums, long half, const float* token_scale, const float* scale,
                             const float* bias, float* y, long n, long rows, long out) {
   const __mmask16 inside = first_lanes(rows);
   const __m512 token = _mm512_loadu_ps(token_scale);
@@ -43,25 +40,27 @@ static inline void put_sums(const DigitSums& sums, long half, const float* token
   }
 }
 
-// As `bwla_int8_linear`: some strips of rows at a time, whose codes stay in the second cache.
+// As `bwla_int8_linear`: some strips of rows at a time, as many as the second cache holds; so results of a token are
+// written some lines at a time.
 static void int8_tiles(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                        long tokens, long out, long in, long threads) {
-  constexpr long HEIGHT = 8 * STRIP;
-  const long most = std::max(SIDE, (1L << 20) / (DIGITS * in) / SIDE * SIDE);  // whose digits stay there too
+  constexpr long HEIGHT = 16 * STRIP;
+  const long height = std::clamp(out / (threads * 4) / STRIP * STRIP, STRIP, HEIGHT);
+  const long most = std::max(SIDE, (1L << 20) / (HEAD_DIGITS * in) / SIDE * SIDE);  // whose digits stay there too
   for (long first = 0; first < tokens; first += most) {
     static thread_local Buffer<int8_t> digit_buffer;
     static thread_local Buffer<float> scale_buffer;
     const long n = std::min(most, tokens - first), strips = divide_up(n, SIDE);
-    const Digits digits = Digits::of(digit_buffer, n, in);
+    const HeadDigits digits = HeadDigits::of(digit_buffer, n, in);
     float* const token_scale = scale_buffer.get(strips * SIDE);
     parallel(strips, n * in < (1 << 16) ? 1 : threads, [&](long s) {
       digits.put_columns(s * SIDE, x + (first + s * SIDE) * in, in, n - s * SIDE, in, token_scale + s * SIDE);
     });
-    parallel(divide_up(out, HEIGHT), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
+    parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
       static thread_local Buffer<int8_t> buffer;
-      const long top = job * HEIGHT, rows = std::min(HEIGHT, out - top), strip = digits.apart();
-      int8_t* const tiles = buffer.get(HEIGHT / SIDE * strip);
-      DigitSums sums;
+      const long top = job * height, rows = std::min(height, out - top), strip = digits.apart();
+      int8_t* const tiles = buffer.get(height / SIDE * strip);
+      HeadSums sums;
       float factor[HEIGHT] = {};
       std::copy_n(scale + top, rows, factor);
       for (long r = 0; r < divide_up(rows, STRIP) * STRIP; r++)

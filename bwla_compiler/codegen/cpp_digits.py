@@ -1,40 +1,45 @@
-"""C++ text of the int8 head on AVX-512 with VNNI: floats as three signed bytes each, in exact integer products.
+"""C++ text of the int8 head on AVX-512 with VNNI: its input as two signed bytes a number, in exact integer products.
 
-Codes plus 128 are the unsigned side of the products of bytes, so that 64 of them cost four instructions, where floats
-cost twelve; sums begin with what that adds. Sums are exact, and put together as those of tiles (cpp_amx_ends.py) are:
-a token's results are the same bits beside any number of others.
+So the input is rounded to 16 bits a token, as that of an int4 head is (cpp_int4.py): what it loses is some hundredth of
+what the codes have lost. Codes plus 128 are the unsigned side of the products of bytes, so that 64 of them cost three
+instructions, where floats cost twelve; sums begin with what that adds. Sums are exact, and put together as those of
+tiles (cpp_amx_ends.py) are: a token's results are the same bits beside any number of others.
 Source of the instructions: Intel 64 and IA-32 Software Developer's Manual, volume 2 (VPDPBUSD).
 """
 
 SPLIT = r"""
-// Floats as integers of three signed bytes times a scale a token: what float32 holds of a token's largest value.
-constexpr long DIGITS = 3;
-constexpr float DIGIT_LIMIT = 8e6f;  // below 127.5 * 2^16
+// Floats as integers of some signed bytes times a scale a token: of two, 16 bits of the largest value; of three, all
+// that float32 holds of it.
+template <long D>
+constexpr float DIGIT_LIMIT = D == 2 ? 32639 : 8e6f;  // not above 127 * 256 + 127, and below 127.5 * 2^16
 constexpr long DIGIT_COLUMNS = (1L << 17) - 1;  // whose products with codes an int32 can hold; on the way it may wrap
 
-// Digits of four vectors of integers: with 128 added to all of them they are the bytes, of which 128 is taken again.
-static inline void to_digits(const __m512i (&q)[4], __m512i (&digits)[DIGITS]) {
+// Digits of four vectors of integers: with 128 added to all but the highest they are the bytes, of which 128 is taken
+// again.
+template <long D>
+static inline void to_digits(const __m512i (&q)[4], __m512i (&digits)[D]) {
   struct Places {
-    alignas(64) uint8_t of[2][64];  // the two lower bytes of the integers of two vectors; the highest, twice
+    alignas(64) uint8_t of[2][64];  // the two lower bytes of the integers of two vectors; the third, twice
     constexpr Places() : of() {
       for (int i = 0; i < 64; i++) of[0][i] = (uint8_t)(i % 32 * 4 + i / 32), of[1][i] = (uint8_t)(i % 32 * 4 + 2);
     }
   };
   static constexpr Places places;
-  const __m512i lower = _mm512_load_si512(places.of[0]), highest = _mm512_load_si512(places.of[1]);
-  const __m512i halves = _mm512_set1_epi32(0x808080);
+  const __m512i lower = _mm512_load_si512(places.of[0]), third = _mm512_load_si512(places.of[1]);
+  const __m512i halves = _mm512_set1_epi32(D == 2 ? 0x80 : 0x8080);
   __m512i bytes[4];
   UNROLL for (int v = 0; v < 4; v++) bytes[v] = _mm512_xor_si512(_mm512_add_epi32(q[v], halves), halves);
   const __m512i first = _mm512_permutex2var_epi8(bytes[0], lower, bytes[1]);
   const __m512i second = _mm512_permutex2var_epi8(bytes[2], lower, bytes[3]);
   digits[0] = _mm512_shuffle_i64x2(first, second, 0x44), digits[1] = _mm512_shuffle_i64x2(first, second, 0xEE);
-  digits[2] = _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(bytes[0], highest, bytes[1]),
-                                      _mm512_permutex2var_epi8(bytes[2], highest, bytes[3]));
+  if constexpr (D == 3)
+    digits[2] = _mm512_mask_blend_epi64(0xF0, _mm512_permutex2var_epi8(bytes[0], third, bytes[1]),
+                                        _mm512_permutex2var_epi8(bytes[2], third, bytes[3]));
 }
 
 // Write the digits of n values, and zeros up to `whole`, 64 at a time to to(digit, i), the lowest digit first, and
 // return their scale: NaN where they are not finite.
-template <class To>
+template <long D, class To>
 static inline float split_digits(const float* x, long n, long whole, const To& to) {
   constexpr long STEP = 64;
   __m512 peak = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
@@ -44,27 +49,29 @@ static inline float split_digits(const float* x, long n, long whole, const To& t
     poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
   }
   const float top = _mm512_reduce_max_ps(peak), sick = _mm512_reduce_add_ps(poison);
-  const float factor = DIGIT_LIMIT / top;  // infinite where all is next to nothing
+  const float factor = DIGIT_LIMIT<D> / top;  // infinite where all is next to nothing
   const long finite = sick == 0 && std::isfinite(factor) ? n : 0;
   const __m512 factors = _mm512_set1_ps(finite ? factor : 0.0f);
   for (long i = 0; i < whole; i += STEP) {
-    __m512i q[4], digits[DIGITS];
+    __m512i q[4], digits[D];
     UNROLL for (long v = 0; v < 4; v++) {
       const long k = i + 16 * v;
       q[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(finite - k), x + k), factors));
     }
     to_digits(q, digits);
     const __mmask64 inside = ~0ULL >> (STEP - std::min(STEP, whole - i));
-    for (long digit = 0; digit < DIGITS; digit++) _mm512_mask_storeu_epi8(to(digit, i), inside, digits[digit]);
+    for (long digit = 0; digit < D; digit++) _mm512_mask_storeu_epi8(to(digit, i), inside, digits[digit]);
   }
-  return sick != 0 ? std::numeric_limits<float>::quiet_NaN() : top / DIGIT_LIMIT;
+  return sick != 0 ? std::numeric_limits<float>::quiet_NaN() : top / DIGIT_LIMIT<D>;
 }
 """
 
 DOTS = r"""
 #define BYTE_PRODUCTS
-// Tokens for products with rows of codes: digits [tokens, DIGITS, padded], zeros beyond `in`; begin [tokens, DIGITS,
-// 16], what sums begin with.
+constexpr long HEAD_DIGITS = 2;  // of the input
+
+// Tokens for products with rows of codes: digits [tokens, HEAD_DIGITS, padded], zeros beyond `in`; begin [tokens,
+// HEAD_DIGITS, 16], what sums begin with.
 class DigitRows {
   static constexpr long STEP_CODES = 64;
   static inline thread_local Buffer<int8_t> digit_buffer;
@@ -77,18 +84,19 @@ class DigitRows {
 
  public:
   DigitRows(const float* x, long tokens, long in)
-      : in(in), padded(divide_up(in, STEP_CODES) * STEP_CODES), digits(digit_buffer.get(tokens * DIGITS * padded)),
-        begin(begin_buffer.get(tokens * DIGITS * 16)), scale(scale_buffer.get(tokens)) {
+      : in(in), padded(divide_up(in, STEP_CODES) * STEP_CODES), digits(digit_buffer.get(tokens * HEAD_DIGITS * padded)),
+        begin(begin_buffer.get(tokens * HEAD_DIGITS * 16)), scale(scale_buffer.get(tokens)) {
     for (long m = 0; m < tokens; m++) {
-      int8_t* const to = digits + m * DIGITS * padded;
-      for (long digit = 0; digit < DIGITS; digit++)
+      int8_t* const to = digits + m * HEAD_DIGITS * padded;
+      for (long digit = 0; digit < HEAD_DIGITS; digit++)
         std::memset(to + (digit + 1) * padded - STEP_CODES, 0, STEP_CODES);
-      scale[m] = split_digits(x + m * in, in, in, [&](long digit, long i) { return to + digit * padded + i; });
-      for (long digit = 0; digit < DIGITS; digit++) {
+      scale[m] = split_digits<HEAD_DIGITS>(x + m * in, in, in,
+                                           [&](long digit, long i) { return to + digit * padded + i; });
+      for (long digit = 0; digit < HEAD_DIGITS; digit++) {
         __m512i added = _mm512_setzero_si512();
         for (long k = 0; k < padded; k += STEP_CODES)
           added = _mm512_dpbusd_epi32(added, _mm512_set1_epi8((char)128), _mm512_load_si512(to + digit * padded + k));
-        _mm512_store_si512(begin + (m * DIGITS + digit) * 16, _mm512_sub_epi32(_mm512_setzero_si512(), added));
+        _mm512_store_si512(begin + (m * HEAD_DIGITS + digit) * 16, _mm512_sub_epi32(_mm512_setzero_si512(), added));
       }
     }
   }
@@ -101,18 +109,18 @@ class DigitRows {
   template <int T>
   void dots(const int8_t* codes, long rows, long m, float* out) const {
     constexpr int R = HEIGHT<T>;
-    const int8_t* from = digits + m * DIGITS * padded;
+    const int8_t* from = digits + m * HEAD_DIGITS * padded;
     const int8_t* row[R];
-    __m512i sums[DIGITS][T * R];
+    __m512i sums[HEAD_DIGITS][T * R];
     UNROLL for (int r = 0; r < R; r++) row[r] = codes + std::min<long>(r, rows - 1) * in;
-    UNROLL for (int d = 0; d < DIGITS; d++) UNROLL for (int s = 0; s < T * R; s++)
-      sums[d][s] = _mm512_load_si512(begin + ((m + s / R) * DIGITS + d) * 16);
+    UNROLL for (int d = 0; d < HEAD_DIGITS; d++) UNROLL for (int s = 0; s < T * R; s++)
+      sums[d][s] = _mm512_load_si512(begin + ((m + s / R) * HEAD_DIGITS + d) * 16);
     auto add = [&](long k, __mmask64 inside) {
       __m512i code[R];
       UNROLL for (int r = 0; r < R; r++)
         code[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, row[r] + k), _mm512_set1_epi8((char)128));
-      UNROLL for (int d = 0; d < DIGITS; d++) UNROLL for (int t = 0; t < T; t++) {
-        const __m512i digit = _mm512_load_si512(from + (t * DIGITS + d) * padded + k);
+      UNROLL for (int d = 0; d < HEAD_DIGITS; d++) UNROLL for (int t = 0; t < T; t++) {
+        const __m512i digit = _mm512_load_si512(from + (t * HEAD_DIGITS + d) * padded + k);
         UNROLL for (int r = 0; r < R; r++)
           sums[d][t * R + r] = _mm512_dpbusd_epi32(sums[d][t * R + r], code[r], digit);
       }
@@ -127,7 +135,7 @@ class DigitRows {
     }
     if (k < in) add(k, ~0ULL >> (STEP_CODES - (in - k)));
     auto digit = [&](int d) { return _mm_cvtepi32_ps(sums_of(sums[d][0], sums[d][1], sums[d][2], sums[d][3])); };
-    const __m128 byte = _mm_set1_ps(256), sum = _mm_fmadd_ps(_mm_fmadd_ps(digit(2), byte, digit(1)), byte, digit(0));
+    const __m128 sum = _mm_fmadd_ps(digit(1), _mm_set1_ps(256), digit(0));
     _mm_storeu_ps(out, _mm_mul_ps(sum, T == 1 ? _mm_set1_ps(scale[m]) : _mm_loadu_ps(scale + m)));
   }
 

@@ -83,7 +83,8 @@ static void int8_rows(const Rows& rows, const int8_t* codes, const float* scale,
   });
 }
 
-// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in], as exact as float32.
+// y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in]; as exact as float32, or,
+// by products of bytes, of x rounded to 16 bits a token.
 EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                              long tokens, long out, long in, long threads) {
 #ifdef BYTE_PRODUCTS

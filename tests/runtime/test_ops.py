@@ -115,7 +115,7 @@ def test_linear_equals_reference(path: str, case: str, bits: int) -> None:
     column_scale = torch.rand(200, generator=torch.Generator().manual_seed(2)) + 0.5
     want = reference.linear(x, signs, scale, column_scale, low_rank, bias, bits)
     # 200 float32 additions; the outputs are of the order of ten
-    torch.testing.assert_close(run(x, linear, bits, column_scale).double(), want, rtol=1e-5, atol=2e-4)
+    torch.testing.assert_close(run(x, linear, bits, column_scale).double(), want, rtol=1e-5, atol=5e-4)
 
 
 @given(st.integers(1, 90), st.integers(1, 300), st.integers(0, 6), st.sampled_from([2, 3, 5, 7, 16]))
@@ -124,7 +124,7 @@ def test_linear_on_any_shape(out: int, columns: int, tokens: int, bits: int) -> 
     linear = make_linear(out, columns, seed=out)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(columns))
     want = reference.linear(x, linear[0], linear[1], None, None, linear[3], bits)
-    torch.testing.assert_close(run(x, linear, bits).double(), want, rtol=1e-5, atol=2e-4)  # as above
+    torch.testing.assert_close(run(x, linear, bits).double(), want, rtol=1e-5, atol=5e-4)  # as above
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -180,8 +180,8 @@ def test_int8_linear_equals_reference(path: str, tokens: int) -> None:
     scale, bias = torch.rand(37, generator=generator) / 127, torch.randn(37, generator=generator)
     x = torch.randn(tokens, 50, generator=generator)
     want = reference.int8_linear(x, codes, scale, bias)
-    # float32 sums of 50 terms of order one
-    torch.testing.assert_close(BWLA.int8_linear(x, codes, scale, bias).double(), want, rtol=1e-5, atol=1e-5)
+    # float32 sums of 50 terms of order one, of which some processors round the inputs to 16 bits, some 2^-15 of three each
+    torch.testing.assert_close(BWLA.int8_linear(x, codes, scale, bias).double(), want, rtol=1e-5, atol=5e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
