@@ -99,7 +99,7 @@ static void normalize(const Prologue& p, const float* x, float* y, long n) {
 }
 
 template <class F>
-static void activate(const float* x, const float* gate, float* y, long n, const F& f) {
+static inline void activate(const float* x, const float* gate, float* y, long n, const F& f) {
   map(x, y, n, [&](Vec v, long) { return f(v); });
   if (gate)
     for (long i = 0; i < n; i++) y[i] *= gate[i];
@@ -110,10 +110,10 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
   const float* gate = p.gate ? p.gate + m * n : nullptr;
   switch (p.kind) {
     case RMS_NORM: case LAYER_NORM: return normalize(p, x, y, n);
-    case SILU: case SILU_MUL: return activate(x, gate, y, n, silu);
-    case GELU: case GELU_MUL: return activate(x, gate, y, n, gelu);
-    case GELU_TANH: case GELU_TANH_MUL: return activate(x, gate, y, n, gelu_tanh);
-    case RELU: return activate(x, gate, y, n, relu);
+    case SILU: case SILU_MUL: return activate(x, gate, y, n, [](Vec v) { return silu(v); });
+    case GELU: case GELU_MUL: return activate(x, gate, y, n, [](Vec v) { return gelu(v); });
+    case GELU_TANH: case GELU_TANH_MUL: return activate(x, gate, y, n, [](Vec v) { return gelu_tanh(v); });
+    case RELU: return activate(x, gate, y, n, [](Vec v) { return relu(v); });
   }
 }
 

@@ -149,15 +149,15 @@ static void turn_columns(const float* a, float* y, long n1, long n2, long thread
     static thread_local Buffer<float> buffer;
     const long first = job * WIDE, n = std::min(WIDE, n2 - first);
     float *own = buffer.get(2 * n1 * WIDE), *result = own + n1 * WIDE;
-    auto copy = [&](const float* from, long row, float* to, long to_row) {
-      for (long r = 0; r < n1; r++) std::copy(from + r * row, from + r * row + n, to + r * to_row);
-    };
-    if (n < WIDE) std::fill(own, result, 0.0f);
     next_signs.fetch(n1 * n1 * WIDE / 256);
-    copy(y + first, n2, own, WIDE);
-    if (n == WIDE) return product_columns<2>({a, 1, n1}, {own, WIDE}, {y + first, n2}, n1, n1);
+    if (n == WIDE) {
+      for (long r = 0; r < n1; r++) std::memcpy(own + r * WIDE, y + r * n2 + first, WIDE * sizeof(float));
+      return product_columns<2>({a, 1, n1}, {own, WIDE}, {y + first, n2}, n1, n1);
+    }
+    std::fill(own, result, 0.0f);
+    for (long r = 0; r < n1; r++) std::copy_n(y + r * n2 + first, n, own + r * WIDE);
     product_columns<2>({a, 1, n1}, {own, WIDE}, {result, WIDE}, n1, n1);
-    copy(result, WIDE, y + first, n2);
+    for (long r = 0; r < n1; r++) std::copy_n(result + r * WIDE, n, y + r * n2 + first);
   });
 }
 

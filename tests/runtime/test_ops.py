@@ -180,7 +180,7 @@ def test_int8_linear_equals_reference(path: str, tokens: int) -> None:
     scale, bias = torch.rand(37, generator=generator) / 127, torch.randn(37, generator=generator)
     x = torch.randn(tokens, 50, generator=generator)
     want = reference.int8_linear(x, codes, scale, bias)
-    # float32 sums of 50 terms of order one, of which some processors round the inputs to 16 bits, some 2^-15 of three each
+    # float32 sums of 50 terms of order one, of which some processors round the inputs to 16 bits, 2^-15 of three each
     torch.testing.assert_close(BWLA.int8_linear(x, codes, scale, bias).double(), want, rtol=1e-5, atol=5e-4)
 
 
