@@ -31,14 +31,20 @@ static inline void fetch_ahead(const void* from, long n_bytes) {
   for (long i = 0; from && i < n_bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
-// Signs that this thread reads next, fetched a few cache lines at a time while it prepares tokens: memory is idle then.
+// What this thread reads next, fetched a few cache lines at a time while it prepares a token: memory is idle then.
 struct Next {
-  const char *at = nullptr, *end = nullptr;
+  struct Range {
+    const char *at = nullptr, *end = nullptr;
+    Range() = default;
+    Range(const void* from, long n_bytes) : at((const char*)from), end(from ? at + n_bytes : at) {}
+  };
+  Range first, second;
   void fetch(long lines) {
-    for (; lines > 0 && at < end; lines--, at += 64) __builtin_prefetch(at, 0, 2);
+    for (; lines > 0 && first.at < first.end; lines--, first.at += 64) __builtin_prefetch(first.at, 0, 2);
+    if (lines > 0 && second.at < second.end) first = second, second = {}, fetch(lines);
   }
 };
-static thread_local Next next_signs;
+static thread_local Next next_reads;
 """
 
 THREADS = r"""
@@ -214,7 +220,7 @@ static float round_to(const float* x, long in, int limit, Code* codes) {
       const Vec v = load(x + i + j * WIDTH), size = absolute(v);
       peak[j] = size > peak[j] ? size : peak[j];
       poison[j] += v * 0.0f;
-      if (j % 2) next_signs.fetch(1);
+      if (j % 2) next_reads.fetch(1);
     }
   float top = 0, sick = 0;
   for (int j = 1; j < N; j++) {

@@ -76,7 +76,7 @@ static void times_hadamard(const float* x, const float* scale, const float* v, O
     auto scaled_part = [&](long i) { return within(load(x + i) * load(scale + i) * load(v + i), lanes); };
     long apart = scale ? some_butterflies(y.at, n2, WIDTH, scaled_part)
                        : some_butterflies(y.at, n2, WIDTH, signed_part);
-    next_signs.fetch(n2 / FLOATS_OF_LINE);
+    next_reads.fetch(n2 / FLOATS_OF_LINE);
     while (apart < n2) apart = some_butterflies(y.at, n2, apart, [&](long i) { return load(y.at + i); });
   }
 }

@@ -43,7 +43,7 @@ static inline void map(const float* x, float* y, long n, const F& f) {
   for (; i + WIDTH <= n; i += WIDTH) {
     const Vec v = f(load(x + i), i);
     std::memcpy(y + i, &v, sizeof v);
-    next_signs.fetch(1);
+    next_reads.fetch(1);
   }
   if (i == n) return;
   Vec v{};
@@ -60,7 +60,7 @@ static inline float sum_of(const float* x, long n, const F& f) {
   long i = 0;
   for (; i + STEP <= n; i += STEP) {
     for (int j = 0; j < 4; j++) acc[j] += f(load(x + i + j * WIDTH));
-    next_signs.fetch(2);
+    next_reads.fetch(2);
   }
   const Vec sums = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   float total = 0;
@@ -115,6 +115,12 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
     case GELU_TANH: case GELU_TANH_MUL: return activate(x, gate, y, n, [](Vec v) { return gelu_tanh(v); });
     case RELU: return activate(x, gate, y, n, [](Vec v) { return relu(v); });
   }
+}
+
+// What preparing token m reads.
+static Next reads_of(const Prologue* p, const float* x, long m, long n) {
+  const long n_bytes = n * (long)sizeof(float);
+  return {{x + m * n, n_bytes}, {p && p->gate ? p->gate + m * n : nullptr, n_bytes}};
 }
 
 static Transform transform_of(const Prologue& p) { return {p.scale, p.left, p.right, p.n1, p.n2}; }
