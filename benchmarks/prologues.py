@@ -23,7 +23,7 @@ from benchmarks.kernel_tables import PROLOGUE
 from benchmarks.noise import pinned
 from benchmarks.random_linear import random_linear, random_transform
 from benchmarks.timing import Times, copies, interleaved, quartiles
-from bwla_compiler.codegen.library import LEFT, RIGHT, SIGNS, KernelLibrary, Member, Prologue, best_library
+from bwla_compiler.codegen.library import LEFT, RIGHT, SCALE, SIGNS, KernelLibrary, Member, Prologue, best_library
 from bwla_compiler.cost.factors import hadamard_factors
 from bwla_compiler.numerics.planes import unpack_signs
 from bwla_compiler.runtime.halves import read_half
@@ -179,8 +179,7 @@ def _packed_factors(library: KernelLibrary, transform: OnlineTransform) -> tuple
         library.pack_factor(factor.data_ptr(), own.data_ptr(), len(factor), side)
         return own
 
-    own_scale = None if scale is None else scale.clone()
-    return own_scale, packed(left, LEFT), packed(right, SIGNS if transform.spec.signed else RIGHT)
+    return packed(scale, SCALE), packed(left, LEFT), packed(right, SIGNS if transform.spec.signed else RIGHT)
 
 
 def _rounding(library: KernelLibrary, x: Tensor) -> Call:

@@ -63,21 +63,31 @@ static void narrow_butterflies(float* y, long n) {
       }
 }
 
-// y = (x * scale) diag(v) H for x, scale [n1, n2] and v [n2], n2 a power of two; scale null for none.
-static void times_hadamard(const float* x, const float* scale, const float* v, Output y, long n1, long n2) {
-  for (long r = 0; r < n1; r++, x += n2, scale += scale ? n2 : 0, y.at += y.row) {
-    if (n2 < WIDTH) {
-      for (long i = 0; i < n2; i++) y.at[i] = (scale ? x[i] * scale[i] : x[i]) * v[i];
-      narrow_butterflies(y.at, n2);
-      continue;
-    }
+// y = x diag(v) H for x(i), vectors from channel i of [n1, n2] on, and v [n2], n2 a power of two not below WIDTH.
+template <class X>
+static void signed_hadamard(const X& x, const float* v, Output y, long n1, long n2) {
+  for (long r = 0; r < n1; r++, y.at += y.row) {
     const auto lanes = std::make_index_sequence<WIDTH>{};
-    auto signed_part = [&](long i) { return within(load(x + i) * load(v + i), lanes); };
-    auto scaled_part = [&](long i) { return within(load(x + i) * load(scale + i) * load(v + i), lanes); };
-    long apart = scale ? some_butterflies(y.at, n2, WIDTH, scaled_part)
-                       : some_butterflies(y.at, n2, WIDTH, signed_part);
+    auto part = [&](long i) { return within(x(r * n2 + i) * load(v + i), lanes); };
+    long apart = some_butterflies(y.at, n2, WIDTH, part);
     next_reads.fetch(n2 / FLOATS_OF_LINE);
     while (apart < n2) apart = some_butterflies(y.at, n2, apart, [&](long i) { return load(y.at + i); });
+  }
+}
+
+// y = (x * scale) diag(v) H for x [n1, n2]; scale null for none.
+static void times_hadamard(const float* x, const Scale& scale, const float* v, Output y, long n1, long n2) {
+  if (n2 >= WIDTH) {
+    if (!scale) return signed_hadamard([&](long i) { return load(x + i); }, v, y, n1, n2);
+    return scale.visit([&](auto at) { signed_hadamard([&](long i) { return load(x + i) * at(i); }, v, y, n1, n2); });
+  }
+  for (long r = 0; r < n1; r++, x += n2, y.at += y.row) {
+    for (long i = 0; i < n2; i++) y.at[i] = x[i] * v[i];
+    if (scale)
+      scale.visit([&](auto at) {
+        for (long i = 0; i < n2; i++) y.at[i] = x[i] * at(r * n2 + i)[0] * v[i];
+      });
+    narrow_butterflies(y.at, n2);
   }
 }
 """

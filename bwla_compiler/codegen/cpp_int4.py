@@ -7,9 +7,7 @@ sum q (c + 8) - 8 sum q.
 
 INT4 = r"""
 typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
-typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
 typedef uint16_t Shorts __attribute__((vector_size(sizeof(Vec))));
-typedef uint16_t Halves __attribute__((vector_size(sizeof(Vec) / 2)));
 constexpr long SPAN = 8 * WIDTH;  // columns of a vector of codes: eight in each 32-bit word
 
 // sum_pairs: in each word the sum of the products of its two 16-bit halves. spread: lane l is v[from[l]].
@@ -30,13 +28,6 @@ static inline Vec spread(Vec v, Ints from) {
 }
 #endif
 
-template <class V>
-static inline V fetch(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
 // The sum of N lanes, by halves.
 template <int N>
 static inline float sum_lanes(const float* lane) {
@@ -44,12 +35,6 @@ static inline float sum_lanes(const float* lane) {
     return *lane;
   else
     return sum_lanes<N / 2>(lane) + sum_lanes<N / 2>(lane + N / 2);
-}
-
-// Float16 values; infinities, of which scales have none, become large.
-static inline Vec halves(const uint16_t* from) {
-  const Words bits = __builtin_convertvector(fetch<Halves>(from), Words);
-  return (Vec)(((bits & 0x7FFF) << 13) | ((bits & 0x8000) << 16)) * 0x1p112f;
 }
 
 // One token for the product: for each vector of codes four of pairs (columns j and j + 4 of every word's eight), and

@@ -57,6 +57,8 @@ def emit(isa: Isa) -> str:
         *with_amx(cpp_amx.TILES, cpp_amx_parts.PARTS),
         cpp_transform.PRODUCT,
         *with_amx(cpp_amx_transform.SPLIT),
+        cpp_transform.SIDES,
+        cpp_transform.SCALE,
         cpp_hadamard.HADAMARD,
         cpp_transform.TRANSFORM,
         cpp_prologue.FUNCTIONS,

@@ -251,7 +251,7 @@ Tensor packed_pair(const Tensor& codes) {
   });
 }
 
-// A factor [n, n], or the signs [n] of the right one, as the kernel takes it.
+// A factor [n, n], the signs [n] of the right one, or the scale [n] before them, as the kernel takes it.
 Tensor packed_factor(const Maybe& factor, const Maybe& exponent, Side side) {
   if (!factor) return Tensor();
   const int power = power_of(exponent);

@@ -116,7 +116,7 @@ struct Factors {
     n2 = right ? right->size(0) : n / n1;
     fit = n1 * n2 == n;
     if (!fit) return;
-    this->scale = values_of(scale, scale_exponent);
+    this->scale = packed_factor(scale, scale_exponent, SCALE);
     this->left = packed_factor(left, left_exponent, LEFT);
     this->right = packed_factor(right, right_exponent, is_signed ? SIGNS : RIGHT);
   }

@@ -76,10 +76,21 @@ static inline void store_low_bytes(Lanes v, int8_t* to) {
 }
 #endif
 
-static inline Vec load(const float* from) {
-  Vec v;
+template <class V>
+static inline V fetch(const void* from) {
+  V v;
   std::memcpy(&v, from, sizeof v);
   return v;
+}
+static inline Vec load(const float* from) { return fetch<Vec>(from); }
+
+// Float16 values times a factor; infinities, of which scales have none, become large.
+typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
+typedef uint16_t Halves __attribute__((vector_size(sizeof(Vec) / 2)));
+constexpr float HALF_FACTOR = 0x1p112f;  // what the bits of a half, moved into a float, lack
+static inline Vec halves(const uint16_t* from, float factor = HALF_FACTOR) {
+  const Words bits = __builtin_convertvector(fetch<Halves>(from), Words);
+  return (Vec)(((bits & 0x7FFF) << 13) | ((bits & 0x8000) << 16)) * factor;
 }
 """
 
@@ -172,13 +183,78 @@ static void product(Input a, Input b, Output y, long rows, long depth, long n, l
 """
 
 SIDES = """
-// How a factor is packed: a matrix on the right or the left, or v of diag(v) H on the right.
-enum Side : long { RIGHT, LEFT, SIGNS };
+// How a factor is packed: a matrix on the right or the left, v of diag(v) H on the right, or the scale before them.
+enum Side : long { RIGHT, LEFT, SIGNS, SCALE };
 """
 
-TRANSFORM = (
-    SIDES
-    + r"""
+SCALE = r"""
+// The scale of a transform, one number a channel, packed: a line whose first number is not 0 where what follows are
+// halves times it, as checkpoints hold them; else floats follow. A token waits for them to come from memory.
+class Scale {
+  const float* packed;
+  const float* values() const { return packed + FLOATS_OF_LINE; }
+
+ public:
+  Scale(const float* packed) : packed(packed) {}
+  explicit operator bool() const { return packed; }
+
+  // Vectors may be read beyond the end.
+  static long room(long n) { return FLOATS_OF_LINE + divide_up(n, FLOATS_OF_LINE) * FLOATS_OF_LINE + FLOATS_OF_LINE; }
+  static void pack(const float* scale, long n, float* packed) {
+    std::fill(packed, packed + room(n), 0.0f);
+    float top = 0;
+    for (long i = 0; i < n; i++) top = std::max(top, std::abs(scale[i]));
+    const int power = top > 0 && std::isfinite(top) ? std::ilogb(top) - 15 : 128;  // halves are below 2^16
+    if (-100 < power && power < 16 && put_halves(scale, n, -power, (uint16_t*)(packed + FLOATS_OF_LINE)))
+      packed[0] = std::ldexp(HALF_FACTOR, power);
+    else
+      std::copy_n(scale, n, packed + FLOATS_OF_LINE);
+  }
+
+  void fetch(long n) const {
+    if (!packed) return;
+    fetch_ahead(packed, 64 + n * (long)sizeof(uint16_t));
+    if (packed[0] == 0) fetch_ahead((const char*)values() + n * sizeof(uint16_t), n * (long)sizeof(uint16_t));
+  }
+
+  // Call f(at), where at(i) are the numbers from channel i on.
+  template <class F>
+  void visit(const F& f) const {
+    if (const float factor = packed[0])
+      f([factor, bits = (const uint16_t*)values()](long i) { return halves(bits + i, factor); });
+    else
+      f([floats = values()](long i) { return load(floats + i); });
+  }
+
+  // y = x * scale
+  void multiply(const float* x, float* y, long n) const {
+    visit([&](auto at) {
+      long i = 0;
+      for (; i + WIDTH <= n; i += WIDTH) {
+        const Vec v = load(x + i) * at(i);
+        std::memcpy(y + i, &v, sizeof v);
+      }
+      for (; i < n; i++) y[i] = x[i] * at(i)[0];
+    });
+  }
+
+ private:
+  // Numbers times 2^power as halves; false where one is none.
+  static bool put_halves(const float* scale, long n, int power, uint16_t* to) {
+    for (long i = 0; i < n; i++) {
+      const float v = std::ldexp(scale[i], power) / HALF_FACTOR;
+      uint32_t bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      to[i] = (uint16_t)((bits >> 13 & 0x7FFF) | (bits >> 16 & 0x8000));
+      uint16_t all[WIDTH] = {to[i]};
+      if (std::ldexp(halves(all)[0], -power) != scale[i]) return false;
+    }
+    return true;
+  }
+};
+"""
+
+TRANSFORM = r"""
 #ifndef OWN_FACTORS
 struct SplitFactor {
   static long room(long n) { return n * n; }
@@ -190,11 +266,13 @@ struct SplitFactor {
 
 // How many floats a factor of n channels takes as the transform reads it: a line that tells SIGNS, and what follows.
 EXPORT long bwla_packed_factor(long n, long side) {
+  if (side == SCALE) return Scale::room(n);
   return FLOATS_OF_LINE + (side == SIGNS ? n : SplitFactor::room(n));
 }
 
-// A factor [n, n], or v [n], as the transform reads it; from a cache line on.
+// A factor [n, n], or v or the scale [n], as the transform reads it; from a cache line on.
 EXPORT void bwla_pack_factor(const float* factor, float* packed, long n, long side) {
+  if (side == SCALE) return Scale::pack(factor, n, packed);
   std::fill(packed, packed + FLOATS_OF_LINE, (float)(side == SIGNS));
   if (side == SIGNS)
     std::memcpy(packed + FLOATS_OF_LINE, factor, n * sizeof(float));
@@ -202,10 +280,11 @@ EXPORT void bwla_pack_factor(const float* factor, float* packed, long n, long si
     SplitFactor::pack(factor, n, side == LEFT, packed + FLOATS_OF_LINE);
 }
 
-// y = left^T (x * scale) right for tokens [n1, n2]; scale [n1 * n2], left and right packed factors of n1 and n2
-// channels; null for none.
+// y = left^T (x * scale) right for tokens [n1, n2]; scale, left and right packed, of n1 * n2, n1 and n2 channels; null
+// for none.
 struct Transform {
-  const float *scale, *left, *right = nullptr, *signs = nullptr;
+  Scale scale;
+  const float *left, *right = nullptr, *signs = nullptr;
   long n1, n2;
 
   Transform(const float* scale, const float* left, const float* right, long n1, long n2)
@@ -224,7 +303,7 @@ struct Transform {
   }
   // Have what is read fetched, in its order.
   void fetch() const {
-    fetch_ahead(scale, n1 * n2 * (long)sizeof(float));
+    scale.fetch(n1 * n2);
     fetch_ahead(signs, n2 * (long)sizeof(float));
 #ifdef OWN_FACTORS
     if (is_tiled()) return TiledTransform(left, right, n1, n2).fetch();
@@ -248,7 +327,7 @@ struct Transform {
 #endif
     if (scale && !signs) {
       float* product = right || is_tiled() ? buffer.get(n) : to;
-      for (long i = 0; i < n; i++) product[i] = from[i] * scale[i];
+      scale.multiply(from, product, n);
       from = product;
     }
 #ifdef OWN_FACTORS
@@ -271,4 +350,3 @@ EXPORT void bwla_transform(const float* x, const float* scale, const float* left
   parallel(tokens, across, [&](long m) { transform.token(x + m * n, y + m * n, across > 1 ? 1 : useful); });
 }
 """
-)

@@ -21,8 +21,9 @@ GROUP = 128
 """Columns that share one scale in weights with group scales; the kernels know no other group size."""
 
 
-RIGHT, LEFT, SIGNS = range(3)
-"""How a factor of a transform is packed: a matrix on the right or the left, or v of diag(v) H on the right."""
+RIGHT, LEFT, SIGNS, SCALE = range(4)
+"""How a factor of a transform is packed: a matrix on the right or the left, v of diag(v) H on the right, or the scale
+of channels before them."""
 
 
 class Member(ctypes.Structure):
@@ -43,8 +44,8 @@ class Member(ctypes.Structure):
 class Prologue(ctypes.Structure):
     """What happens to a token before it is rounded; mirrors `struct Prologue` of the emitted source.
 
-    kind: its place in PROLOGUES. gate [tokens, in], gain, shift, scale [in] float32; left and right packed by
-    `pack_factor`, of n1 and n2 channels.
+    kind: its place in PROLOGUES. gate [tokens, in], gain, shift [in] float32; scale, left and right packed by
+    `pack_factor`, of in, n1 and n2 channels.
     """
 
     _fields_ = (

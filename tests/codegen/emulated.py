@@ -16,7 +16,7 @@ import pytest
 from bwla_compiler.codegen.build import COMMON_FLAGS, build_library
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, supported
-from bwla_compiler.codegen.library import RIGHT, SIGNS, KernelLibrary, Member, Prologue, load
+from bwla_compiler.codegen.library import RIGHT, SCALE, SIGNS, KernelLibrary, Member, Prologue, load
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 DRIVER = Path(__file__).parent / "driver.cpp"
@@ -113,7 +113,7 @@ class EmulatedLibrary:
 
     def pack_factor(self, factor: int, packed: int, n: int, side: int) -> None:
         own = Region(packed, 4 * self.packed_factor(n, side), returned=True)
-        self._call("pack_factor", Region(factor, 4 * n * (1 if side == SIGNS else n)), own, n, side)
+        self._call("pack_factor", Region(factor, 4 * n * (1 if side in (SIGNS, SCALE) else n)), own, n, side)
 
     def _factor(self, packed: int | None, n: int) -> int:
         """Return the floats of a factor that is packed, 0 for none; the first one tells its kind."""
@@ -162,7 +162,8 @@ class EmulatedLibrary:
     def transform(
         self, x: int, scale: int, left: int, right: int, y: int, tokens: int, n1: int, n2: int, threads: int
     ) -> None:
-        inputs = Region(x, 4 * tokens * n1 * n2), Region(scale, 4 * n1 * n2)
+        scaled = 4 * self.packed_factor(n1 * n2, SCALE) if scale else 0
+        inputs = Region(x, 4 * tokens * n1 * n2), Region(scale, scaled)
         factors = (Region(factor, 4 * self._factor(factor, n)) for factor, n in ((left, n1), (right, n2)))
         result = Region(y, 4 * tokens * n1 * n2, returned=True)
         self._call("transform", *inputs, *factors, result, tokens, n1, n2, threads)
@@ -227,7 +228,8 @@ class EmulatedLibrary:
         """Return the memory of a Prologue, with all that it points to."""
         p = given._obj
         lengths = {
-            "gate": tokens * columns, "gain": columns, "shift": columns, "scale": columns,
+            "gate": tokens * columns, "gain": columns, "shift": columns,
+            "scale": self.packed_factor(columns, SCALE) if p.scale else 0,
             "left": self._factor(p.left, p.n1), "right": self._factor(p.right, p.n2),
         }  # fmt: skip
         links = tuple((getattr(Prologue, name).offset, Region(getattr(p, name), 4 * n)) for name, n in lengths.items())

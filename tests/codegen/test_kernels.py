@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bwla_compiler.codegen.isa import ISAS, Isa
-from bwla_compiler.codegen.library import GROUP, LEFT, RIGHT, SIGNS, KernelLibrary, Member
+from bwla_compiler.codegen.library import GROUP, LEFT, RIGHT, SCALE, SIGNS, KernelLibrary, Member
 from bwla_compiler.numerics.activations import fixed_point, quantize_activation
 from bwla_compiler.numerics.kronecker import signed_hadamard
 from bwla_compiler.numerics.planes import pack_signs
@@ -394,17 +394,18 @@ def test_int4_embedding(library: Library, columns: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 24, 32), (2, 33, 50), (9, 33, 50), (11, 48, 80)], ids=str)
-@pytest.mark.parametrize("parts", ["scale left right", "left", "right", "scale", ""])
+@pytest.mark.parametrize("parts", ["scale left right", "half scale left right", "left", "right", "scale", ""])
 def test_transform(library: Library, shape: tuple[int, int, int], parts: str) -> None:
     tokens, n1, n2 = shape
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(tokens, n1, n2, generator=generator)
     scale, left, right = (torch.randn(*s, generator=generator) for s in ((n1, n2), (n1, n1), (n2, n2)))
+    scale = scale.half().float() if "half" in parts else scale
     y, want = torch.full_like(x, float("nan")), x.double()
     want = want * scale if "scale" in parts else want
     want = want @ right.double() if "right" in parts else want
     want = left.double().T @ want if "left" in parts else want
-    packed = [scale, packed_factor(library, left, LEFT), packed_factor(library, right, RIGHT)]
+    packed = [packed_factor(library, *f) for f in ((scale.flatten(), SCALE), (left, LEFT), (right, RIGHT))]
     addresses = [t.data_ptr() if n in parts else 0 for n, t in zip(("scale", "left", "right"), packed, strict=True)]
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
     # two float32 sums of up to 80 terms of order one; tiles take 16 bits of each number
@@ -413,20 +414,42 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1), (2, 5, 4), (1, 1, 32), (3, 5, 64), (2, 33, 256), (9, 48, 512)], ids=str)
-@pytest.mark.parametrize("parts", ["scale left right", "left right", "right"])
+@pytest.mark.parametrize("parts", ["scale left right", "half scale left right", "left right", "right"])
 def test_hadamard_factors_are_applied_by_additions(library: Library, shape: tuple[int, int, int], parts: str) -> None:
     tokens, n1, n2 = shape
     generator = torch.Generator().manual_seed(6)
     x, scale, left = (torch.randn(*s, generator=generator) for s in (shape, (n1, n2), (n1, n1)))
+    scale = scale.half().float() if "half" in parts else scale
     v = torch.randn(n2, generator=generator).sign() / n2**0.5
     y, want = torch.full_like(x, float("nan")), x.double()
     want = (want * scale if "scale" in parts else want) @ signed_hadamard(v.double())
     want = left.double().T @ want if "left" in parts else want
-    packed = [scale, packed_factor(library, left, LEFT), packed_factor(library, v, SIGNS)]
+    packed = [packed_factor(library, *f) for f in ((scale.flatten(), SCALE), (left, LEFT), (v, SIGNS))]
     addresses = [t.data_ptr() if n in parts else 0 for n, t in zip(("scale", "left", "right"), packed, strict=True)]
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
     atol = 1e-4 if library.isa != "amx" else 2.0**-13 * n1**0.5
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("power", [-9, 0, 7, 40])
+def test_scales_are_packed_as_halves_where_nothing_is_lost(library: Library, power: int) -> None:
+    """Normal and subnormal halves, zeros, any power of two; where one is no half, or no number at all, floats stay."""
+    x, scale = torch.ones(1, 45), torch.randn(45, generator=torch.Generator().manual_seed(9)).half().float()
+    scale[3], scale[7] = 0, 2.0**-20
+    scale *= 2.0**power
+
+    def applied(scale: Tensor) -> tuple[Tensor, bool]:
+        packed, y = packed_factor(library, scale, SCALE), torch.empty_like(x)
+        library.transform(x.data_ptr(), packed.data_ptr(), 0, 0, y.data_ptr(), 1, 1, 45, 1)
+        return y[0], bool(packed[0] != 0)
+
+    for own, halved in ((scale, power < 16), (torch.cat((scale[1:], scale[:1] * 1.0001)), False)):
+        y, is_half = applied(own)
+        assert torch.equal(y, own)
+        assert is_half == halved
+    y, is_half = applied(torch.full_like(scale, float("nan")))
+    assert y.isnan().all()
+    assert not is_half
 
 
 def test_a_token_is_transformed_alike_alone_and_beside_others(library: Library) -> None:

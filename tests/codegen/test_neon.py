@@ -22,7 +22,7 @@ from bwla_compiler.codegen import cpp_driver, cpp_neon, cpp_transform, isa, libr
 from bwla_compiler.codegen.build import COMMON_FLAGS, build
 from bwla_compiler.codegen.cpp_linear import emit
 from bwla_compiler.codegen.isa import FLAGS, Isa, best_isa, cpu_flags, supported
-from bwla_compiler.codegen.library import LEFT, RIGHT, Member
+from bwla_compiler.codegen.library import LEFT, RIGHT, SCALE, Member
 from bwla_compiler.numerics.activations import quantize_activation
 from bwla_compiler.runtime import reference
 from bwla_compiler.runtime.portable import Prologue
@@ -252,11 +252,11 @@ class DirectCase(Case):
 
         p = self.prologue
         n1 = len(p.left) if p.left is not None else columns // len(p.right) if p.right is not None else 1
-        left, right = (
+        transform = (
             None if factor is None else packed_factor(self.library, factor, side)
-            for factor, side in ((p.left, LEFT), (p.right, RIGHT))
+            for factor, side in ((p.scale, SCALE), (p.left, LEFT), (p.right, RIGHT))
         )
-        vectors = (p.gate, p.gain, p.shift, p.scale, left, right)
+        vectors = (p.gate, p.gain, p.shift, *transform)
         before = library.Prologue(PROLOGUES.index(p.kind), p.eps, *map(at, vectors), n1, columns // n1)
         results, members = [], []
         for (signs, scale, low_rank, bias), residual in zip(
