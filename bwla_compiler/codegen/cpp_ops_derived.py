@@ -129,48 +129,70 @@ void advise_huge([[maybe_unused]] void* from, [[maybe_unused]] size_t n) {
 #endif
 }
 
-// Memory of a large result that was freed, for the next one of its size. Beyond some size malloc maps memory anew at
-// every call, and to clear its pages takes as long as to fill them. The system may have the pages of what lies here.
-struct Spare {
-  std::mutex mutex;
-  void* block = nullptr;
-  size_t size = 0;
+// Memory of large results that were freed, for later ones of the same size. Malloc gives much of such memory back to
+// the system at once, and to have its pages cleared again takes as long as to fill them. Of the largest, one is kept,
+// whose pages the system may have whenever it wants them.
+class Spares {
+  struct Block {
+    void* at = nullptr;
+    size_t size = 0;
+  };
+  static constexpr size_t LARGE = 32 << 20, MOST = 64 << 20;  // bytes; MOST: of all that are not the largest
 
-  static constexpr size_t LEAST = 32 << 20;  // malloc itself keeps less
-  static Spare& its() {
-    static Spare* const only = new Spare;  // never destroyed: results may outlive static destructors
+  std::mutex mutex;
+  std::vector<Block> blocks;  // those that were freed first, first
+  Block largest;
+  size_t total = 0;
+
+ public:
+  static Spares& its() {
+    static Spares* const only = new Spares;  // never destroyed: results may outlive static destructors
     return *only;
   }
 
+  // A block of n bytes, whole pages.
   void* take(size_t n) {
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      if (size == n) return size = 0, std::exchange(block, nullptr);
+      if (largest.size == n) return std::exchange(largest, {}).at;
+      const auto found = std::find_if(blocks.rbegin(), blocks.rend(), [n](const Block& b) { return b.size == n; });
+      if (found != blocks.rend()) {
+        void* const at = found->at;
+        blocks.erase(std::next(found).base());
+        total -= n;
+        return at;
+      }
     }
-    void* fresh = ::operator new(n, std::align_val_t(PAGE));
+    void* const fresh = ::operator new(n, std::align_val_t(PAGE));
     advise_huge(fresh, n);
     return fresh;
   }
 
-  void give(void* freed, size_t n) {
+  void give(void* at, size_t n) {
+    if (n >= LARGE && !is_free_to_take(at, n)) return drop(at);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (n >= LARGE) return drop(std::exchange(largest, {at, n}).at);
+    blocks.push_back({at, n});
+    for (total += n; total > MOST; blocks.erase(blocks.begin())) total -= blocks[0].size, drop(blocks[0].at);
+  }
+
+ private:
+  static void drop(void* at) { ::operator delete(at, std::align_val_t(PAGE)); }
+
+  // Let the system have the pages of what lies here no more; whether it can.
+  static bool is_free_to_take([[maybe_unused]] void* at, [[maybe_unused]] size_t n) {
 #if defined(__linux__) && defined(MADV_FREE)
-    if (madvise(freed, n, MADV_FREE) == 0) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      std::swap(block, freed);
-      size = n;
-    }
+    return madvise(at, n, MADV_FREE) == 0;
+#else
+    return false;
 #endif
-    ::operator delete(freed, std::align_val_t(PAGE));
   }
 };
 
 Tensor new_floats(at::IntArrayRef sizes) {
-  const size_t n = (c10::multiply_integers(sizes) * sizeof(float) + PAGE - 1) / PAGE * PAGE;
-  if (n >= Spare::LEAST)
-    return at::from_blob(Spare::its().take(n), sizes, [n](void* p) { Spare::its().give(p, n); }, at::kFloat);
-  Tensor t = at::detail::empty_cpu(sizes, at::kFloat);  // as at::empty, which goes through the dispatcher
-  if (n > 2 * PAGE) advise_huge(t.mutable_data_ptr(), t.nbytes());
-  return t;
+  const size_t wanted = c10::multiply_integers(sizes) * sizeof(float), n = (wanted + PAGE - 1) / PAGE * PAGE;
+  if (wanted < PAGE) return at::detail::empty_cpu(sizes, at::kFloat);  // as at::empty, without the dispatcher
+  return at::from_blob(Spares::its().take(n), sizes, [n](void* p) { Spares::its().give(p, n); }, at::kFloat);
 }
 
 // Bytes of what is derived, some tensors to a block of huge pages where the system has them: a linear reads all of its

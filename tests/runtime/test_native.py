@@ -188,8 +188,9 @@ def test_kernels_compute_on_as_many_threads_as_torch_does(installed: NativeOpera
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot have pages back on demand")
-def test_large_results_take_the_memory_of_freed_ones_and_of_no_others(installed: NativeOperators) -> None:
-    x, scale = inputs(10_000, 1024), torch.full((1024,), 2.0)
+@pytest.mark.parametrize("rows", [2000, 12_000])
+def test_large_results_take_the_memory_of_freed_ones_and_of_no_others(installed: NativeOperators, rows: int) -> None:
+    x, scale = inputs(rows, 1024), torch.full((1024,), 2.0)
 
     def doubled(x: Tensor) -> Tensor:
         y: Tensor = BWLA.transform(x, scale, None, None)
@@ -204,12 +205,23 @@ def test_large_results_take_the_memory_of_freed_ones_and_of_no_others(installed:
     assert third.data_ptr() not in (address, second.data_ptr())
     assert torch.equal(row, 2 * x[7])
     del row
-    smaller = doubled(x[1000:])
+    smaller = doubled(x[rows // 4 :])
     assert smaller.data_ptr() != address
     again = doubled(x)
     assert again.data_ptr() == address
-    for y, expected in ((again, x), (second, -x), (third, -x), (smaller, x[1000:])):
+    for y, expected in ((again, x), (second, -x), (third, -x), (smaller, x[rows // 4 :])):
         assert torch.equal(y, 2 * expected)
+
+
+def test_no_more_than_some_of_the_memory_of_freed_results_is_kept(installed: NativeOperators) -> None:
+    scale, page = torch.ones(1024), 2 << 20
+    results = [BWLA.transform(inputs(512 * n, 1024), scale, None, None) for n in range(1, 14)]  # 2 to 26 MiB
+    addresses = [y.data_ptr() for y in results]
+    assert all(address % page == 0 for address in addresses)
+    while results:
+        results.pop(0)  # the last two, 50 MiB, are kept, and the third last would be too much beside them
+    again = [BWLA.transform(inputs(512 * n, 1024), scale, None, None).data_ptr() for n in (13, 12)]
+    assert again == addresses[:-3:-1]
 
 
 def test_calls_from_several_threads(installed: NativeOperators) -> None:
