@@ -213,6 +213,7 @@ static long round_quickly(const float*, long, float, int, Code*) {
 template <class Code>
 static float round_to(const float* x, long in, int limit, Code* codes) {
   constexpr int N = 4;  // so many at once hide the latency of one
+  Next& next = next_reads;
   Vec peak[N] = {}, poison[N] = {};
   long i = 0;
   for (; i + N * WIDTH <= in; i += N * WIDTH)
@@ -220,7 +221,7 @@ static float round_to(const float* x, long in, int limit, Code* codes) {
       const Vec v = load(x + i + j * WIDTH), size = absolute(v);
       peak[j] = size > peak[j] ? size : peak[j];
       poison[j] += v * 0.0f;
-      if (j % 2) next_reads.fetch(1);
+      if (j % 2) next.fetch(1);
     }
   float top = 0, sick = 0;
   for (int j = 1; j < N; j++) {

@@ -163,7 +163,10 @@ class Spares {
         return at;
       }
     }
-    void* const fresh = ::operator new(n, std::align_val_t(PAGE));
+    void* fresh = allocate(n);
+    if (!fresh) forget(), fresh = allocate(n);
+    TORCH_CHECK(fresh, "bwla: no memory for a result of ", n >> 20,
+                " MiB; a shorter prompt or a smaller batch needs less");
     advise_huge(fresh, n);
     return fresh;
   }
@@ -177,7 +180,16 @@ class Spares {
   }
 
  private:
+  static void* allocate(size_t n) { return ::operator new(n, std::align_val_t(PAGE), std::nothrow); }
   static void drop(void* at) { ::operator delete(at, std::align_val_t(PAGE)); }
+
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Block& block : blocks) drop(block.at);
+    drop(std::exchange(largest, {}).at);
+    blocks.clear();
+    total = 0;
+  }
 
   // Let the system have the pages of what lies here no more; whether it can.
   static bool is_free_to_take([[maybe_unused]] void* at, [[maybe_unused]] size_t n) {

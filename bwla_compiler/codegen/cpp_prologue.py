@@ -39,11 +39,12 @@ static inline Vec gelu(Vec x) {
 // y[i] = f(x[i], i) for all i < n, WIDTH at a time; what f gives beyond n is dropped.
 template <class F>
 static inline void map(const float* x, float* y, long n, const F& f) {
+  Next& next = next_reads;  // found once
   long i = 0;
   for (; i + WIDTH <= n; i += WIDTH) {
     const Vec v = f(load(x + i), i);
     std::memcpy(y + i, &v, sizeof v);
-    next_reads.fetch(1);
+    next.fetch(1);
   }
   if (i == n) return;
   Vec v{};
@@ -56,11 +57,12 @@ static inline void map(const float* x, float* y, long n, const F& f) {
 template <class F>
 static inline float sum_of(const float* x, long n, const F& f) {
   constexpr long STEP = 4 * WIDTH;
+  Next& next = next_reads;
   Vec acc[4] = {};
   long i = 0;
   for (; i + STEP <= n; i += STEP) {
     for (int j = 0; j < 4; j++) acc[j] += f(load(x + i + j * WIDTH));
-    next_reads.fetch(2);
+    next.fetch(2);
   }
   const Vec sums = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   float total = 0;

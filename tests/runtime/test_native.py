@@ -224,6 +224,12 @@ def test_no_more_than_some_of_the_memory_of_freed_results_is_kept(installed: Nat
     assert again == addresses[:-3:-1]
 
 
+def test_a_result_that_no_memory_holds_is_an_error_that_says_so(installed: NativeOperators) -> None:
+    table, ids = torch.zeros(1, 1 << 20, dtype=torch.int8), torch.zeros(1 << 23, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no memory for a result of 33554432 MiB; a shorter prompt"):
+        BWLA.int8_embedding(ids, table, torch.ones(1), torch.float32)
+
+
 def test_calls_from_several_threads(installed: NativeOperators) -> None:
     x, chain = inputs(1, 64), [weights(64, 64, seed=s) for s in range(20)]
     with ThreadPoolExecutor(4) as pool:
