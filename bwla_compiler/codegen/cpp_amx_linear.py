@@ -41,54 +41,33 @@ void project_on_pair<TileKernel>(const Wave<TileKernel>& wave, const Member& mem
   });
 }
 
-// The low-rank pair of a panel: projections of all tokens, and codes, which bfloat16 holds. The parts of a projection
-// lie side by side, the smallest first, and the codes as often one below the other: few ranks fill a step together.
+// The low-rank pair of a panel: projections of all tokens, and codes, which bfloat16 holds.
 class Pair {
   static inline thread_local Buffer<Half> left_buffer, right_buffer;
   const Member& member;
-  const long depth;
-  const Parts left, right;  // [tokens, depth], [depth, ROWS]
+  const Parts left, right;  // [tokens, rank], [rank, ROWS]
 
  public:
   Pair(const Member& member, const float* projected, long tokens)
-      : member(member), depth(PARTS * member.rank), left(Parts::room(left_buffer, 1, tokens, depth)),
-        right(Parts::room(right_buffer, 1, ROWS, depth)) {
-    static thread_local Buffer<float> buffer;
-    float* const parts = buffer.get(depth);
-    for (long t = 0; t < left.whole(); t++) {
-      if (t < tokens) split(projected + t * member.rank, parts);
-      left.put_row<1>(t, parts, t < tokens ? depth : 0);
-    }
+      : member(member), left(Parts::room(left_buffer, PARTS, tokens, member.rank)),
+        right(Parts::room(right_buffer, 1, ROWS, member.rank)) {
+    for (long t = 0; t < left.whole(); t++)
+      left.put_row<PARTS>(t, projected + t * member.rank, t < tokens ? member.rank : 0);
   }
 
   // Take the codes of a block of rows.
   void take(long block) {
-    auto line = [&](long k, long row) {
-      if (k >= depth) return _mm512_setzero_ps();
-      return (__m512)load_codes(member.rank_out + (block * member.rank + k % member.rank) * ROWS + row);
+    auto line = [&](long r, long row) {
+      if (r >= member.rank) return _mm512_setzero_ps();
+      return (__m512)load_codes(member.rank_out + (block * member.rank + r) * ROWS + row);
     };
     for (long row = 0; row < ROWS; row += SIDE)
       for (long step = 0; step < right.steps * WIDE; step += WIDE)
-        for (long k = step; k < step + SIDE; k++) right.put<1>(right.lines(row, k), line(k, row), line(k + SIDE, row));
+        for (long r = step; r < step + SIDE; r++) right.put<1>(right.lines(row, r), line(r, row), line(r + SIDE, row));
   }
 
   // sums = projections of the strip of tokens from m on times these codes of a strip of rows, four tiles.
   void multiply(long m, long row, float* sums) const { multiply_parts(left, right, {m, row, 2}, sums); }
-
- private:
-  // Projections of one token as parts [PARTS, rank]; the last one is cut off where it is put.
-  void split(const float* values, float* parts) const {
-    for (long k = 0; k < member.rank; k += SIDE) {
-      const __mmask16 inside = first_lanes(member.rank - k);
-      __m512 rest = _mm512_maskz_loadu_ps(inside, values + k);
-      for (long part = PARTS - 1; part > 0; part--) {
-        const __m512 rounded = to_half(rest);
-        _mm512_mask_storeu_ps(parts + part * member.rank + k, inside, rounded);
-        rest = _mm512_sub_ps(rest, rounded);
-      }
-      _mm512_mask_storeu_ps(parts + k, inside, rest);
-    }
-  }
 };
 
 // The sums of one block of rows for all tokens of a wave.

@@ -6,12 +6,6 @@ PARTS = r"""
 using Half = uint16_t;
 constexpr long PARTS = 3, WIDE = 32;  // WIDE: of a row of a tile
 
-// Floats rounded to bfloat16.
-static inline __m512 to_half(__m512 v) {
-  const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000), half = _mm512_set1_epi32(0x8000);
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(v), half), upper));
-}
-
 // One side of a product. Left: [n, depth] as tiles [parts, n / SIDE, steps, SIDE, SIDE, 2]; right: [depth, n] as tiles
 // [parts, n / SIDE, steps, SIDE, SIDE, 2]. Zeros beyond. Of a step of WIDE, k and k + SIDE are neighbours: so two
 // registers of floats become one without a permutation.
@@ -48,14 +42,17 @@ struct Parts {
   // Put P parts of neighbours. All but the last are rounded; the last is cut off, so that NaN are never rounded away.
   template <int P>
   void put(Half* to, __m512 first, __m512 second) const {
+    const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000), half = _mm512_set1_epi32(0x8000);
     UNROLL for (int part = 0; part < P; part++, to += apart()) {
-      const bool is_last = part == P - 1;
-      const __m512 low = is_last ? first : to_half(first), high = is_last ? second : to_half(second);
-      first = _mm512_sub_ps(first, low), second = _mm512_sub_ps(second, high);
+      __m512i low = _mm512_castps_si512(first), high = _mm512_castps_si512(second);
+      if (part < P - 1) {
+        low = _mm512_and_si512(_mm512_add_epi32(low, half), upper);
+        high = _mm512_and_si512(_mm512_add_epi32(high, half), upper);
+        first = _mm512_sub_ps(first, _mm512_castsi512_ps(low));
+        second = _mm512_sub_ps(second, _mm512_castsi512_ps(high));
+      }
       // upper ? high : low
-      _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
-                                                       _mm512_castps_si512(high),
-                                                       _mm512_set1_epi32((int)0xFFFF0000), 0xD8));
+      _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xD8));
     }
   }
 };
