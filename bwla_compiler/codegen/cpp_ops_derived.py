@@ -172,7 +172,7 @@ class Spares {
   }
 
   void give(void* at, size_t n) {
-    if (n >= LARGE && !is_free_to_take(at, n)) return drop(at);
+    if (n >= LARGE && !leave_to_system(at, n)) return drop(at);
     const std::lock_guard<std::mutex> lock(mutex);
     if (n >= LARGE) return drop(std::exchange(largest, {at, n}).at);
     blocks.push_back({at, n});
@@ -191,8 +191,8 @@ class Spares {
     total = 0;
   }
 
-  // Let the system have the pages of what lies here no more; whether it can.
-  static bool is_free_to_take([[maybe_unused]] void* at, [[maybe_unused]] size_t n) {
+  // Let the system have the pages of what was freed whenever it wants them; whether that can be.
+  static bool leave_to_system([[maybe_unused]] void* at, [[maybe_unused]] size_t n) {
 #if defined(__linux__) && defined(MADV_FREE)
     return madvise(at, n, MADV_FREE) == 0;
 #else
