@@ -67,12 +67,12 @@ static inline float split_digits(const float* x, long n, long whole, const To& t
 """
 
 DOTS = r"""
-#define BYTE_PRODUCTS
+#define INTEGER_ROWS
 constexpr long HEAD_DIGITS = 2;  // of the input
 
 // Tokens for products with rows of codes: digits [tokens, HEAD_DIGITS, padded], zeros beyond `in`; begin [tokens,
 // HEAD_DIGITS, 16], what sums begin with.
-class DigitRows {
+class IntegerRows {
   static constexpr long STEP_CODES = 64;
   static inline thread_local Buffer<int8_t> digit_buffer;
   static inline thread_local Buffer<int32_t> begin_buffer;
@@ -83,7 +83,9 @@ class DigitRows {
   float* const scale;
 
  public:
-  DigitRows(const float* x, long tokens, long in)
+  static bool take(long columns) { return columns <= DIGIT_COLUMNS; }
+
+  IntegerRows(const float* x, long tokens, long in)
       : in(in), padded(divide_up(in, STEP_CODES) * STEP_CODES), digits(digit_buffer.get(tokens * HEAD_DIGITS * padded)),
         begin(begin_buffer.get(tokens * HEAD_DIGITS * 16)), scale(scale_buffer.get(tokens)) {
     for (long m = 0; m < tokens; m++) {

@@ -87,12 +87,12 @@ static void int8_rows(const Rows& rows, const int8_t* codes, const float* scale,
 // by products of bytes, of x rounded to 16 bits a token.
 EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y,
                              long tokens, long out, long in, long threads) {
-#ifdef BYTE_PRODUCTS
-  if (in <= DIGIT_COLUMNS) {
+#ifdef INTEGER_ROWS
+  if (IntegerRows::take(in)) {
 #ifdef TILED
     if (TILED(tokens)) return int8_tiles(x, codes, scale, bias, y, tokens, out, in, threads);
 #endif
-    return int8_rows(DigitRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
+    return int8_rows(IntegerRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
   }
 #endif
   int8_rows(FloatRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);

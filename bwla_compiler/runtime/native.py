@@ -36,7 +36,7 @@ END_TOKENS: dict[Isa, EndTokens] = {
     "amx": EndTokens(ALWAYS, 128),
     "avx512vbmi": EndTokens(128, 128),
     "avx512": EndTokens(128, 128),
-    "avx2": EndTokens(16, 128),
+    "avx2": EndTokens(ALWAYS, 128),
     "neon": EndTokens(16, 32),
     "portable": EndTokens(8, 32),
 }

@@ -255,17 +255,24 @@ def test_tiles_of_others_on_the_same_thread(library: Library) -> None:
         assert torch.equal(run_linear(library, x, signs, torch.ones(1, 256, 1), 31, threads=1), ours)
 
 
+HEAD_LIMITS = {"amx": 32639, "avx512vbmi": 32639, "avx2": 32767}
+"""What an int8 head's input is rounded to where it multiplies integers: two signed bytes, or 16 bits, a number."""
+
+
 def as_int8_linear_reads(library: Library, x: Tensor) -> Tensor:
-    """Return x in float64 as the int8 head takes it: rounded to 16 bits a token where it multiplies bytes."""
-    if library.isa not in ("amx", "avx512vbmi"):
+    """Return x in float64 as the int8 head takes it: rounded to 16 bits a token where it multiplies integers."""
+    limit = HEAD_LIMITS.get(library.isa)
+    if limit is None:
         return x.double()
     largest = x.abs().amax(1, keepdim=True)
-    integers = (x * (32639 / largest)).round()
-    return integers.double() * (largest / 32639).double()
+    integers = (x / (largest / limit)).round() if limit == 32767 else (x * (limit / largest)).round()
+    return integers.double() * (largest / limit).double()
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 300, 1000), (4, 6, 128), (7, 65, 33), (37, 300, 1000), (49, 1600, 192)], ids=str
+    "shape",
+    [(1, 1, 1), (1, 300, 1000), (4, 6, 128), (7, 65, 33), (37, 300, 1000), (49, 1600, 192), (5, 7, 8200)],
+    ids=str,
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool) -> None:
@@ -283,12 +290,21 @@ def test_int8_linear(library: Library, shape: tuple[int, int, int], biased: bool
     seen = as_int8_linear_reads(library, x)
     reference = seen @ codes.double().T * scale + (bias if bias is not None else 0)
     size = seen.abs() @ codes.abs().double().T * scale + 1
-    # float32 sums of 1000 terms in 16 or 32 lanes
+    # float32 sums of some 1000 terms in 16 or 32 lanes
     assert ((y - reference).abs() <= 64 * 2.0**-24 * size).all()
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512vbmi"])
-@pytest.mark.parametrize("shape", [(1, 1), (66, 33), (131, 1000)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 6])
+def test_int8_linear_of_extremes(library: Library, tokens: int) -> None:
+    columns = 8195
+    x, codes = torch.full((tokens, columns), 3.0), torch.full((5, columns), -128, dtype=torch.int8)
+    y, scale = torch.empty(tokens, 5), torch.ones(5)
+    library.int8_linear(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), 0, y.data_ptr(), tokens, 5, columns, 1)
+    torch.testing.assert_close(y, torch.full_like(y, -384.0 * columns), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", sorted(HEAD_LIMITS))
+@pytest.mark.parametrize("shape", [(1, 1), (66, 33), (131, 1000), (9, 4100)], ids=str)
 def test_int8_linear_gives_a_token_the_same_bits_beside_any_others(isa: Isa, shape: tuple[int, int]) -> None:
     library, (out, columns) = kernels(isa), shape
     generator = torch.Generator().manual_seed(4)
