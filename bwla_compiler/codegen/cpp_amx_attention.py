@@ -1,93 +1,36 @@
-"""C++ text of attention of many tokens on processors with AMX: both products by tiles of digits, as exact as float32,
-and of keys that no token of a strip sees, none (online softmax: Milakov and Gimelshein, 2018).
+"""C++ text of attention of many tokens on processors with AMX: both products by tiles of digits, as exact as float32.
 
-Results do not depend on how many hidden keys follow those that are seen, nor on whether a mask hides them or causality:
-values have a scale a key, by which chances are multiplied, and those of hidden keys are zero.
+Values have a scale a key, by which chances are multiplied, and those of hidden keys are zero: so that here too results
+do not depend on them (cpp_attention_prompt.py).
 """
 
 TILED = r"""
-// Rows are the queries of one head of keys: token by token, of each its group.
-class TiledAttention {
+class TiledAttention : HeadRows {
   static inline thread_local Buffer<int8_t> query_buffer, key_buffer, value_buffer, chance_buffer;
   static inline thread_local Buffer<float> float_buffer;
-  static constexpr long HEIGHT = 512, STRIPS = HEIGHT / STRIP;  // rows of a job: keys are split once for all of them
-  static constexpr long AHEAD_ROWS = 8;                         // rows of other tokens lie far apart
-  static constexpr float LOW = 1 << 16;                         // of low sums: what is smaller is left out
 
-  struct Range {  // of keys
-    long first, end;
-    bool empty() const { return first >= end; }
-  };
+ public:
+  static constexpr long HEIGHT = 512;  // keys are split once for all of these rows
 
-  const Attention& a;
-  const long b, head, top, rows, padded;  // padded: floats of a row of sums
+ private:
+  static constexpr long STRIPS = HEIGHT / STRIP;
+  static constexpr long AHEAD_ROWS = 8;  // rows of other tokens lie far apart
+  static constexpr float LOW = 1 << 16;  // of low sums: what is smaller is left out
+
+  const long padded;  // floats of a row of sums
   const Digits<3> queries, keys, values, chances;
   float *peak, *total, *sums, *scores;  // sums of a strip: none before it has seen a key
   float query_scale[HEIGHT], key_scale[SPAN_KEYS], value_scale[SPAN_KEYS];
 
-  TiledAttention(const Attention& a, long b, long head, long top, long rows)
-      : a(a), b(b), head(head), top(top), rows(rows), padded(divide_up(a.size, SIDE) * SIDE),
-        queries(Digits<3>::of(query_buffer, rows, a.size)), keys(Digits<3>::of(key_buffer, SPAN_KEYS, a.size)),
-        values(Digits<3>::of(value_buffer, a.size, SPAN_KEYS)),
-        chances(Digits<3>::of(chance_buffer, STRIP, SPAN_KEYS)) {
-    peak = float_buffer.get((2 + padded) * HEIGHT + std::max(STRIP * SPAN_KEYS, a.size));
-    total = peak + HEIGHT, sums = total + HEIGHT, scores = sums + padded * HEIGHT;
-    std::fill(peak, peak + HEIGHT, HIDDEN);
-    std::fill(total, total + HEIGHT, 0.0f);
-  }
-
-  long token(long row) const { return (top + row) / a.group; }
-  long query(long row) const { return head * a.group + (top + row) % a.group; }
-  const float* query_at(long row) const {
-    return a.queries + b * a.query_batch + query(row) * a.query_head + token(row) * a.query_token;
-  }
-
   void split_queries() {
     float* const scaled = scores;
-    const float scale = a.scale;
     for (long row = 0; row < divide_up(rows, STRIP) * STRIP; row++) {
       const long n = row < rows ? a.size : 0;
-      const float *from = query_at(row), *soon = query_at(row + AHEAD_ROWS);
-      if (a.cos && n) {
-        const long at = b * a.turn_batch + token(row) * a.turn_token;
-        turn(from, a.cos + at, a.sin + at, n, scaled);
-        from = scaled;
-      }
-      for (long i = 0; i < n; i++) scaled[i] = from[i] * scale;
+      if (n) put_query(row, scaled);
+      const float* soon = query_at(row + AHEAD_ROWS);
       for (long i = 0; row + AHEAD_ROWS < rows && i < n; i += SIDE) __builtin_prefetch(soon + i);
       query_scale[row] = queries.put_row(row, scaled, n);
     }
-  }
-
-  // What row `row` of the queries is shown by the mask, from key `first` on.
-  const void* mask(long row, long first) const {
-    const long at = b * a.mask_batch + query(row) * a.mask_head + token(row) * a.mask_token + first;
-    return (const char*)a.mask + at * a.mask_bytes;
-  }
-
-  // The keys of [first, end) between which all lie that some of the rows [row, last) see.
-  Range seen(long row, long last, long first, long end) const {
-    if (a.causal) return {first, std::min(end, token(last - 1) + 1)};
-    if (!a.mask) return {first, end};
-    Range range{end, first};
-    // The last rows see most as a rule, and only what others see beyond them is looked for.
-    for (long r = last - 1; r >= row; r -= a.mask_head ? 1 : (top + r) % a.group + 1) {
-      long low = first, high = end;
-      if (a.mask_bytes == 1) {
-        const auto* bytes = (const uint8_t*)mask(r, 0);
-        const auto* one = (const uint8_t*)std::memchr(bytes + first, 1, end - first);
-        if (!one) continue;
-        low = one - bytes;
-        while (high > range.end && !bytes[high - 1]) high--;
-      } else {
-        const auto* added = (const float*)mask(r, 0);
-        while (low < end && added[low] == HIDDEN) low++;
-        if (low == end) continue;
-        while (high > range.end && added[high - 1] == HIDDEN) high--;
-      }
-      range = {std::min(range.first, low), high};
-    }
-    return range;
   }
 
   // Split the keys and values of a range of the span that begins at `begin`, by whole steps.
@@ -172,7 +115,7 @@ class TiledAttention {
   void write() const {
     const bool far = is_far(a.y, a.batch * a.tokens * a.heads * a.group, a.size);
     for (long row = 0; row < rows; row++) {
-      float* const y = a.y + ((b * a.tokens + token(row)) * a.heads * a.group + query(row)) * a.size;
+      float* const y = result_at(row);
       const __m512 factor = _mm512_set1_ps(total[row] == 0 ? 0.0f : 1.0f / total[row]);
       for (long i = 0; i < a.size; i += SIDE) {
         const __m512 sum = _mm512_maskz_loadu_ps(total[row] == 0 ? 0 : 0xFFFF, sums + row * padded + i);
@@ -184,6 +127,17 @@ class TiledAttention {
       }
     }
     if (far) _mm_sfence();
+  }
+
+ public:
+  explicit TiledAttention(const HeadRows& part)
+      : HeadRows(part), padded(divide_up(a.size, SIDE) * SIDE), queries(Digits<3>::of(query_buffer, rows, a.size)),
+        keys(Digits<3>::of(key_buffer, SPAN_KEYS, a.size)), values(Digits<3>::of(value_buffer, a.size, SPAN_KEYS)),
+        chances(Digits<3>::of(chance_buffer, STRIP, SPAN_KEYS)) {
+    peak = float_buffer.get((2 + padded) * HEIGHT + std::max(STRIP * SPAN_KEYS, a.size));
+    total = peak + HEIGHT, sums = total + HEIGHT, scores = sums + padded * HEIGHT;
+    std::fill(peak, peak + HEIGHT, HIDDEN);
+    std::fill(total, total + HEIGHT, 0.0f);
   }
 
   void run() {
@@ -205,15 +159,6 @@ class TiledAttention {
       }
     }
     write();
-  }
-
- public:
-  static void attend(const Attention& a, long threads) {
-    const long rows = a.tokens * a.group, blocks = divide_up(rows, HEIGHT);
-    parallel(a.batch * a.heads * blocks, threads, [&](long job) {
-      const long top = (blocks - 1 - job % blocks) * HEIGHT;  // the last, which see most, first
-      TiledAttention(a, job / blocks / a.heads, job / blocks % a.heads, top, std::min(HEIGHT, rows - top)).run();
-    });
   }
 };
 """

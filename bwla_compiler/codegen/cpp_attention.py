@@ -270,21 +270,14 @@ static void attend(const Attention& a, long threads) {
 """
 
 ENTRY = r"""
-// Attention of one token, or with AMX of any number of tokens to floats; a thread or more.
+// Attention; of several tokens to floats alone; a thread or more.
 EXPORT void bwla_attend(const Attention* a, long threads) {
 #ifdef TILED
-  if (a->tokens > 1) return TiledAttention::attend(*a, threads);
+  if (TILED(a->tokens)) return attend_rows<TiledAttention>(*a, threads);
 #endif
+  if (a->tokens > 1) return attend_rows<VectorAttention>(*a, threads);
   if (a->bytes == 1) return attend<int8_t>(*a, threads);
   if (a->bytes == 2) return attend<uint16_t>(*a, threads);
   attend<float>(*a, threads);
-}
-
-// Whether it takes so many tokens.
-EXPORT long bwla_attends(long tokens) {
-#ifdef TILED
-  if (TILED(tokens)) return 1;
-#endif
-  return tokens == 1;
 }
 """

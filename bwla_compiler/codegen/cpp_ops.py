@@ -115,7 +115,6 @@ struct Kernels {
   long (*packed_factor)(long, long);
   void (*pack_factor)(const void*, void*, long, long);
   void (*attend)(const Attention*, long);
-  long (*attends)(long);
   void (*place)(const Rows*, long);
 };
 Kernels kernels;

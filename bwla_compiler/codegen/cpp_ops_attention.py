@@ -63,7 +63,7 @@ Cached cached(const Tensor& t, const Maybe& scale) {
 
 bool attends(const Heads& query, const Tensor& key, const Tensor& value, const Maybe& mask, bool causal,
              const Maybe& key_scale, const Maybe& value_scale) {
-  return query.data && kernels.attends(query.tokens) && is_cache(key, key_scale, query, value) &&
+  return query.data && is_cache(key, key_scale, query, value) &&
          is_cache(value, value_scale, query, key) && key.size(2) > 0 && is_mask(mask, query, key.size(2)) &&
          !(causal && mask);
 }

@@ -105,12 +105,12 @@ struct Matrix {
 using Input = Matrix<const float>;
 using Output = Matrix<float>;
 
-// Y [R, V * WIDTH] = A B for R rows of A and V vectors of B [depth, .].
-template <int R, int V>
+// Y [R, V * WIDTH] = A B for R rows of A and V vectors of B [depth, .]; or that is added to Y.
+template <int R, int V, bool ADDS>
 static inline void product_tile(Input a, Input b, Output y, long depth) {
   Vec acc[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = Vec{};
+    for (int v = 0; v < V; v++) acc[r][v] = ADDS ? load(y.at + r * y.row + v * WIDTH) : Vec{};
   for (long k = 0; k < depth; k++) {
     Vec line[V];
     for (int v = 0; v < V; v++) line[v] = load(b.at + k * b.row + v * WIDTH);
@@ -123,13 +123,13 @@ static inline void product_tile(Input a, Input b, Output y, long depth) {
     for (int v = 0; v < V; v++) std::memcpy(y.at + r * y.row + v * WIDTH, &acc[r][v], sizeof(Vec));
 }
 
-// All rows of Y, V * WIDTH columns of it: what is read of B stays in the first cache.
-template <int V>
+// All rows of Y, R at a time, V * WIDTH columns of it: what is read of B stays in the first cache.
+template <int V, bool ADDS = false, int R = TALL>
 static inline void product_columns(Input a, Input b, Output y, long rows, long depth) {
   long r = 0;
-  for (; r + TALL <= rows; r += TALL) product_tile<TALL, V>(a.from(r, 0), b, y.from(r, 0), depth);
-  for (; r + 2 <= rows; r += 2) product_tile<2, V>(a.from(r, 0), b, y.from(r, 0), depth);
-  for (; r < rows; r++) product_tile<1, V>(a.from(r, 0), b, y.from(r, 0), depth);
+  for (; r + R <= rows; r += R) product_tile<R, V, ADDS>(a.from(r, 0), b, y.from(r, 0), depth);
+  for (; r + 2 <= rows; r += 2) product_tile<2, V, ADDS>(a.from(r, 0), b, y.from(r, 0), depth);
+  for (; r < rows; r++) product_tile<1, V, ADDS>(a.from(r, 0), b, y.from(r, 0), depth);
 }
 
 // Fewer columns than fill a register.
@@ -150,6 +150,17 @@ static void product_part(Input a, Input b, Output y, long rows, long depth, long
     j = std::min(j, n - WIDTH);  // the last ones may be some of those before once more
     product_columns<1>(a, b.from(0, j), y.from(0, j), rows, depth);
   }
+}
+
+// Y [rows, n] += A [rows, depth] B, R rows at a time.
+template <int R>
+static void add_product(Input a, Input b, Output y, long rows, long depth, long n) {
+  long j = 0;
+  for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) product_columns<2, true, R>(a, b.from(0, j), y.from(0, j), rows, depth);
+  for (; j + WIDTH <= n; j += WIDTH) product_columns<1, true, R>(a, b.from(0, j), y.from(0, j), rows, depth);
+  for (long r = 0; j < n && r < rows; r++)
+    for (long k = 0; k < depth; k++)
+      for (long c = j; c < n; c++) *y.from(r, c).at += *a.from(r, k).at * *b.from(k, c).at;
 }
 
 // Y = A^T Y for A [n1, n1] and Y [n1, n2], some columns at a time. They are copied first: rows one behind another use

@@ -61,7 +61,6 @@ _LONGS: dict[str, tuple[type, tuple[type, ...]]] = {
     "packed_bytes": (c_long, (c_long,) * 3),
     "packed_scales": (c_long, (c_long,) * 3),
     "packed_pair": (c_long, (c_long,) * 2),
-    "attends": (c_long, (c_long,)),
     "packed_factor": (c_long, (c_long,) * 2),
 }
 _CALLS: dict[str, tuple[type, ...]] = {
@@ -87,7 +86,7 @@ _CALLS: dict[str, tuple[type, ...]] = {
 OPS_ENTRIES = (
     "packed_bytes", "packed_scales", "pack", "pack_scale", "linear", "int8_linear", "transform", "int8_embedding",
     "use_team", "fused_group", "prologue", "int4_linear", "int4_embedding", "packed_pair",
-    "pack_pair", "packed_factor", "pack_factor", "attend", "attends", "place",
+    "pack_pair", "packed_factor", "pack_factor", "attend", "place",
 )  # fmt: skip
 """The entries that the C++ operators call, in the order of their `struct Kernels`."""
 
@@ -127,7 +126,6 @@ class KernelLibrary:
         self.int8_embedding = self._library.bwla_int8_embedding
         self.use_team = self._library.bwla_use_team
         self.attend = self._library.bwla_attend
-        self.attends = self._library.bwla_attends
         self.place = self._library.bwla_place
 
     def addresses(self) -> ctypes.Array[c_void_p]:

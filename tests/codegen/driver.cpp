@@ -55,8 +55,7 @@ int main() {
       {"int8_linear", entry(bwla_int8_linear)},     {"transform", entry(bwla_transform)},
       {"int8_embedding", entry(bwla_int8_embedding)}, {"prologue", entry(bwla_prologue)},
       {"packed_pair", entry(bwla_packed_pair)},     {"pack_pair", entry(bwla_pack_pair)},
-      {"attend", entry(bwla_attend)},               {"attends", entry(bwla_attends)},
-      {"place", entry(bwla_place)},
+      {"attend", entry(bwla_attend)},               {"place", entry(bwla_place)},
       {"packed_factor", entry(bwla_packed_factor)}, {"pack_factor", entry(bwla_pack_factor)},
       {"int4_linear", entry(bwla_int4_linear)},     {"int4_embedding", entry(bwla_int4_embedding)}};
   for (;;) {

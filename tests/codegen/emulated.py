@@ -189,9 +189,6 @@ class EmulatedLibrary:
         result = Region(y, 4 * tokens * width, returned=True)
         self._call("int4_embedding", *inputs, result, tokens, width, group, power)
 
-    def attends(self, tokens: int) -> int:
-        return self._call("attends", tokens)
-
     def attend(self, given: Any, threads: int) -> None:
         """All that it reads must lie in rows one behind another."""
         a = given._obj
@@ -201,6 +198,9 @@ class EmulatedLibrary:
             (Attention.y.offset, Region(a.y, queries, returned=True)),
             (Attention.mask.offset, Region(a.mask, a.mask_bytes * a.batch * a.tokens * a.length)),
         ]
+        for name in ("cos", "sin"):
+            turns = 4 * (a.batch if a.turn_batch else 1) * a.tokens * a.size
+            links.append((getattr(Attention, name).offset, Region(getattr(a, name), turns)))
         for name in ("keys", "values"):
             at, its = getattr(Attention, name).offset, getattr(a, name)
             links.append((at + Cached.data.offset, Region(its.data, a.bytes * cached * a.size)))
