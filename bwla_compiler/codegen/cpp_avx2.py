@@ -56,8 +56,14 @@ struct ByteKernel {
   // Words whose sums of magnitudes 16 bits hold: 128 * 8 * 31 and 64 * 8 * 127 are below 2^16.
   static long span(int) { return PLANES == 1 ? 128 : 64; }
 
-  static int32_t& total(Entry* table) { return *(int32_t*)(table + 32 * PLANES); }
-  static int32_t total(const Entry* table) { return *(const int32_t*)(table + 32 * PLANES); }
+  // What lies behind the entries of a word's tables.
+  struct Tail {
+    int32_t total;   // of its magnitudes
+    int32_t before;  // of those of the words before
+    int32_t run;     // of the first token of some: steps from here on whose sums fit a byte, of all these tokens
+  };
+  static Tail& tail(Entry* table) { return *(Tail*)(table + 32 * PLANES); }
+  static const Tail& tail(const Entry* table) { return *(const Tail*)(table + 32 * PLANES); }
 
   // What picks from a word's (minus, plus) magnitudes those of one code of each nibble, by entry: bit by bit.
   struct Picks {
@@ -94,10 +100,33 @@ struct ByteKernel {
       const __m128i size = _mm_abs_epi8(codes), plus = _mm_max_epi8(codes, _mm_setzero_si128());
       const __m128i minus = _mm_sub_epi8(size, plus), totals = _mm_sad_epu8(size, _mm_setzero_si128());
       put(_mm_unpacklo_epi8(minus, plus), table);
-      total(table) = _mm_cvtsi128_si32(totals);
+      tail(table).total = _mm_cvtsi128_si32(totals);
       if (!is_pair) return;
       put(_mm_unpackhi_epi8(minus, plus), table + apart);
-      total(table + apart) = _mm_extract_epi32(totals, 2);
+      tail(table + apart).total = _mm_extract_epi32(totals, 2);
+    }
+  }
+
+  // Tell in the tables [n, tokens] of n words what is to be known of several words.
+  static void link(Entry* table, long n, long tokens) {
+    const long apart = tokens * TABLE;
+    for (long t = 0; t < tokens; t++) {
+      int32_t before = 0;
+      for (long k = 0; k < n; k++) {
+        Tail& its = tail(table + k * apart + t * TABLE);
+        its.before = before;
+        before += its.total;
+      }
+    }
+    int32_t run = 0;
+    for (long k = n / STEP * STEP - STEP; k >= 0; k -= STEP) {
+      bool fits = true;
+      for (long t = 0; t < tokens; t++) {
+        int32_t sum = 0;
+        for (long j = 0; j < STEP; j++) sum += tail(table + (k + j) * apart + t * TABLE).total;
+        fits &= sum <= 255;
+      }
+      tail(table + k * apart).run = run = fits ? run + 1 : 0;
     }
   }
 
@@ -133,60 +162,61 @@ struct ByteKernel {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), index);
   }
 
-  // Add the sums of N words for 32 * HALVES rows and M of T tokens; as bytes they must not overflow.
+  // Add the sums of N words for 32 * HALVES rows and M of T tokens; as bytes they must not overflow. For several tokens
+  // the indices of all words are kept, for one the sums of all halves: registers hold no more.
   template <int N, int HALVES, int T, int M>
   static void step(const Word* w, const Entry* table, Bytes (*acc)[M][PLANES]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i sum[HALVES][M][PLANES];
-    UNROLL for (int j = 0; j < N; j++) {
-      __m256i low[HALVES], high[HALVES];
+    __m256i low[N][HALVES], high[N][HALVES], sum[HALVES][M][PLANES];
+    auto index = [&](int j) {
       UNROLL for (int h = 0; h < HALVES; h++) {
         const __m256i x = _mm256_loadu_si256((const __m256i*)(w + j * ROWS + 32 * h));
-        low[h] = _mm256_and_si256(x, nibble);
-        high[h] = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+        low[j][h] = _mm256_and_si256(x, nibble);
+        high[j][h] = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
       }
-      UNROLL for (int t = 0; t < M; t++) UNROLL for (int p = 0; p < PLANES; p++) {
+    };
+    auto look_up = [&](int j, int t) {
+      UNROLL for (int p = 0; p < PLANES; p++) {
         const Entry* entry = table + (j * T + t) * TABLE + 32 * p;
         UNROLL for (int h = 0; h < HALVES; h++) {
-          const __m256i v = _mm256_add_epi8(lookup(entry, low[h]), lookup(entry + 16, high[h]));
+          const __m256i v = _mm256_add_epi8(lookup(entry, low[j][h]), lookup(entry + 16, high[j][h]));
           sum[h][t][p] = j ? _mm256_add_epi8(sum[h][t][p], v) : v;
         }
       }
+    };
+    auto put = [&](int t) {
+      UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int p = 0; p < PLANES; p++) acc[h][t][p].add(sum[h][t][p]);
+    };
+    if constexpr (HALVES == 1) {
+      UNROLL for (int j = 0; j < N; j++) index(j);
+      UNROLL for (int t = 0; t < M; t++) {
+        UNROLL for (int j = 0; j < N; j++) look_up(j, t);
+        put(t);
+      }
+    } else {
+      UNROLL for (int j = 0; j < N; j++) {
+        index(j);
+        UNROLL for (int t = 0; t < M; t++) look_up(j, t);
+      }
+      UNROLL for (int t = 0; t < M; t++) put(t);
     }
-    UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int t = 0; t < M; t++) UNROLL for (int p = 0; p < PLANES; p++)
-      acc[h][t][p].add(sum[h][t][p]);
   }
 
   // Give the sums of n words for 32 * HALVES rows from `row` on and M of T tokens to f(token, row, sums of 8 rows).
   template <int HALVES, int T, int M, class F>
   static void rows(const Word* w, const Entry* table, long n, long row, const F& f) {
     Bytes acc[HALVES][M][PLANES];
-    int32_t totals[M] = {};
-    auto size = [&](int t, int j) { return total(table + (j * T + t) * TABLE); };
-    auto one = [&] {
-      step<1, HALVES, T, M>(w, table, acc);
-      w += ROWS, table += T * TABLE;
-    };
-    for (; n >= STEP; n -= STEP) {
+    int32_t totals[M];
+    UNROLL for (int t = 0; t < M; t++) {
+      const Tail &first = tail(table + t * TABLE), &last = tail(table + ((n - 1) * T + t) * TABLE);
+      totals[t] = last.before + last.total - first.before;
+    }
+    const bool fits = PLANES > 1 || tail(table).run >= n / STEP;
+    for (; fits && n >= STEP; n -= STEP, w += STEP * ROWS, table += STEP * T * TABLE) {
       UNROLL for (long j = 0; j < STEP; j++) _mm_prefetch((const char*)(w + j * ROWS) + AHEAD, _MM_HINT_T0);
-      bool fits = true;
-      UNROLL for (int t = 0; t < M; t++) {
-        int32_t sum = 0;
-        UNROLL for (int j = 0; j < STEP; j++) sum += size(t, j);
-        totals[t] += sum;
-        fits &= PLANES > 1 || sum <= 255;
-      }
-      if (__builtin_expect(fits, true)) {
-        step<STEP, HALVES, T, M>(w, table, acc);
-        w += STEP * ROWS, table += STEP * T * TABLE;
-      } else {
-        for (int j = 0; j < STEP; j++) one();
-      }
+      step<STEP, HALVES, T, M>(w, table, acc);
     }
-    for (; n; n--) {
-      UNROLL for (int t = 0; t < M; t++) totals[t] += size(t, 0);
-      one();
-    }
+    for (; n; n--, w += ROWS, table += T * TABLE) step<1, HALVES, T, M>(w, table, acc);
     UNROLL for (int t = 0; t < M; t++) UNROLL for (int h = 0; h < HALVES; h++)
       give(acc[h][t], totals[t], row + 32 * h, [&](long at, __m256i v) { f(t, at, v); });
   }

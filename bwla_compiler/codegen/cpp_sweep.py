@@ -18,6 +18,12 @@ static inline void by_four(long n, const F& f) {
 template <class K>
 constexpr bool is_tiled = false;  // whether kernel K multiplies tiles of tokens, and has no tables of sums
 
+// Whether kernel K tells in tables what is to be known of several words.
+template <class K, class = void>
+constexpr bool links = false;
+template <class K>
+constexpr bool links<K, std::void_t<decltype(&K::link)>> = true;
+
 // Call f(Int<T>, first token) for tiles of 4, 2 and 1 tokens.
 template <class F>
 static void for_tiles(long tokens, const F& f) {
@@ -115,12 +121,14 @@ struct Tables {
   template <int T>
   void build(long m, long word, long n, typename K::Entry* to) const {
     using Code = typename K::Code;
+    typename K::Entry* const tables = to;
     if constexpr (std::is_invocable_v<decltype(K::build), const Code*, long, long, typename K::Entry*>) {
       for (int t = 0; t < T; t++) K::build(row(m + t) + word * COLUMNS, n, T * K::TABLE, to + t * K::TABLE);
     } else {
       for (long k = word; k < word + n; k++)
         for (int t = 0; t < T; t++, to += K::TABLE) K::build(row(m + t) + k * COLUMNS, to);
     }
+    if constexpr (links<K>) K::link(tables, n, T);
   }
 };
 
