@@ -44,7 +44,15 @@ struct Next {
     if (lines > 0 && second.at < second.end) first = second, second = {}, fetch(lines);
   }
 };
-static thread_local Next next_reads;
+static thread_local Next thread_next;
+
+// That of this thread. Of a reference alone compilers know what it stands for, and look it up anew in every turn of a
+// loop, by a call that no register of vectors outlives.
+static inline Next& next_reads() {
+  Next* at = &thread_next;
+  asm("" : "+r"(at));
+  return *at;
+}
 """
 
 THREADS = r"""
@@ -213,7 +221,7 @@ static long round_quickly(const float*, long, float, int, Code*) {
 template <class Code>
 static float round_to(const float* x, long in, int limit, Code* codes) {
   constexpr int N = 4;  // so many at once hide the latency of one
-  Next& next = next_reads;
+  Next& next = next_reads();
   Vec peak[N] = {}, poison[N] = {};
   long i = 0;
   for (; i + N * WIDTH <= in; i += N * WIDTH)

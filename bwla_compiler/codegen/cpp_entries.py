@@ -237,7 +237,7 @@ static inline void fetch(const Prologue* prologue, const Member& member, long wo
   const char* signs = (const char*)member.signs;
   fetch_ahead(signs, std::min(AHEAD, n));
   const long begin = std::min(AHEAD, n);
-  next_reads.first = {signs + begin, std::min(FETCHED, n) - begin};
+  next_reads().first = {signs + begin, std::min(FETCHED, n) - begin};
 }
 
 template <class K>
@@ -254,12 +254,12 @@ static void linear(const float* x, const Prologue* prologue, const float* column
     auto prepare_all = [&] {
       if (tokens <= FEW) fetch(prologue, members[0], words);
       parallel(n, helpers, [&](long m) {
-        if (tokens > FEW) next_reads = m + helpers < n ? reads_of(prologue, x, first + m + helpers, in) : Next{};
+        if (tokens > FEW) next_reads() = m + helpers < n ? reads_of(prologue, x, first + m + helpers, in) : Next{};
         const float* token = prepare(prologue, x + (first + m) * in, first + m, in, helpers > 1 ? 1 : threads);
         scale[m] = quantize(token, column_scale, in, padded, limit, tables.row(m));
         tables.put(m);
       });
-      next_reads = {};
+      next_reads() = {};
     };
     const bool is_brief = helpers == 1 && (!prologue || !transform_of(*prologue).is_shared(threads));
     run_wave<K>({first, n, in, limit, threads, scale, tables}, members, n_members, is_brief, prepare_all);

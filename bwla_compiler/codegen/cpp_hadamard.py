@@ -66,7 +66,7 @@ static void narrow_butterflies(float* y, long n) {
 // y = x diag(v) H for x(i), vectors from channel i of [n1, n2] on, and v [n2], n2 a power of two not below WIDTH.
 template <class X>
 static void signed_hadamard(const X& x, const float* v, Output y, long n1, long n2) {
-  Next& next = next_reads;
+  Next& next = next_reads();
   for (long r = 0; r < n1; r++, y.at += y.row) {
     const auto lanes = std::make_index_sequence<WIDTH>{};
     auto part = [&](long i) { return within(x(r * n2 + i) * load(v + i), lanes); };

@@ -39,7 +39,7 @@ static inline Vec gelu(Vec x) {
 // y[i] = f(x[i], i) for all i < n, WIDTH at a time; what f gives beyond n is dropped.
 template <class F>
 static inline void map(const float* x, float* y, long n, const F& f) {
-  Next& next = next_reads;  // found once
+  Next& next = next_reads();  // found once
   long i = 0;
   for (; i + WIDTH <= n; i += WIDTH) {
     const Vec v = f(load(x + i), i);
@@ -57,7 +57,7 @@ static inline void map(const float* x, float* y, long n, const F& f) {
 template <class F>
 static inline float sum_of(const float* x, long n, const F& f) {
   constexpr long STEP = 4 * WIDTH;
-  Next& next = next_reads;
+  Next& next = next_reads();
   Vec acc[4] = {};
   long i = 0;
   for (; i + STEP <= n; i += STEP) {

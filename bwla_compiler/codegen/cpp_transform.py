@@ -171,7 +171,7 @@ static void turn_columns(const float* a, float* y, long n1, long n2, long thread
     static thread_local Buffer<float> buffer;
     const long first = job * WIDE, n = std::min(WIDE, n2 - first);
     float *own = buffer.get(2 * n1 * WIDE), *result = own + n1 * WIDE;
-    next_reads.fetch(n1 * n1 * WIDE / 256);
+    next_reads().fetch(n1 * n1 * WIDE / 256);
     if (n == WIDE) {
       for (long r = 0; r < n1; r++) std::memcpy(own + r * WIDE, y + r * n2 + first, WIDE * sizeof(float));
       return product_columns<2>({a, 1, n1}, {own, WIDE}, {y + first, n2}, n1, n1);
