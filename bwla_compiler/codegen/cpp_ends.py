@@ -62,25 +62,30 @@ class FloatRows {
   }
 };
 
+constexpr long HEAD_TOKENS = 128;  // that are made ready at a time: the second cache holds them, beside a job's rows
+
 template <class Rows>
-static void int8_rows(const Rows& rows, const int8_t* codes, const float* scale, const float* bias, float* y,
-                      long tokens, long out, long in, long threads) {
+static void int8_rows(const float* x, const int8_t* codes, const float* scale, const float* bias, float* y, long tokens,
+                      long out, long in, long threads) {
   const long height = piece_of(out, in, tokens, threads);
-  parallel(divide_up(out, height), out * in * tokens < (1 << 20) ? 1 : threads, [&](long job) {
-    const long last = std::min((job + 1) * height, out);
-    auto multiply = [&](auto some, long m) {
-      constexpr int T = decltype(some)::value, HEIGHT = Rows::template HEIGHT<T>;
-      for (long row = job * height; row < last; row += HEIGHT) {
-        const long n = std::min<long>(HEIGHT, last - row);
-        float sums[T * HEIGHT];
-        rows.template dots<T>(codes + row * in, n, m, sums);
-        for (int t = 0; t < T; t++)
-          for (long r = row; r < row + n; r++)
-            y[(m + t) * out + r] = sums[t * HEIGHT + r - row] * scale[r] + (bias ? bias[r] : 0);
-      }
-    };
-    by_four(tokens, multiply);
-  });
+  for (long first = 0; first < tokens; first += HEAD_TOKENS, x += HEAD_TOKENS * in, y += HEAD_TOKENS * out) {
+    const long n = std::min(HEAD_TOKENS, tokens - first);
+    const Rows rows(x, n, in);
+    parallel(divide_up(out, height), out * in * n < (1 << 20) ? 1 : threads, [&](long job) {
+      const long last = std::min((job + 1) * height, out);
+      by_four(n, [&](auto some, long m) {
+        constexpr int T = decltype(some)::value, HEIGHT = Rows::template HEIGHT<T>;
+        for (long row = job * height; row < last; row += HEIGHT) {
+          const long count = std::min<long>(HEIGHT, last - row);
+          float sums[T * HEIGHT];
+          rows.template dots<T>(codes + row * in, count, m, sums);
+          for (int t = 0; t < T; t++)
+            for (long r = row; r < row + count; r++)
+              y[(m + t) * out + r] = sums[t * HEIGHT + r - row] * scale[r] + (bias ? bias[r] : 0);
+        }
+      });
+    });
+  }
 }
 
 // y [tokens, out] = (x [tokens, in] codes^T) * scale [out] + bias [out], codes int8 [out, in]; as exact as float32, or,
@@ -92,10 +97,10 @@ EXPORT void bwla_int8_linear(const float* x, const int8_t* codes, const float* s
 #ifdef TILED
     if (TILED(tokens)) return int8_tiles(x, codes, scale, bias, y, tokens, out, in, threads);
 #endif
-    return int8_rows(IntegerRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
+    return int8_rows<IntegerRows>(x, codes, scale, bias, y, tokens, out, in, threads);
   }
 #endif
-  int8_rows(FloatRows(x, tokens, in), codes, scale, bias, y, tokens, out, in, threads);
+  int8_rows<FloatRows>(x, codes, scale, bias, y, tokens, out, in, threads);
 }
 """
 
