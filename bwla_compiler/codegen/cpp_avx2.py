@@ -3,7 +3,7 @@
 Four signs of a row are an index; what it finds is the sum of the magnitudes of those codes whose product with their
 sign is positive, and the sum of products is twice that, less the sum of all magnitudes (as in cpp_vbmi.py). Magnitudes
 up to 31 have sums of eight that fit a byte, so that the lookups of a word are added as bytes; those of two words as
-well, wherever the sixteen magnitudes at hand allow it, which nearly all do. Larger codes have two tables, of the lower
+well, wherever all such sums of a span's tokens fit, which nearly all do. Larger codes have two tables, of the lower
 and the upper four bits of what adds up, of which four words fit.
 Activations that stay floats are looked up by three signs (vpermps), for 8 rows at a time.
 """

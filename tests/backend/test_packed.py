@@ -25,8 +25,10 @@ from bwla_compiler.passes import inductor_pass
 from bwla_compiler.passes.bind_calls import BindCalls
 from bwla_compiler.passes.expand_anchors import CollapseAnchors
 from bwla_compiler.passes.fuse_kernels import FuseKernels
+from bwla_compiler.passes.shared_attention import share_attention
 from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
+from bwla_compiler.runtime import compiled
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.backend import small
@@ -103,6 +105,26 @@ def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPa
     assert seen.shapes == [((3, 2, 16, 16), (3, 2, 16, 16))]  # of four heads when transformers is done
     assert seen.wide == []
     # two tokens: of one alone, transformers' eager attention multiplies a group's queries at once, in another order
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("name", ["llama", *wider("qwen3", "gpt2")])
+def test_a_prompt_over_a_static_cache_has_the_bits_of_eager(name: str) -> None:
+    if compiled.kernels() is None:
+        pytest.skip("torch's kernel attends, in another order where there is a mask")
+    model, ids = tiny.make(name, layers=2), tiny.ids()
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
+    share_functions(model)
+    assert share_attention(model)
+    torch._dynamo.reset()
+    logits = []
+    with torch.no_grad():
+        for run in (model, torch.compile(model, backend=compile_backend)):
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            model(ids[:, :1], past_key_values=cache)  # makes its tensors
+            cache.reset()
+            logits.append(run(ids, past_key_values=cache).logits)
+        assert torch.equal(model(ids).logits, logits[0])
     assert torch.equal(logits[0], logits[1])
 
 
