@@ -10,7 +10,6 @@ Activations that stay floats are looked up by three signs (vpermps), for 8 rows 
 
 KERNELS = r"""
 #include <immintrin.h>
-#define UNROLL _Pragma("GCC unroll 8")
 
 // Of codes a in [-127, 127] and any b: |b| times a with b's sign, two products in 16 bits, as 128 * 127 * 2 < 2^15.
 static inline int32_t dot(const int8_t* a, const int8_t* b, long n) {

@@ -8,7 +8,6 @@ Needs F, BW, VL and DQ alone. Source of the method: lookup-table GEMM as in T-MA
 
 COMMON = r"""
 #include <immintrin.h>
-#define UNROLL _Pragma("GCC unroll 8")
 
 // Of a vector of floats the first n lanes; all where there are more, none below one.
 static inline __mmask16 first_lanes(long n) { return n >= 16 ? 0xFFFF : n > 0 ? 0xFFFF >> (16 - n) : 0; }

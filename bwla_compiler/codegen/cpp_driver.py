@@ -25,6 +25,7 @@ static long process_id() { return 0; }
 #endif
 static inline long divide_up(long a, long b) { return (a + b - 1) / b; }
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#define UNROLL _Pragma("GCC unroll 8")
 
 // Have memory that will be read fetched to the second cache.
 static inline void fetch_ahead(const void* from, long n_bytes) {
@@ -196,18 +197,25 @@ static inline Code nearest_code(float ratio, int limit) {
 }
 
 // Round the first values as `round_to` does, whole vectors, and return how many. A product with the inverse is off by
-// at most two units in the last place, and rounds as the quotient does except within as much of a tie: there, a vector
-// is divided, which takes several times as long.
+// at most two units in the last place, and rounds as the quotient does except within as much of a tie: there, vectors
+// are divided, which takes several times as long.
 static long round_quickly(const float* x, long in, float scale, int limit, int8_t* codes) {
   if (!(scale > 0x1p-100f && scale < 0x1p100f)) return 0;  // the inverse is no normal number, or nearly so
   const float edge = 0.5f - (float)limit * 0x1p-22f, inverse = 1.0f / scale;
+  constexpr long STEP = 4 * WIDTH;
   long i = 0;
-  for (; i + WIDTH <= in; i += WIDTH) {
-    const Vec ratio = load(x + i) * inverse, shifted = ratio + MAGIC;  // within the limit, but for its last places
-    if (any_beyond(edge, absolute(ratio - (shifted - MAGIC))))
-      for (long j = 0; j < WIDTH; j++) codes[i + j] = nearest_code<int8_t>(x[i + j] / scale, limit);
+  for (; i + STEP <= in; i += STEP) {
+    Lanes rounded[4];
+    Vec off{};
+    UNROLL for (long j = 0; j < 4; j++) {
+      const Vec ratio = load(x + i + j * WIDTH) * inverse, shifted = ratio + MAGIC;  // within the limit, but for its
+      off = larger(absolute(ratio - (shifted - MAGIC)), off);                        // last places
+      rounded[j] = (Lanes)shifted;  // the last bits are the integer's
+    }
+    if (any_beyond(edge, off))
+      for (long j = i; j < i + STEP; j++) codes[j] = nearest_code<int8_t>(x[j] / scale, limit);
     else
-      store_low_bytes((Lanes)shifted, codes + i);  // the last bits are the integer's
+      store_low_bytes(rounded, codes + i);
   }
   return i;
 }
@@ -225,15 +233,15 @@ static float round_to(const float* x, long in, int limit, Code* codes) {
   Vec peak[N] = {}, poison[N] = {};
   long i = 0;
   for (; i + N * WIDTH <= in; i += N * WIDTH)
-    for (int j = 0; j < N; j++) {
+    UNROLL for (int j = 0; j < N; j++) {
       const Vec v = load(x + i + j * WIDTH), size = absolute(v);
-      peak[j] = size > peak[j] ? size : peak[j];
+      peak[j] = larger(size, peak[j]);
       poison[j] += v * 0.0f;
       if (j % 2) next.fetch(1);
     }
   float top = 0, sick = 0;
   for (int j = 1; j < N; j++) {
-    peak[0] = peak[j] > peak[0] ? peak[j] : peak[0];
+    peak[0] = larger(peak[j], peak[0]);
     poison[0] += poison[j];
   }
   for (long l = 0; l < WIDTH; l++) top = std::max(top, peak[0][l]), sick += poison[0][l];

@@ -31,15 +31,15 @@ static inline void butterflies(float* y, long n, long apart, const F& from) {
   for (long block = 0; block < n; block += R * apart)
     for (long i = block; i < block + apart; i += WIDTH) {
       Vec x[R];
-      for (long k = 0; k < R; k++) x[k] = from(i + k * apart);
-      for (long d = 1; d < R; d *= 2)
-        for (long k = 0; k < R; k++)
+      UNROLL for (long k = 0; k < R; k++) x[k] = from(i + k * apart);
+      UNROLL for (long d = 1; d < R; d *= 2)
+        UNROLL for (long k = 0; k < R; k++)
           if (!(k & d)) {
             const Vec sum = x[k] + x[k | d];
             x[k | d] = x[k] - x[k | d];
             x[k] = sum;
           }
-      for (long k = 0; k < R; k++) std::memcpy(y + i + k * apart, &x[k], sizeof(Vec));
+      UNROLL for (long k = 0; k < R; k++) std::memcpy(y + i + k * apart, &x[k], sizeof(Vec));
     }
 }
 
@@ -76,18 +76,15 @@ static void signed_hadamard(const X& x, const float* v, Output y, long n1, long 
   }
 }
 
-// y = (x * scale) diag(v) H for x [n1, n2]; scale null for none.
+// y = (x * scale) diag(v) H for x [n1, n2], which may be y; scale null for none.
 static void times_hadamard(const float* x, const Scale& scale, const float* v, Output y, long n1, long n2) {
   if (n2 >= WIDTH) {
     if (!scale) return signed_hadamard([&](long i) { return load(x + i); }, v, y, n1, n2);
     return scale.visit([&](auto at) { signed_hadamard([&](long i) { return load(x + i) * at(i); }, v, y, n1, n2); });
   }
   for (long r = 0; r < n1; r++, x += n2, y.at += y.row) {
-    for (long i = 0; i < n2; i++) y.at[i] = x[i] * v[i];
-    if (scale)
-      scale.visit([&](auto at) {
-        for (long i = 0; i < n2; i++) y.at[i] = x[i] * at(r * n2 + i)[0] * v[i];
-      });
+    scale.multiply(x, y.at, n2, r * n2);
+    for (long i = 0; i < n2; i++) y.at[i] *= v[i];
     narrow_butterflies(y.at, n2);
   }
 }

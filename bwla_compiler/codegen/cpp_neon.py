@@ -11,7 +11,6 @@ bit to a mask over the codes and adding pairs up (tbl, cmtst, and, sadalp; four 
 KERNELS = r"""
 #include <arm_neon.h>
 #define USES_NEON
-#define UNROLL _Pragma("GCC unroll 8")
 
 using Word = uint8_t;
 constexpr long ROWS = 64, COLUMNS = 8, CHUNK = 128, TILE = 2;

@@ -130,14 +130,13 @@ static Transform transform_of(const Prologue& p) { return {p.scale, p.left, p.ri
 // Token m after the prologue, valid until the next call on this thread; x itself where there is nothing to do.
 static const float* prepare(const Prologue* p, const float* x, long m, long n, long threads) {
   if (!p) return x;
-  static thread_local Buffer<float> first, second;
+  static thread_local Buffer<float> buffer;
+  float* y = buffer.get(n);
   if (p->kind != NONE) {
-    float* y = first.get(n);
     apply_kind(*p, x, m, y, n);
     x = y;
   }
   if (!p->scale && !p->left && !p->right) return x;
-  float* y = second.get(n);
   const Transform transform = transform_of(*p);
   transform.token(x, y, transform.useful(threads, 1));
   return y;

@@ -51,28 +51,36 @@ typedef int32_t Lanes __attribute__((vector_size(sizeof(Vec))));  // what a comp
 
 static inline Vec absolute(Vec v) { return (Vec)((Lanes)v & 0x7FFFFFFF); }
 
+// larger(a, b): of each two the larger one. store_low_bytes: of each of 4 * WIDTH integers.
 #if defined(__AVX512F__)
 static inline bool any_beyond(float edge, Vec v) {
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(edge), _CMP_GT_OQ);
 }
-static inline void store_low_bytes(Lanes v, int8_t* to) {
-  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
+  UNROLL for (int j = 0; j < 4; j++) _mm_storeu_si128((__m128i*)to + j, _mm512_cvtepi32_epi8((__m512i)v[j]));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 static inline bool any_beyond(float edge, Vec v) { return _mm256_movemask_ps((__m256)(v > edge)); }
-static inline void store_low_bytes(Lanes v, int8_t* to) {
-  const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0C080400));
-  const int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
-  std::memcpy(to, &low, sizeof low);
-  std::memcpy(to + 4, &high, sizeof high);
+static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
+  __m256i fours = _mm256_setzero_si256();  // of each half, those of one vector behind those of another
+  UNROLL for (int j = 0; j < 4; j++) {
+    Lanes from = Lanes{} - 1;  // nothing, but into the word of this vector
+    from[j] = from[4 + j] = 0x0C080400;
+    fours = _mm256_or_si256(fours, _mm256_shuffle_epi8((__m256i)v[j], (__m256i)from));
+  }
+  _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 #else
 static inline bool any_beyond(float edge, Vec v) {
   const Lanes found = v > edge;
   return found[0] | found[1] | found[2] | found[3];
 }
-static inline void store_low_bytes(Lanes v, int8_t* to) {
-  for (int i = 0; i < 4; i++) to[i] = (int8_t)v[i];
+static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
+  for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 4; i++) *to++ = (int8_t)v[j][i];
 }
 #endif
 
@@ -84,13 +92,21 @@ static inline V fetch(const void* from) {
 }
 static inline Vec load(const float* from) { return fetch<Vec>(from); }
 
-// Float16 values times a factor; infinities, of which scales have none, become large.
+// Float16 values; infinities, of which scales have none, may become large.
 typedef uint32_t Words __attribute__((vector_size(sizeof(Vec))));
 typedef uint16_t Halves __attribute__((vector_size(sizeof(Vec) / 2)));
 constexpr float HALF_FACTOR = 0x1p112f;  // what the bits of a half, moved into a float, lack
-static inline Vec halves(const uint16_t* from, float factor = HALF_FACTOR) {
+static inline Vec halves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(fetch<__m256i>(from));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(fetch<__m128i>(from));
+#elif defined(USES_NEON)
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
   const Words bits = __builtin_convertvector(fetch<Halves>(from), Words);
-  return (Vec)(((bits & 0x7FFF) << 13) | ((bits & 0x8000) << 16)) * factor;
+  return (Vec)(((bits & 0x7FFF) << 13) | ((bits & 0x8000) << 16)) * HALF_FACTOR;
+#endif
 }
 """
 
@@ -217,7 +233,7 @@ class Scale {
     for (long i = 0; i < n; i++) top = std::max(top, std::abs(scale[i]));
     const int power = top > 0 && std::isfinite(top) ? std::ilogb(top) - 15 : 128;  // halves are below 2^16
     if (-100 < power && power < 16 && put_halves(scale, n, -power, (uint16_t*)(packed + FLOATS_OF_LINE)))
-      packed[0] = std::ldexp(HALF_FACTOR, power);
+      packed[0] = std::ldexp(1.0f, power);
     else
       std::copy_n(scale, n, packed + FLOATS_OF_LINE);
   }
@@ -232,20 +248,21 @@ class Scale {
   template <class F>
   void visit(const F& f) const {
     if (const float factor = packed[0])
-      f([factor, bits = (const uint16_t*)values()](long i) { return halves(bits + i, factor); });
+      f([factor, bits = (const uint16_t*)values()](long i) { return halves(bits + i) * factor; });
     else
       f([floats = values()](long i) { return load(floats + i); });
   }
 
-  // y = x * scale
-  void multiply(const float* x, float* y, long n) const {
+  // y = x * scale of n channels from the first one on, or x where there is none. y may be x.
+  void multiply(const float* x, float* y, long n, long first = 0) const {
+    if (!packed) return (void)std::memmove(y, x, n * sizeof(float));
     visit([&](auto at) {
       long i = 0;
       for (; i + WIDTH <= n; i += WIDTH) {
-        const Vec v = load(x + i) * at(i);
+        const Vec v = load(x + i) * at(first + i);
         std::memcpy(y + i, &v, sizeof v);
       }
-      for (; i < n; i++) y[i] = x[i] * at(i)[0];
+      for (; i < n; i++) y[i] = x[i] * at(first + i)[0];
     });
   }
 
@@ -326,31 +343,19 @@ struct Transform {
   // Whether threads share the work of one token.
   bool is_shared(long threads) const { return !is_tiled() && useful(threads, 1) > 1; }
 
-  void token(const float* from, float* to, long threads) const {
+  // y may be x.
+  void token(const float* x, float* y, long threads) const {
     static thread_local Buffer<float> buffer;
-    const long n = n1 * n2;
-#ifdef OWN_FACTORS
-    if (is_tiled() && signs) {
-      float* half = buffer.get(n);
-      times_hadamard(from, scale, signs, {half, n2}, n1, n2);
-      return TiledTransform(left, right, n1, n2).token(half, to);
-    }
-#endif
-    if (scale && !signs) {
-      float* product = right || is_tiled() ? buffer.get(n) : to;
-      scale.multiply(from, product, n);
-      from = product;
-    }
-#ifdef OWN_FACTORS
-    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(from, to);
-#endif
+    float* first = right || is_tiled() ? buffer.get(n1 * n2) : y;  // those products write what they still read
     if (signs)
-      times_hadamard(from, scale, signs, {to, n2}, n1, n2);
-    else if (right)
-      product({from, n2}, {right, n2}, {to, n2}, n1, n2, n2, threads);
-    else if (from != to)
-      std::memcpy(to, from, n * sizeof(float));
-    if (left) turn_columns(left, to, n1, n2, threads);
+      times_hadamard(x, scale, signs, {first, n2}, n1, n2);
+    else
+      scale.multiply(x, first, n1 * n2);
+#ifdef OWN_FACTORS
+    if (is_tiled()) return TiledTransform(left, right, n1, n2).token(first, y);
+#endif
+    if (right) product({first, n2}, {right, n2}, {y, n2}, n1, n2, n2, threads);
+    if (left) turn_columns(left, y, n1, n2, threads);
   }
 };
 

@@ -18,7 +18,7 @@ NEEDS: dict[Isa, frozenset[str]] = {
     "amx": frozenset(_AMX),
     "avx512vbmi": frozenset(_VBMI),
     "avx512": frozenset(_AVX512),
-    "avx2": frozenset({"avx2", "fma"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
     "neon": frozenset({"asimd"}),
     "portable": frozenset(),
 }
@@ -35,7 +35,7 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "amx": _with(_AMX),
     "avx512vbmi": _with(_VBMI),
     "avx512": _with(_AVX512),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "neon": ("-march=armv8-a",),
     "portable": (),
 }

@@ -93,7 +93,7 @@ def test_isa_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert supported("portable")
     assert best_isa() in ISAS
     assert best_isa() in describe()
-    monkeypatch.setattr("bwla_compiler.codegen.isa.cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr("bwla_compiler.codegen.isa.cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     assert best_isa() == "avx2"
     monkeypatch.setattr("bwla_compiler.codegen.isa.cpu_flags", frozenset)
     assert best_isa() == "portable"

@@ -55,7 +55,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.
 
 
 ARM_LINUX = "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd evtstrm aes crc32 atomics asimddp\n\n" * 2
-X86_LINUX = "processor\t: 0\nflags\t\t: fpu sse2 fma avx2 asimd_is_no_flag_here\nbugs\t\t: spectre_v1\n\n" * 2
+X86_LINUX = "processor\t: 0\nflags\t\t: fpu sse2 fma avx2 f16c asimd_is_no_flag_here\nbugs\t\t: spectre_v1\n\n" * 2
 
 
 @pytest.mark.parametrize(
