@@ -72,16 +72,16 @@ static inline void score(const float* const* queries, const Lines<Code>& keys, l
   Vec acc[K][G] = {};
   const Code* line[K];
   float factor[K];
-  for (int k = 0; k < K; k++) line[k] = keys.line(l + k), factor[k] = keys.factor(l + k);
+  UNROLL for (int k = 0; k < K; k++) line[k] = keys.line(l + k), factor[k] = keys.factor(l + k);
   long i = 0;
   for (; i + WIDTH <= size; i += WIDTH)
-    for (int k = 0; k < K; k++) {
+    UNROLL for (int k = 0; k < K; k++) {
       __builtin_prefetch((const char*)(line[k] + i) + AHEAD);
       const Vec key = restored(line[k] + i, factor[k]);
-      for (int g = 0; g < G; g++) acc[k][g] = multiply_add(key, load(queries[g] + i), acc[k][g]);
+      UNROLL for (int g = 0; g < G; g++) acc[k][g] = multiply_add(key, load(queries[g] + i), acc[k][g]);
     }
-  for (int k = 0; k < K; k++)
-    for (int g = 0; g < G; g++) {
+  UNROLL for (int k = 0; k < K; k++)
+    UNROLL for (int g = 0; g < G; g++) {
       float sum = sum_of(acc[k][g]);
       for (long j = i; j < size; j++) sum += queries[g][j] * restored(line[k][j], factor[k]);
       scores[g * SPAN_KEYS + l + k] = sum;
@@ -93,24 +93,27 @@ template <int G, int K, class Code>
 static inline void blend(const float* chances, const Lines<Code>& values, long l, long size, float* sums) {
   const Code* line[K];
   float factor[K];
-  for (int k = 0; k < K; k++) line[k] = values.line(l + k), factor[k] = values.factor(l + k);
+  UNROLL for (int k = 0; k < K; k++) line[k] = values.line(l + k), factor[k] = values.factor(l + k);
+  Vec chance[G][K];
+  UNROLL for (int g = 0; g < G; g++)
+    UNROLL for (int k = 0; k < K; k++) chance[g][k] = spread(chances[g * SPAN_KEYS + l + k]);
   long i = 0;
   for (; i + WIDTH <= size; i += WIDTH) {
     Vec value[K];
-    for (int k = 0; k < K; k++) {
+    UNROLL for (int k = 0; k < K; k++) {
       __builtin_prefetch((const char*)(line[k] + i) + AHEAD);
       value[k] = restored(line[k] + i, factor[k]);
     }
-    for (int g = 0; g < G; g++) {
+    UNROLL for (int g = 0; g < G; g++) {
       Vec acc = l ? load(sums + g * size + i) : Vec{};
-      for (int k = 0; k < K; k++) acc = multiply_add(value[k], chances[g * SPAN_KEYS + l + k], acc);
+      UNROLL for (int k = 0; k < K; k++) acc = multiply_add(value[k], chance[g][k], acc);
       std::memcpy(sums + g * size + i, &acc, sizeof acc);
     }
   }
   for (; i < size; i++)
-    for (int g = 0; g < G; g++) {
+    UNROLL for (int g = 0; g < G; g++) {
       float acc = l ? sums[g * size + i] : 0.0f;
-      for (int k = 0; k < K; k++) acc += chances[g * SPAN_KEYS + l + k] * restored(line[k][i], factor[k]);
+      UNROLL for (int k = 0; k < K; k++) acc += chances[g * SPAN_KEYS + l + k] * restored(line[k][i], factor[k]);
       sums[g * size + i] = acc;
     }
 }
@@ -124,7 +127,7 @@ struct Seen {
 template <int D = 1>
 static inline float largest_lane(Vec v) {
   const Vec other = changed<D>(v, std::make_index_sequence<WIDTH>{});
-  v = v > other ? v : other;
+  v = larger(v, other);
   if constexpr (2 * D < WIDTH)
     return largest_lane<2 * D>(v);
   else
@@ -134,10 +137,7 @@ static inline float largest_lane(Vec v) {
 // The largest of n scores, whole vectors of them; HIDDEN where all are hidden, or no numbers.
 static inline float largest(const float* scores, long n) {
   Vec top = spread(HIDDEN);
-  for (long l = 0; l < n; l += WIDTH) {
-    const Vec v = load(scores + l);
-    top = v > top ? v : top;
-  }
+  for (long l = 0; l < n; l += WIDTH) top = larger(load(scores + l), top);
   return largest_lane(top);
 }
 

@@ -161,10 +161,7 @@ class VectorAttention : HeadRows {
   void soften(long row, float* score, long n) {
     const Vec before = load(peak + row);
     Vec now = before, sum{};
-    for (long l = 0; l < n; l++) {
-      const Vec v = load(score + l * STRIP);
-      now = v > now ? v : now;
-    }
+    for (long l = 0; l < n; l++) now = larger(load(score + l * STRIP), now);
     const Vec from = now == HIDDEN ? Vec{} : now;
     for (long l = 0; l < n; l++) {
       const Vec v = load(score + l * STRIP) - from, e = v < -87.0f ? Vec{} : exponential(v);

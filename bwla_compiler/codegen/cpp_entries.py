@@ -47,15 +47,15 @@ static inline void add_low_rank(const int8_t* codes, const float* projected, lon
   constexpr int V = std::min<long>(4 / T, ROWS / WIDTH);  // so many sums at once hide the latency of one
   for (long r = 0; r < ROWS; r += V * WIDTH) {
     Vec acc[T][V];
-    for (int t = 0; t < T; t++)
-      for (int v = 0; v < V; v++) acc[t][v] = load(sums + t * stride + r + v * WIDTH);
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int v = 0; v < V; v++) acc[t][v] = load(sums + t * stride + r + v * WIDTH);
     for (long k = 0; k < rank; k++)
-      for (int v = 0; v < V; v++) {
+      UNROLL for (int v = 0; v < V; v++) {
         const Vec line = load_codes(codes + k * ROWS + r + v * WIDTH);
-        for (int t = 0; t < T; t++) acc[t][v] = multiply_add(line, projected[t * rank + k], acc[t][v]);
+        UNROLL for (int t = 0; t < T; t++) acc[t][v] = multiply_add(line, projected[t * rank + k], acc[t][v]);
       }
-    for (int t = 0; t < T; t++)
-      for (int v = 0; v < V; v++) std::memcpy(sums + t * stride + r + v * WIDTH, &acc[t][v], sizeof(Vec));
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int v = 0; v < V; v++) std::memcpy(sums + t * stride + r + v * WIDTH, &acc[t][v], sizeof(Vec));
   }
 }
 

@@ -92,26 +92,26 @@ struct Nibbles {  // a table of codes [out, bytes] and scales [out, groups]
   void products(const uint8_t* code, const uint16_t* factor, const int32_t* x, long stride, float* sums) const {
     Vec total[R][T] = {}, factors[R];
     for (long first = 0; first < in; first += WIDTH * group, factor += WIDTH) {
-      for (int r = 0; r < R; r++) factors[r] = halves(factor + r * groups);
+      UNROLL for (int r = 0; r < R; r++) factors[r] = halves(factor + r * groups);
       const Ints* lane = lanes;
       for (long k = first; k < std::min(in, first + WIDTH * group); k += SPAN, code += sizeof(Vec), x += 5 * WIDTH) {
         const Ints from = *lane++;
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
           __builtin_prefetch(code + r * bytes + 2048);
           const Words word = fetch<Words>(code + r * bytes);
           const Words part[4] = {word & 0x000F000F, word >> 4 & 0x000F000F, word >> 8 & 0x000F000F,
                                  (Words)((Shorts)word >> 12)};
           const Vec spreaded = spread(factors[r], from);
-          for (int t = 0; t < T; t++) {
+          UNROLL for (int t = 0; t < T; t++) {
             Ints sum = fetch<Ints>(x + t * stride + 4 * WIDTH);
-            for (int j = 0; j < 4; j++) sum += sum_pairs(part[j], fetch<Ints>(x + t * stride + j * WIDTH));
+            UNROLL for (int j = 0; j < 4; j++) sum += sum_pairs(part[j], fetch<Ints>(x + t * stride + j * WIDTH));
             total[r][t] = multiply_add(__builtin_convertvector(sum, Vec), spreaded, total[r][t]);
           }
         }
       }
     }
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) {
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int t = 0; t < T; t++) {
         float lane[WIDTH];
         std::memcpy(lane, &total[r][t], sizeof lane);
         sums[r * T + t] = sum_lanes<WIDTH>(lane);

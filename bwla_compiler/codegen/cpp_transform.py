@@ -125,18 +125,18 @@ using Output = Matrix<float>;
 template <int R, int V, bool ADDS>
 static inline void product_tile(Input a, Input b, Output y, long depth) {
   Vec acc[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = ADDS ? load(y.at + r * y.row + v * WIDTH) : Vec{};
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) acc[r][v] = ADDS ? load(y.at + r * y.row + v * WIDTH) : Vec{};
   for (long k = 0; k < depth; k++) {
     Vec line[V];
-    for (int v = 0; v < V; v++) line[v] = load(b.at + k * b.row + v * WIDTH);
-    for (int r = 0; r < R; r++) {
+    UNROLL for (int v = 0; v < V; v++) line[v] = load(b.at + k * b.row + v * WIDTH);
+    UNROLL for (int r = 0; r < R; r++) {
       const float factor = a.at[r * a.row + k * a.step];
-      for (int v = 0; v < V; v++) acc[r][v] = multiply_add(line[v], factor, acc[r][v]);
+      UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_add(line[v], factor, acc[r][v]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) std::memcpy(y.at + r * y.row + v * WIDTH, &acc[r][v], sizeof(Vec));
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int v = 0; v < V; v++) std::memcpy(y.at + r * y.row + v * WIDTH, &acc[r][v], sizeof(Vec));
 }
 
 // All rows of Y, R at a time, V * WIDTH columns of it: what is read of B stays in the first cache.
