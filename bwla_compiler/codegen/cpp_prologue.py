@@ -93,11 +93,11 @@ static void normalize(const Prologue& p, const float* x, float* y, long n) {
   const float mean = centred ? sum_of(x, n, [](Vec v) { return v; }) / (float)n : 0.0f;
   const float square = sum_of(x, n, [&](Vec v) { return (v - mean) * (v - mean); }) / (float)n;
   const float factor = 1.0f / std::sqrt(square + p.eps);
-  for (long i = 0; i < n; i++) y[i] = (x[i] - mean) * factor;
-  if (p.gain)
-    for (long i = 0; i < n; i++) y[i] *= p.gain[i];
-  if (p.shift)
-    for (long i = 0; i < n; i++) y[i] += p.shift[i];
+  const float *gain = p.gain, *shift = p.shift;
+  for (long i = 0; i < n; i++) {
+    const float v = (x[i] - mean) * factor, scaled = gain ? v * gain[i] : v;
+    y[i] = shift ? scaled + shift[i] : scaled;
+  }
 }
 
 template <class F>

@@ -359,6 +359,7 @@ struct Transform {
   }
 };
 
+// Tokens through a transform; y may be x.
 EXPORT void bwla_transform(const float* x, const float* scale, const float* left, const float* right, float* y,
                            long tokens, long n1, long n2, long threads) {
   const Transform transform{scale, left, right, n1, n2};

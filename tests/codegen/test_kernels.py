@@ -427,6 +427,8 @@ def test_transform(library: Library, shape: tuple[int, int, int], parts: str) ->
     # two float32 sums of up to 80 terms of order one; tiles take 16 bits of each number
     atol = 1e-4 if library.isa != "amx" else 2.0**-13 * (n1 * n2) ** 0.5
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
+    library.transform(x.data_ptr(), *addresses, x.data_ptr(), tokens, n1, n2, 2)
+    assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1), (2, 5, 4), (1, 1, 32), (3, 5, 64), (2, 33, 256), (9, 48, 512)], ids=str)
@@ -445,6 +447,8 @@ def test_hadamard_factors_are_applied_by_additions(library: Library, shape: tupl
     library.transform(x.data_ptr(), *addresses, y.data_ptr(), tokens, n1, n2, 2)
     atol = 1e-4 if library.isa != "amx" else 2.0**-13 * n1**0.5
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=atol)
+    library.transform(x.data_ptr(), *addresses, x.data_ptr(), tokens, n1, n2, 2)
+    assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("power", [-9, 0, 7, 40])
