@@ -11,8 +11,7 @@ typedef int32_t IntVec __attribute__((vector_size(sizeof(Vec))));
 
 // e^x, at the ends of the range the smallest and largest normal powers of two; NaN stays NaN.
 static inline Vec exponential(Vec x) {
-  x = x < -87.0f ? spread(-87.0f) : x;
-  x = x > 88.0f ? spread(88.0f) : x;
+  x = smaller(spread(88.0f), larger(spread(-87.0f), x));
   // 1.5 * 2^23: the low bits hold the nearest integer
   const Vec shifted = multiply_add(x, 1.44269504f, spread(12582912.0f));
   const Vec k = shifted - 12582912.0f;

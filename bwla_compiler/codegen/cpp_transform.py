@@ -51,18 +51,20 @@ typedef int32_t Lanes __attribute__((vector_size(sizeof(Vec))));  // what a comp
 
 static inline Vec absolute(Vec v) { return (Vec)((Lanes)v & 0x7FFFFFFF); }
 
-// larger(a, b): of each two the larger one. store_low_bytes: of each of 4 * WIDTH integers.
+// The larger or smaller of each two, b where one is NaN; the low bytes of 4 * WIDTH integers.
 #if defined(__AVX512F__)
 static inline bool any_beyond(float edge, Vec v) {
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(edge), _CMP_GT_OQ);
 }
 static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
   UNROLL for (int j = 0; j < 4; j++) _mm_storeu_si128((__m128i*)to + j, _mm512_cvtepi32_epi8((__m512i)v[j]));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 static inline bool any_beyond(float edge, Vec v) { return _mm256_movemask_ps((__m256)(v > edge)); }
 static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
   __m256i fours = _mm256_setzero_si256();  // of each half, those of one vector behind those of another
   UNROLL for (int j = 0; j < 4; j++) {
@@ -78,6 +80,7 @@ static inline bool any_beyond(float edge, Vec v) {
   return found[0] | found[1] | found[2] | found[3];
 }
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 static inline void store_low_bytes(const Lanes (&v)[4], int8_t* to) {
   for (int j = 0; j < 4; j++)
     for (int i = 0; i < 4; i++) *to++ = (int8_t)v[j][i];
