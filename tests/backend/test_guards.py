@@ -17,6 +17,7 @@ from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
+from tests.wider import wider
 
 
 def packed() -> nn.Module:
@@ -79,7 +80,7 @@ def set_data(module: PackedLinear, name: str) -> None:
     buffer.data = other(buffer)
 
 
-@pytest.mark.parametrize("edit", [replace, in_place, set_data])
+@pytest.mark.parametrize("edit", [in_place, set_data, *wider(replace)])
 def test_edits_of_every_buffer_are_seen(edit: Callable[[PackedLinear, str], None]) -> None:
     model = packed()
     torch._dynamo.reset()
@@ -192,7 +193,7 @@ def fewer_bits(linear: PackedLinear) -> None:
     linear.activation_bits = 3
 
 
-@pytest.mark.parametrize("edit", [bias, no_transform, another_forward, fewer_bits])
+@pytest.mark.parametrize("edit", [bias, another_forward, *wider(no_transform, fewer_bits)])
 def test_an_edit_of_a_part_compiles_anew(edit: Callable[[PackedLinear], None]) -> None:
     model = packed()
     torch._dynamo.reset()

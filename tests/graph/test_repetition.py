@@ -140,9 +140,11 @@ class Deep(nn.Module):
     [
         (lambda n: True, True),
         (lambda n: n < 8, False),  # a list of the plan leaves out the last block, and so does not count on
-        (lambda n: n > 0, False),  # relu, relu_1, ...: the first has no number to count on, and so is not trusted
-        (lambda n: n % 2 == 1, False),
-        (lambda n: n == 4, False),  # the one in the middle is among those that are captured
+        *wider(
+            (lambda n: n > 0, False),  # relu, relu_1, ...: the first has no number to count on, and so is not trusted
+            (lambda n: n % 2 == 1, False),
+            (lambda n: n == 4, False),  # the one in the middle is among those that are captured
+        ),
     ],
 )
 def test_code_that_looks_at_its_number_is_seen_by_its_plan(bent: Callable[[int], bool], repeats: bool) -> None:
