@@ -32,17 +32,30 @@ static inline void fetch_ahead(const void* from, long n_bytes) {
   for (long i = 0; from && i < n_bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
-// What this thread reads next, fetched a few cache lines at a time while it prepares a token: memory is idle then.
-struct Next {
+// What this thread reads next, in its order, fetched a few cache lines at a time while it prepares a token: memory is
+// idle then.
+class Next {
   struct Range {
     const char *at = nullptr, *end = nullptr;
-    Range() = default;
-    Range(const void* from, long n_bytes) : at((const char*)from), end(from ? at + n_bytes : at) {}
+    bool is_empty() const { return at >= end; }
   };
-  Range first, second;
+  Range ranges[4];
+
+ public:
+  // At most four at a time; nothing where there are no bytes, or no memory.
+  void then(const void* from, long n_bytes) {
+    Range* range = ranges;
+    while (!range->is_empty()) range++;
+    if (from && n_bytes > 0) *range = {(const char*)from, (const char*)from + n_bytes};
+  }
   void fetch(long lines) {
-    for (; lines > 0 && first.at < first.end; lines--, first.at += 64) __builtin_prefetch(first.at, 0, 2);
-    if (lines > 0 && second.at < second.end) first = second, second = {}, fetch(lines);
+    Range& now = ranges[0];
+    for (; lines > 0 && !now.is_empty(); lines--, now.at += 64) __builtin_prefetch(now.at, 0, 2);
+    if (lines > 0 && !ranges[1].is_empty()) {
+      for (int i = 0; i < 3; i++) ranges[i] = ranges[i + 1];
+      ranges[3] = {};
+      fetch(lines);
+    }
   }
 };
 static thread_local Next thread_next;

@@ -230,14 +230,12 @@ static void run_wave(const Wave<K>& wave, const Member* members, long n_members,
 
 constexpr long FETCHED = 256 << 10;  // bytes that the second cache holds beside the tokens
 
-// Have what comes before the first linear fetched, and its first signs: some at once, more while tokens are prepared.
+// Have what a transform reads first fetched at once; the rest, and the first signs, while tokens are prepared.
 static inline void fetch(const Prologue* prologue, const Member& member, long words) {
-  if (prologue) transform_of(*prologue).fetch();
+  Next& next = next_reads() = {};
+  if (prologue) transform_of(*prologue).fetch(next);
   const long n = Plane::n_words(words, divide_up(member.out, ROWS)) * (long)sizeof(Word);
-  const char* signs = (const char*)member.signs;
-  fetch_ahead(signs, std::min(AHEAD, n));
-  const long begin = std::min(AHEAD, n);
-  next_reads().first = {signs + begin, std::min(FETCHED, n) - begin};
+  next.then(member.signs, std::min(FETCHED, n));
 }
 
 template <class K>

@@ -121,7 +121,10 @@ static void apply_kind(const Prologue& p, const float* x, long m, float* y, long
 // What preparing token m reads.
 static Next reads_of(const Prologue* p, const float* x, long m, long n) {
   const long n_bytes = n * (long)sizeof(float);
-  return {{x + m * n, n_bytes}, {p && p->gate ? p->gate + m * n : nullptr, n_bytes}};
+  Next next;
+  next.then(x + m * n, n_bytes);
+  if (p && p->gate) next.then(p->gate + m * n, n_bytes);
+  return next;
 }
 
 static Transform transform_of(const Prologue& p) { return {p.scale, p.left, p.right, p.n1, p.n2}; }

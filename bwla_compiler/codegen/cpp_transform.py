@@ -241,10 +241,12 @@ class Scale {
       std::copy_n(scale, n, packed + FLOATS_OF_LINE);
   }
 
-  void fetch(long n) const {
+  // Have the first ones fetched; the rest is read next.
+  void fetch(long n, Next& next) const {
     if (!packed) return;
-    fetch_ahead(packed, 64 + n * (long)sizeof(uint16_t));
-    if (packed[0] == 0) fetch_ahead((const char*)values() + n * sizeof(uint16_t), n * (long)sizeof(uint16_t));
+    constexpr long BEGIN = 1024;
+    fetch_ahead(packed, BEGIN);
+    next.then((const char*)packed + BEGIN, 64 + n * (long)sizeof(uint16_t) - BEGIN);
   }
 
   // Call f(at), where at(i) are the numbers from channel i on.
@@ -259,9 +261,11 @@ class Scale {
   // y = x * scale of n channels from the first one on, or x where there is none. y may be x.
   void multiply(const float* x, float* y, long n, long first = 0) const {
     if (!packed) return (void)std::memmove(y, x, n * sizeof(float));
+    Next& next = next_reads();
     visit([&](auto at) {
       long i = 0;
       for (; i + WIDTH <= n; i += WIDTH) {
+        if (i % FLOATS_OF_LINE == 0) next.fetch(1);
         const Vec v = load(x + i) * at(first + i);
         std::memcpy(y + i, &v, sizeof v);
       }
@@ -332,15 +336,15 @@ struct Transform {
     return false;
 #endif
   }
-  // Have what is read fetched, in its order.
-  void fetch() const {
-    scale.fetch(n1 * n2);
+  // Have what is read first fetched; the rest is read next.
+  void fetch(Next& next) const {
     fetch_ahead(signs, n2 * (long)sizeof(float));
+    scale.fetch(n1 * n2, next);
 #ifdef OWN_FACTORS
     if (is_tiled()) return TiledTransform(left, right, n1, n2).fetch();
 #endif
     fetch_ahead(right, n2 * n2 * (long)sizeof(float));
-    fetch_ahead(left, n1 * n1 * (long)sizeof(float));
+    if (left) next.then(left, n1 * n1 * (long)sizeof(float));
   }
   long useful(long threads, long tokens) const { return work() * tokens < (1 << 20) ? 1 : threads; }
   // Whether threads share the work of one token.
