@@ -122,7 +122,7 @@ def _measured(case: Case, peers: Sequence[str]) -> list[Row]:
     if name in SHAPES:
         return _case(name, SHAPES[name], tokens=tokens, threads=threads, peers=peers)
     if name.startswith(PROLOGUE):
-        return prologue_rows(name.removeprefix(f"{PROLOGUE} "), threads, rounds=ROUNDS)
+        return prologue_rows(name.removeprefix(f"{PROLOGUE} "), threads)
     return transform_rows(int(name.split()[-1]), tokens, threads, rounds=ROUNDS)
 
 

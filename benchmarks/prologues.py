@@ -35,6 +35,9 @@ LIMIT = 2 ** (BITS - 1) - 1
 TOLERANCE = 1e-2
 """Relative. A float that lies between two codes may be rounded to the other one than in float64: of 10^4 codes some."""
 
+ROUNDS = 100
+"""A difference of two that are much longer needs more of them than what is timed by itself."""
+
 ROUNDED_AT_ONCE, ROUNDINGS = 16, 16
 """Tokens of a call that rounds and does nothing else, and such calls in a row: what a call costs from Python counts for
 little, and the tokens lie in the caches, as one does that has just been transformed."""
@@ -56,7 +59,7 @@ SERVED = {
 """Linears of Qwen3 models whose inputs are transformed online: an o turns across heads, whose own turns are folded."""
 
 
-def prologue_rows(name: str, threads: int, *, rounds: int) -> list[dict[str, Any]]:
+def prologue_rows(name: str, threads: int, *, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Return the row of one of SERVED at one token: microseconds of its transform and rounding, and their share of it.
 
     Raises ResultsError without a C++ compiler, RefusedError where a result is wrong.
