@@ -1,6 +1,6 @@
 """The public functions: load, plan, rotate, quantize, save, measure, generate."""
 
-import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
 from bwla_compiler.checkpoint.source import source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
-from bwla_compiler.errors import CalibrationError, CheckpointError, DeviceError, ModelError, PlanError
+from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, DeviceError, ModelError, PlanError
 from bwla_compiler.evaluate.fidelity import Fidelity
 from bwla_compiler.evaluate.fidelity import fidelity as fidelity_to
 from bwla_compiler.evaluate.harness import run_tasks
@@ -80,6 +80,8 @@ __all__ = [
 ]
 
 
+log = logging.getLogger(__name__)
+
 SHORT_OF_MEMORY = "quantize_to (bwla-compile quantize) needs one block at a time; or take a machine with more"
 
 
@@ -114,14 +116,22 @@ def load(
         raise CheckpointError(f"{name}: the folder has no config.json; give the folder that save_pretrained wrote")
     try:
         with told_of_shortage(name, remedy=SHORT_OF_MEMORY):
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
-        if isinstance(error, CheckpointError):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, BwlaError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{name}: cannot be loaded as a causal LM: {first}. Give a model folder, a hub id, or demo:"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{name}: the checkpoint lacks {', '.join(missing[:3])}{more}, which {type(model).__name__} needs: it is "
+            "incomplete, or its config.json belongs to another model"
+        )
     return LoadedModel(model.eval().to(device), _tokenizer(name), name)
 
 
@@ -175,7 +185,10 @@ def _tokenizer(name: str) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if folder.is_dir():
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            log.warning("%s: its tokenizer cannot be read and is left out: %s", name, first)
         return None  # many test models have none; whoever needs one says so
 
 

@@ -28,12 +28,27 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; repeatable."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Return the path of a file to be written. Raises CheckpointError, before anything is done, where it cannot be."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise CheckpointError(f"{path}: cannot be written: give a file in a folder that exists")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the result as JSON.", callback=_in_a_folder),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the result goes.")]
-Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write the inspector's page.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Also write the inspector's page.", callback=_in_a_folder),
+]
 
 
 PIPE_WIDTH = 240

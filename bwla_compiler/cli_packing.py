@@ -23,7 +23,7 @@ from bwla_compiler.cli_options import (
     stdout_console,
     write_text,
 )
-from bwla_compiler.errors import CalibrationError, CheckpointError
+from bwla_compiler.errors import CalibrationError
 from bwla_compiler.inspector.table import Table, duration, fixed, row, size
 from bwla_compiler.inspector.terminal import print_report, render_table
 
@@ -85,9 +85,10 @@ def quantize(
     appears when it is complete.
     """
     chosen = chosen_recipe(recipe, changes, keep=keep or (), overrides=override or ())
-    check_out(out)
     from bwla_compiler import api
+    from bwla_compiler.checkpoint.work import check_out
 
+    check_out(out)
     with progress_bars() as progress:
         report = api.quantize_to(
             model,
@@ -99,15 +100,9 @@ def quantize(
             progress=progress,
             on_block=lambda block: progress.tell(str(block)),
         )
+    _print_quantized(report, model, out, html)
     if json_file:
         write_text(json_file, report.to_json())
-    _print_quantized(report, model, out, html)
-
-
-def check_out(out: Path) -> None:
-    """Raise CheckpointError where a folder exists and is not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
 
 
 def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
@@ -186,7 +181,7 @@ def _on_text(model: Any, tokens: Any, *, context: int, stride: int, progress: An
     if stride:
         found = api.windowed_perplexity(model, tokens.flatten(), context=context, stride=stride, progress=progress)
         return {**fields, "perplexity": found.perplexity, "n_tokens": found.n_tokens}
-    return {**fields, "perplexity": api.perplexity(model, tokens, progress=progress), "n_tokens": tokens.numel()}
+    return {**fields, "perplexity": api.perplexity(model, tokens, progress=progress), "n_tokens": tokens[:, 1:].numel()}
 
 
 def _nearness(original: Any, model: Any, tokens: Any, *, progress: Any) -> dict[str, Any]:
@@ -275,9 +270,10 @@ def export(
     ] = "dense",
 ) -> None:
     """Write a packed model in a form that other readers take; what the form cannot hold is refused with the reason."""
-    check_out(out)
     from bwla_compiler import api
+    from bwla_compiler.checkpoint.work import check_out
 
+    check_out(out)
     with progress_bars() as progress:
         loaded = api.load(model, progress=progress)
     api.export(loaded.model, out, to=to, tokenizer=loaded.tokenizer)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TextStreamer
 
-from bwla_compiler.errors import CheckpointError
+from bwla_compiler.errors import CalibrationError, CheckpointError
 
 
 def generate(
@@ -23,13 +23,16 @@ def generate(
     """Return the model's continuation of a prompt, prompt left out; seeded sampling.
 
     temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
-    on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer.
+    on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer,
+    CalibrationError for a prompt without tokens.
     """
     if tokenizer is None:
         raise CheckpointError(
             "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
         )
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if encoded.numel() == 0:
+        raise CalibrationError(f"prompt {prompt!r}: the tokenizer makes no token of it; give another one")
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 50}

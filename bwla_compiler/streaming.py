@@ -82,7 +82,8 @@ def _quantized(job: Job, progress: Progress | None, on_block: Callable[[BlockRep
     model = _empty(job.folder)
     check_cache_bits(model, job.recipe.cache.bits)
     source = SourceWeights(job.folder, model)
-    with WorkFolder(job.out, _facts(job, source)) as work, _same_threads(work):
+    generation = _generation_config(job.folder)
+    with WorkFolder(job.out, _facts(job, source, progress)) as work, _same_threads(work):
         weights = StreamedWeights(model, source, work, *_tuning(job, model, work))
         report = quantize_model(
             model,
@@ -96,8 +97,19 @@ def _quantized(job: Job, progress: Progress | None, on_block: Callable[[BlockRep
             on_block=on_block,
         )
         hf.attach(model, recipe=report.recipe, plan=report.plan, bits=report.bits)
-        _publish(job, model, weights, work)
+        _publish(job, model, generation, weights, work)
     return report
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    """Return how a folder's model generates, None where it does not say. Raises CheckpointError where it is damaged."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        path = folder / "generation_config.json"
+        raise CheckpointError(f"{path}: is damaged; copy or download it again, or remove it") from error
 
 
 def float_bytes(folder: Path) -> int:
@@ -128,14 +140,18 @@ def _plan(model: nn.Module) -> Plan:
     return plan
 
 
-def _facts(job: Job, source: SourceWeights) -> dict[str, Any]:
+def _facts(job: Job, source: SourceWeights, progress: Progress | None) -> dict[str, Any]:
     """Return what a run depends on; a run that goes on must have the same."""
-    shards = sorted(set(source.files.values()))
+    shards, hashes = sorted(set(source.files.values())), []
+    for n_read, path in enumerate(shards, start=1):
+        hashes.append([path.name, file_sha256(path)])
+        if progress is not None:
+            progress("reading weights", n_read, len(shards))
     return {
         "recipe": job.recipe.to_dict(),
         "seed": job.seed,
         "calibration": _calibration_fact(job) if job.recipe.needs_calibration else None,
-        "model": [file_sha256(job.folder / "config.json"), *([path.name, path.stat().st_size] for path in shards)],
+        "model": [file_sha256(job.folder / "config.json"), *hashes],
     }
 
 
@@ -194,14 +210,16 @@ def _tokens(job: Job, model: nn.Module, work: WorkFolder, progress: Progress | N
     return tokens
 
 
-def _publish(job: Job, model: nn.Module, weights: StreamedWeights, work: WorkFolder) -> None:
+def _publish(
+    job: Job, model: nn.Module, generation: GenerationConfig | None, weights: StreamedWeights, work: WorkFolder
+) -> None:
     """Write what stands beside the shards, see that all of it can be read again, and give the folder its name."""
     files, n_bytes = weights.write()
     with writing(work.path):
         write_json(work.path / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": files})
         hf.save_config(model, work.path)
-        if (job.folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(job.folder).save_pretrained(work.path)
+        if generation is not None:
+            generation.save_pretrained(work.path)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(work.path)
     hf.packed_skeleton(work.path, check=True)

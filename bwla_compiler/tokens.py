@@ -276,11 +276,14 @@ def _stored_ids(path: Path) -> Tensor:
 
 def _json_lines(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # JSON may hold what else splitlines splits at
         if not line.strip():
             continue
         try:
-            texts.append(json.loads(line)["text"])
+            text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f'{path}:{number}: has no "text"; give one JSON object a line') from error
+        if not isinstance(text, str):
+            raise CalibrationError(f'{path}:{number}: "text" is no string but {json.dumps(text)[:40]}; give text')
+        texts.append(text)
     return texts

@@ -33,6 +33,11 @@ def test_the_text_is_told_as_it_is_made(model: Any) -> None:
     assert first < 8, "nothing was told before the last token was there"
 
 
+def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
+    with pytest.raises(bwla.errors.CalibrationError, match="prompt '': the tokenizer makes no token of it"):
+        bwla.generate(model, letters(), "")
+
+
 def test_temperature_0_takes_the_likeliest_and_a_seed_repeats_itself(model: Any) -> None:
     tokenizer = letters()
     ids = tokenizer("Once", return_tensors="pt")["input_ids"]

@@ -275,13 +275,93 @@ def test_what_a_run_depends_on_may_not_change(source: Path, tmp_path: Path) -> N
         rounded(other, tmp_path / "out")
 
 
-def test_weights_that_changed_in_place_are_noticed(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.input_layernorm", "layers.1.mlp.up_proj"])
+def test_weights_that_changed_in_place_are_noticed(source: Path, tmp_path: Path, name: str) -> None:
     changed = tmp_path / "float"
     shutil.copytree(source, changed)
     begun(changed, tmp_path / "out")
-    edit(changed, "model.layers.0.mlp.up_proj.weight", lambda w: w.add_(1))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0 are no longer those"):
+    edit(changed, f"model.{name}.weight", lambda w: w.add_(1))
+    with pytest.raises(CheckpointError, match="was begun with another model"):
         rounded(changed, tmp_path / "out")
+
+
+def test_a_link_to_an_empty_folder_is_filled(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rounded(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(CheckpointError, match="out: is a mount point"):
+        rounded(source, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_run_that_is_killed_while_it_cleans_up_has_its_model(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: bool) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", lambda path, **_: killed(path) if path.parent.name == "out" else os.unlink(path))
+        rounded(source, tmp_path / "out")
+    assert (tmp_path / "out" / "progress.json").is_file()
+    assert not (tmp_path / "out.partial").exists()
+    api.load(tmp_path / "out")
+
+
+def test_a_damaged_generation_config_is_told_before_the_work(source: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "float"
+    shutil.copytree(source, damaged)
+    (damaged / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"float/generation_config\.json: is damaged"):
+        rounded(damaged, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "float"
+    tiny.make("llama-tied").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    same = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": same.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    api.quantize_to(folder, tmp_path / "out", recipe="rtn")
+    save_file({**tensors, "lm_head.weight": 2 * same}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"differs from .* to which the config ties it; set tie_word_embeddings"):
+        api.quantize_to(folder, tmp_path / "other", recipe="rtn")
+
+
+def test_a_float_model_that_lacks_a_tensor_is_not_loaded(source: Path, tmp_path: Path) -> None:
+    lacking = tmp_path / "float"
+    shutil.copytree(source, lacking)
+    edit(lacking, "model.layers.1.mlp.up_proj.weight", None)
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight, which Llama"):
+        api.load(lacking)
+    shutil.copytree(source, tmp_path / "shaped")
+    edit(tmp_path / "shaped", "model.norm.weight", None)
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "shaped" / "more.safetensors", {"format": "pt"})
+    index = json.loads((tmp_path / "shaped" / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "more.safetensors"
+    (tmp_path / "shaped" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="shaped: cannot be loaded as a causal LM"):
+        api.load(tmp_path / "shaped")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = tmp_path / "float"
+    shutil.copytree(source, damaged)
+    (damaged / "tokenizer.json").write_text('{"x":1')
+    assert api.load(damaged).tokenizer is None
+    assert "its tokenizer cannot be read and is left out" in caplog.text
 
 
 def test_lost_and_damaged_shards_of_a_begun_run(source: Path, tmp_path: Path) -> None:

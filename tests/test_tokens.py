@@ -111,6 +111,7 @@ def test_rows_of_ids_keep_their_length() -> None:
     [
         ("a.jsonl", b'{"text": "abc"}\n{"txt": 1}\n', r'a\.jsonl:2: has no "text"'),
         ("a.jsonl", b"abc\n", r'a\.jsonl:1: has no "text"'),
+        ("a.jsonl", b'{"text": null}\n', r'a\.jsonl:1: "text" is no string but null'),
         ("a.txt", b"", r"a\.txt: 1 texts: 1 tokens do not fill one sequence of 4"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.pt", b"no archive", r"a\.pt: cannot be read"),

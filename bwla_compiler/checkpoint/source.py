@@ -5,9 +5,8 @@ matrices) is asked of transformers, for the parameters that are wanted alone.
 """
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 
-from bwla_compiler.checkpoint.files import opened, tensor_bytes
+from bwla_compiler.checkpoint.files import opened
 from bwla_compiler.errors import CheckpointError, WeightError
 from bwla_compiler.numerics.finite import all_finite
 
@@ -49,6 +48,7 @@ class SourceWeights:
         self._ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         self._aliases = aliases(model)
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._check_ties()
         missing = [n for n in self._expected if n in self._parameters and not self.has(n)]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -56,6 +56,19 @@ class SourceWeights:
                 f"{folder}: the checkpoint lacks {', '.join(missing[:3])}{more}, which {type(model).__name__} needs: "
                 "it is incomplete, or its config.json belongs to another model"
             )
+
+    def _check_ties(self) -> None:
+        """Raise CheckpointError where the config ties two tensors that the checkpoint holds apart.
+
+        transformers then leaves them apart, and one of them would be lost here.
+        """
+        for name, other in self._ties.items():
+            keys = [self._origins[n].keys[0] for n in (name, other) if n in self._origins]
+            if len(keys) == 2 and not torch.equal(self._read(keys[0]), self._read(keys[1])):
+                raise CheckpointError(
+                    f"{self.folder}: {keys[0]} differs from {keys[1]}, to which the config ties it; set "
+                    "tie_word_embeddings to false in its config.json"
+                )
 
     def _map(self) -> dict[str, _Origin]:
         conversions = get_model_conversion_mapping(self.model)
@@ -142,16 +155,6 @@ class SourceWeights:
             )
         return values
 
-    def fingerprint(self, names: Sequence[str]) -> str:
-        """Return the sha256 of the stored tensors that parameters come from: values, dtypes and shapes."""
-        digest = hashlib.sha256()
-        keys = {key for name in names if self.has(name) for key in self._origins[self._stored(name)].keys}
-        for key in sorted(keys):
-            tensor = self._read(key)
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
-
     @property
     def n_bytes(self) -> int:
         """Bytes of all shards."""
@@ -178,7 +181,9 @@ def shard_of(folder: Path) -> Mapping[str, Path]:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     try:
         table: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-    except FileNotFoundError as error:
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise TypeError("weight_map names no file for each tensor")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder}: has neither {SINGLE} nor {INDEX}; only safetensors are read block by block. Save the model "
             "with save_pretrained first"

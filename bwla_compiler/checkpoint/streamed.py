@@ -16,7 +16,6 @@ from bwla_compiler.checkpoint.files import data_bytes, opened
 from bwla_compiler.checkpoint.guards import guard_names, with_guards
 from bwla_compiler.checkpoint.source import SourceWeights, aliases
 from bwla_compiler.checkpoint.work import WorkFolder
-from bwla_compiler.errors import CheckpointError
 from bwla_compiler.graph.capture import attribute, parameter_name
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import block_of
@@ -116,16 +115,11 @@ class StreamedWeights:
     def finished(self, block: str, *, floats: bool) -> dict[str, Any] | None:
         """Return what the fit of a block reported, its packed modules put in place; None where it is to be done.
 
-        Raises CheckpointError where the shard was lost or damaged, or the source is no longer what it was.
+        Raises CheckpointError where the shard was lost or damaged.
         """
         record = self.work.unit(block)
         if record is None:
             return None
-        if self._fingerprint(block) != record["source"]:
-            raise CheckpointError(
-                f"{self.source.folder}: the weights of {block} are no longer those that {self.work.path} was begun "
-                "with; give the old ones, or remove that folder to start anew"
-            )
         if floats:
             self.fetch(block)
         self._restore(block, record, real=floats)
@@ -137,7 +131,7 @@ class StreamedWeights:
         if record:
             modules = packed_modules(self.model, within=block)
             kept = {"modules": {n: describe(m, modules) for n, m in modules.items()}, "fit": record}
-            self.work.put(block, self._file(block), self._shard(block), {**kept, "source": self._fingerprint(block)})
+            self.work.put(block, self._file(block), self._shard(block), kept)
         self._stored.add(block)
         self._free(block)
         release()
@@ -270,9 +264,6 @@ class StreamedWeights:
                 left = parameters.get(name.rpartition(".")[2])
                 if left is not None:  # else a packed module has taken its place
                     self._set(name, nn.Parameter(left.detach().to("meta"), requires_grad=False))
-
-    def _fingerprint(self, block: str) -> str:
-        return self.source.fingerprint([n for m in self._under([block]) for n in self._modules[m]])
 
     def _final(self, unit: str) -> str:
         total = len(self.blocks) + 1

@@ -35,6 +35,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
         check_out(out)
+        out = out.resolve() if out.is_symlink() else out  # a folder is not renamed onto a link
         self.out, self.path = out, out.with_name(out.name + ".partial")
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
         self._lock: Any = None
@@ -108,21 +109,24 @@ class WorkFolder:
         write_json(self.path / MANIFEST, self.state)
 
     def publish(self, keep: set[str]) -> None:
-        """Remove all but the files named, and give the folder its final name."""
+        """Give the folder its final name, and remove all but the files named.
+
+        In this order: a run that is killed between has lost nothing, and its model can be used.
+        """
         with writing(self.out):
-            for path in sorted(self.path.iterdir()):
-                if path.name in keep or path.name == MANIFEST:
-                    continue
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (self.path / MANIFEST).unlink()  # last: without it the folder holds the finished model and nothing else
             sync_folder(self.path)
             os.replace(self.path, self.out)
             sync_folder(self.out.parent)
+            for path in sorted(self.out.iterdir()):
+                if path.name not in keep or path.name == MANIFEST:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_out(out: Path) -> None:
-    """Raise CheckpointError where a folder exists and is not empty."""
+    """Raise CheckpointError where a folder exists and is not empty, or can take no other's place."""
     with writing(out):
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken:
         raise CheckpointError(f"{out}: exists and is not an empty folder; give another one or remove it")
+    if out.is_mount():
+        raise CheckpointError(f"{out}: is a mount point, which cannot be renamed to; give a folder in it")

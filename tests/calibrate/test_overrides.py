@@ -68,3 +68,10 @@ def test_a_pattern_that_matches_nothing_and_a_field_that_is_none(plan: Plan) -> 
     recipe = load_recipe("rtn", {"overrides": [{"pattern": "*.up_proj", "set": {"weights.plane": 2}}]})
     with pytest.raises(RecipeError, match="did you mean 'planes'"):
         check_overrides(plan, recipe)
+
+
+@pytest.mark.parametrize("field, value", [("tuning.steps", 1), ("calibration.length", 8), ("residual", "none")])
+def test_what_holds_for_the_whole_recipe_is_no_linears_own(plan: Plan, field: str, value: object) -> None:
+    recipe = load_recipe("rtn", {"overrides": [{"pattern": "*.up_proj", "set": {field: value}}]})
+    with pytest.raises(RecipeError, match=f"{field} holds for the whole recipe"):
+        check_overrides(plan, recipe)
