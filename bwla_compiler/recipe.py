@@ -7,6 +7,7 @@ A recipe's fields are one set of names for `bwla.quantize(...)`, for `options=` 
 import dataclasses
 import difflib
 import fnmatch
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -291,6 +292,11 @@ def _check_ranges(recipe: Recipe) -> None:
             value >= 0 for value in dataclasses.asdict(recipe.tuning).values() if isinstance(value, float)
         ),
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
+        f"signs.damping = {recipe.signs.damping}: must be 0 or more": recipe.signs.damping >= 0,
+        f"target.damping = {recipe.target.damping}: must be 0 or more": recipe.target.damping >= 0,
+        f"smoothing.exponent = {recipe.smoothing.exponent}: must be 0 (off) to 1": 0 <= recipe.smoothing.exponent <= 1,
+        f"transform.iterations = {recipe.transform.iterations}: must be 0 or more": recipe.transform.iterations >= 0,
+        f"psp.iterations = {recipe.psp.iterations}: must be at least 1": recipe.psp.iterations >= 1,
         "calibration.sequences and calibration.length must be at least 1": min(
             recipe.calibration.sequences, recipe.calibration.length
         )
@@ -301,7 +307,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ),
         "psp.hidden_over must be 0 (no low rank) or more": recipe.psp.hidden_over >= 0,
         "psp.rank must be 0 (tied to the width) or more": recipe.psp.rank >= 0,
-        "psp.most_bits must be above 0": recipe.psp.most_bits > 0,
+        "psp.most_bits must be above 0, and finite": 0 < recipe.psp.most_bits < math.inf,
         'transform.folded = false needs residual = "online"': recipe.transform.folded or recipe.residual == "online",
         "calibration.expert_tokens must be at least 1": recipe.calibration.expert_tokens >= 1,
     }

@@ -32,6 +32,7 @@ class Blocks:
     ) -> None:
         self.plan, self.groups, self.weights = plan, groups, weights
         self.passes, self.linears, self.on_block = passes, linears, on_block
+        self._before = len(passes)  # of passes over the whole model, which every run makes
         self._last = {group.block: i for i, group in enumerate(groups) if group.block}
         self._entered: dict[str, float] = {}
         self._restored: set[str] = set()
@@ -82,7 +83,7 @@ class Blocks:
         if block not in self._restored:
             record = {
                 "linears": [dataclasses.asdict(x) for x in linears],
-                "passes": [p for report in self.passes if (p := _within(report, block))],
+                "passes": [p for report in self.passes[self._before :] if (p := _within(report, block))],
             }
             self.weights.store(block, record)
         else:
