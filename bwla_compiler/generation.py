@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from bwla_compiler.errors import CalibrationError, CheckpointError
+from bwla_compiler.tokens import check_length
 
 
 def generate(
@@ -24,7 +25,7 @@ def generate(
 
     temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
     on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer,
-    CalibrationError for a prompt without tokens.
+    CalibrationError for a prompt without tokens, and for more than the model has positions.
     """
     if tokenizer is None:
         raise CheckpointError(
@@ -33,6 +34,7 @@ def generate(
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if encoded.numel() == 0:
         raise CalibrationError(f"prompt {prompt!r}: the tokenizer makes no token of it; give another one")
+    check_length(model, encoded.shape[1] + tokens - 1)  # the last one is not read
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 50}

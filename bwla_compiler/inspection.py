@@ -120,7 +120,7 @@ def _stored(source: str, device: str) -> InspectorReport | None:
     path = Path(source) / STORED if source and Path(source).is_dir() else Path(source)
     if not source or path.suffix != ".json" or not path.is_file():
         return None
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8", errors="replace")
     if '"bwla-inspector/' not in text[:200]:
         return None  # a config.json
     report = InspectorReport.from_json(text)

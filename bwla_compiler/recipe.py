@@ -383,7 +383,7 @@ def load_recipe(recipe: "str | Path | Recipe", settings: dict[str, Any] | None =
     elif str(recipe).endswith(".toml"):
         try:
             found = from_dict(tomllib.loads(Path(recipe).read_text("utf-8")), where=str(recipe))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"recipe file {recipe}: {error}") from error
     elif (known := builtin_recipes()) and recipe not in known:
         near = difflib.get_close_matches(str(recipe), list(known), n=1)

@@ -32,6 +32,8 @@ def _as(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise RecipeError(f"{where}: expected a list, found {value!r}")
         return tuple(_as(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and not isinstance(value, dict):
+        raise RecipeError(f"{where}: expected a table, found {value!r}")
     if origin in (dict, types.UnionType):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def calibration_tokens(
     else:
         tokens = from_texts([str(part) for part in source], tokenizer, length=length, limit=sequences)
     check(tokens, vocab_size=vocab_size)
+    check_length(model, tokens.shape[1])
     return tokens
 
 
@@ -78,6 +80,17 @@ def check(tokens: Tensor, *, vocab_size: int) -> None:
             f"tokens: id {int(tokens[row, column])} at [{row}, {column}] is not in the model's vocabulary of "
             f"{vocab_size}; use the tokenizer that belongs to the model"
         )
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise CalibrationError for more tokens than a model has positions in a table; computed ones have no end."""
+    most = longest(model)
+    if most is None or length <= most:
+        return
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and most <= module.num_embeddings <= most + 2  # OPT has two more
+        if is_table and re.search(r"pos|wpe", name.rpartition(".")[2]):
+            raise CalibrationError(f"sequences of {length} tokens are over the model's {most} positions; ask for less")
 
 
 def from_texts(texts: Sequence[str], tokenizer: Any, *, length: int, limit: int | None = None) -> TokenBatches:

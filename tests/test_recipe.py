@@ -69,6 +69,7 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "weigths": {}}, "did you mean 'weights'"),
         ({**PLAIN, "weights": {"plane": 1}}, "did you mean 'planes'"),
         ({**PLAIN, "weights": 1}, "expected a table"),
+        ({**PLAIN, "overrides": [{"pattern": "*", "set": 5}]}, r"set: expected a table, found 5"),
         ({**PLAIN, "activations": {"bits": 1}}, "must be 16, or 2 to 8"),
         ({**PLAIN, "activations": {"bits": "6"}}, "must be of type int"),
         ({**PLAIN, "activations": {"bits": True}}, "must be of type int"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bwla_compiler.errors import CalibrationError
+from bwla_compiler.evaluate.perplexity import perplexity
 from bwla_compiler.tokens import (
     calibration_tokens,
     check,
@@ -26,6 +27,7 @@ from bwla_compiler.tokens import (
     random_tokens,
     self_generated,
 )
+from tests import tiny
 
 
 class Letters:
@@ -298,3 +300,16 @@ def test_unusable_sources_are_refused(source: Tensor | Sequence[str], message: s
 def test_a_model_without_a_vocabulary_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"Linear: has no config\.vocab_size"):
         calibration_tokens("random", model=torch.nn.Linear(2, 2), sequences=3, length=6)
+
+
+def test_more_tokens_than_a_table_of_positions_has_are_refused(tmp_path: Path) -> None:
+    learned, computed = tiny.make("gpt2"), tiny.make("llama")
+    most = learned.config.max_position_embeddings
+    ids = tiny.ids(batch=1, length=most + 1)
+    told = rf"sequences of {most + 1} tokens are over the model's {most} positions"
+    with pytest.raises(CalibrationError, match=told):
+        calibration_tokens("random", model=learned, sequences=1, length=most + 1)
+    with pytest.raises(CalibrationError, match=told):
+        perplexity(learned, tiny.ids(batch=1, length=most + 2))
+    assert perplexity(learned, ids) > 0
+    assert perplexity(computed, tiny.ids(batch=1, length=computed.config.max_position_embeddings + 2)) > 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bwla_compiler.tokens import check, device_of, evaluating, vocabulary
+from bwla_compiler.tokens import check, check_length, device_of, evaluating, vocabulary
 
 Progress = Callable[[str, int, int], None]
 
@@ -18,6 +18,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch: int = 8, progress: Pr
     The sum is float64. inf or nan where the model's logits are. Raises CalibrationError for unusable tokens.
     """
     check(tokens, vocab_size=vocabulary(model))
+    check_length(model, tokens.shape[1] - 1)
     device, total, done = device_of(model), 0.0, 0
     with evaluating(model):
         for rows in tokens.split(batch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bwla_compiler.errors import CalibrationError
-from bwla_compiler.tokens import check, device_of, evaluating, vocabulary
+from bwla_compiler.tokens import check, check_length, device_of, evaluating, vocabulary
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,6 +42,7 @@ def windowed_perplexity(
     check(stream[None], vocab_size=vocabulary(model))
     device, total, counted = device_of(model), 0.0, 0
     windows = list(_windows(stream.numel(), context, stride))
+    check_length(model, max(end - start for start, end, _ in windows) - 1)
     with evaluating(model):
         for done, (start, end, fresh) in enumerate(windows):
             ids = stream[start:end][None].to(device)
