@@ -21,7 +21,7 @@ from bwla_compiler.checkpoint.gguf_export import export_gguf
 from bwla_compiler.checkpoint.ledger import Ledger
 from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
-from bwla_compiler.checkpoint.source import source_folder
+from bwla_compiler.checkpoint.source import DAMAGED, source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
 from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, DeviceError, ModelError, PlanError
 from bwla_compiler.evaluate.fidelity import Fidelity
@@ -119,7 +119,7 @@ def load(
             model, found = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype or torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except (*DAMAGED, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, BwlaError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -161,7 +161,7 @@ def skeleton(source: str | Path, *, device: str = "cpu", progress: Progress | No
             return load(Path(name).parent if name.endswith(".json") else name, device=device, progress=progress)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         if isinstance(error, CheckpointError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TextStreamer
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from bwla_compiler.errors import CalibrationError, CheckpointError
+from bwla_compiler.errors import CalibrationError, CheckpointError, WeightError
 from bwla_compiler.tokens import check_length
 
 
@@ -25,7 +25,7 @@ def generate(
 
     temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
     on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer,
-    CalibrationError for a prompt without tokens, and for more than the model has positions.
+    CalibrationError for a prompt without tokens and for more than the model has positions, WeightError for NaN logits.
     """
     if tokenizer is None:
         raise CheckpointError(
@@ -38,12 +38,23 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 50}
+    options["logits_processor"] = LogitsProcessorList([_Numbers()])
     if on_text is not None:
         options["streamer"] = _Pieces(tokenizer, on_text)
     torch.manual_seed(seed)
     with torch.no_grad():
         out = model.generate(encoded, **options)  # type: ignore[operator]
     return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
+
+
+class _Numbers(LogitsProcessor):  # type: ignore[misc]
+    """Stops where the model gives no numbers, of which any token would be the likeliest."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores. Raises WeightError."""
+        if bool(scores.isnan().any()):
+            raise WeightError("the model's logits are no numbers; its weights are damaged, or overflow its dtype")
+        return scores
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

@@ -9,7 +9,7 @@ from torch import nn
 
 from bwla_compiler import api
 from bwla_compiler.calibrate.report import QuantizeReport
-from bwla_compiler.errors import PlanError
+from bwla_compiler.errors import PlanError, RecipeError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.inspector.cost import DEFAULT_DEVICE, cost_report
 from bwla_compiler.inspector.diff import Difference, compare_reports
@@ -45,6 +45,8 @@ def inspect(
     """
     source = "" if isinstance(model, nn.Module) else str(model)
     if stored := _stored(source, device):
+        if recipe:
+            raise RecipeError(f"{source}: is packed, and shows what was done; a recipe is for a float model")
         return stored
     module = model if isinstance(model, nn.Module) else api.skeleton(source, progress=progress).model
     return inspect_module(module, source=source, recipe=recipe, outcome=outcome, context=context, device=device)

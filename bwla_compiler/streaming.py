@@ -23,7 +23,7 @@ from bwla_compiler.calibrate.spill import Spill
 from bwla_compiler.checkpoint import hf
 from bwla_compiler.checkpoint.empty import empty_model, meta_model
 from bwla_compiler.checkpoint.files import file_sha256, write_json, writing
-from bwla_compiler.checkpoint.source import INDEX, SourceWeights
+from bwla_compiler.checkpoint.source import DAMAGED, INDEX, SourceWeights
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
 from bwla_compiler.errors import CheckpointError, RecipeError
@@ -123,7 +123,7 @@ def _empty(folder: Path) -> nn.Module:
         if getattr(config, "quantization_config", None) is not None:
             raise CheckpointError(f"{folder}: is quantized already; give the float model")
         return empty_model(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         if isinstance(error, CheckpointError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

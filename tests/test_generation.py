@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bwla_compiler as bwla
+from bwla_compiler.errors import CalibrationError, WeightError
 from tests import tiny
 from tests.letters import letters
 
@@ -34,8 +35,16 @@ def test_the_text_is_told_as_it_is_made(model: Any) -> None:
 
 
 def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
-    with pytest.raises(bwla.errors.CalibrationError, match="prompt '': the tokenizer makes no token of it"):
+    with pytest.raises(CalibrationError, match="prompt '': the tokenizer makes no token of it"):
         bwla.generate(model, letters(), "")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_model_that_gives_no_numbers_is_told(temperature: float) -> None:
+    damaged: Any = tiny.make("llama")
+    damaged.lm_head.weight.data[3, 5] = torch.nan
+    with pytest.raises(WeightError, match="logits are no numbers"):
+        bwla.generate(damaged, letters(), "Once", temperature=temperature)
 
 
 def test_temperature_0_takes_the_likeliest_and_a_seed_repeats_itself(model: Any) -> None:

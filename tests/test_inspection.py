@@ -67,6 +67,8 @@ def test_a_packed_model_shows_what_was_measured(plan: Plan, tmp_path: Path) -> N
     assert stored.linears == report.linears
     assert stored.cost is not None
     assert stored.cost.chosen == "mi300x"
+    with pytest.raises(RecipeError, match="a recipe is for a float model"):
+        bwla.inspect(tmp_path, recipe="rtn")
     with pytest.raises(PlanError, match="is packed"):
         compare_packed(packed, tmp_path)
 

@@ -21,6 +21,9 @@ from bwla_compiler.checkpoint.files import opened
 from bwla_compiler.errors import CheckpointError, WeightError
 from bwla_compiler.numerics.finite import all_finite
 
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+"""What transformers raises for configs and indices that are damaged: it looks at little before it computes."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
