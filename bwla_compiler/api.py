@@ -1,7 +1,7 @@
 """The public functions: load, plan, rotate, quantize, save, measure, generate."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -286,12 +286,14 @@ def quantize_to(
     spill: bool = False,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    beside: Callable[[QuantizeReport], Mapping[str, str]] | None = None,
 ) -> QuantizeReport:
     """Quantize a model folder (or hub id, or demo:) into the folder `out`, block by block, and return the report.
 
     Memory: one block, its statistics, embedding and head, and the calibration activations; with spill, these are in
     files. calibration = "self" samples from the whole float model first, and so needs memory for that. What is done
     is kept in OUT.partial: a killed call, made again, goes on and gives the same bytes. on_block: told of each block.
+    beside: texts of more files of the folder, by name, made of the report before the folder appears.
     Raises CheckpointError, RecipeError, CalibrationError, WeightError, CaptureError, PlanError.
     """
     name = str(source)
@@ -304,6 +306,7 @@ def quantize_to(
         tokenizer=_tokenizer(str(folder)),
         seed=seed,
         spill=spill,
+        beside=beside,
     )
     return quantize_folder(replace(job, sampler=partial(_sampled, job, progress)), progress=progress, on_block=on_block)
 

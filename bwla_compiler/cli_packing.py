@@ -99,19 +99,26 @@ def quantize(
             spill=spill,
             progress=progress,
             on_block=lambda block: progress.tell(str(block)),
+            beside=lambda report: _stored_report(report, model),
         )
     _print_quantized(report, model, out, html)
     if json_file:
         write_text(json_file, report.to_json())
 
 
-def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
+def _stored_report(report: Any, source: str) -> dict[str, str]:
+    """Return what `inspect OUT` shows, without times: a run that was resumed leaves the same bytes."""
     from bwla_compiler.inspection import STORED
     from bwla_compiler.inspector.report import build_report
 
-    shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
     timeless = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report.without_times())
-    write_text(out / STORED, timeless.to_json())
+    return {STORED: timeless.to_json()}
+
+
+def _print_quantized(report: Any, source: str, out: Path, html: Path | None) -> None:
+    from bwla_compiler.inspector.report import build_report
+
+    shown = build_report(report.plan, source=source, recipe=report.recipe.name, outcome=report)
     console = stdout_console()
     print_report(shown, console)
     if html:

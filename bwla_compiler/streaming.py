@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ SHORTAGE = (
 class Job:
     """What is to be done: folder of the float model, recipe, calibration (see `api.quantize_to`), tokenizer, seed.
 
-    spill: keep activations in files. sampler: of calibration = "self".
+    spill: keep activations in files. sampler: of calibration = "self". beside: texts of files that stand beside the
+    weights, by name, made of the report.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Job:
     seed: int = 0
     spill: bool = False
     sampler: Sampler | None = None
+    beside: Callable[[QuantizeReport], Mapping[str, str]] | None = None
 
 
 def quantize_folder(
@@ -97,7 +99,7 @@ def _quantized(job: Job, progress: Progress | None, on_block: Callable[[BlockRep
             on_block=on_block,
         )
         hf.attach(model, recipe=report.recipe, plan=report.plan, bits=report.bits)
-        _publish(job, model, generation, weights, work)
+        _publish(job, model, generation, weights, work, {} if job.beside is None else job.beside(report))
     return report
 
 
@@ -211,7 +213,12 @@ def _tokens(job: Job, model: nn.Module, work: WorkFolder, progress: Progress | N
 
 
 def _publish(
-    job: Job, model: nn.Module, generation: GenerationConfig | None, weights: StreamedWeights, work: WorkFolder
+    job: Job,
+    model: nn.Module,
+    generation: GenerationConfig | None,
+    weights: StreamedWeights,
+    work: WorkFolder,
+    beside: Mapping[str, str],
 ) -> None:
     """Write what stands beside the shards, see that all of it can be read again, and give the folder its name."""
     files, n_bytes = weights.write()
@@ -222,6 +229,8 @@ def _publish(
             generation.save_pretrained(work.path)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(work.path)
+        for name, text in beside.items():
+            (work.path / name).write_text(text, "utf-8")
     hf.packed_skeleton(work.path, check=True)
     others = {p.name for p in work.path.iterdir() if p.is_file() and not p.name.startswith(".")}
     own = {name for name in others if name.startswith("untuned-") or name == CALIBRATION}

@@ -100,7 +100,10 @@ class FakeApi(ModuleType):
         self.calls["quantize"] = {"source": source, "out": out, **options}
         options["on_block"]("model.layers.0: done")
         out.mkdir(parents=True, exist_ok=True)
-        return QuantizeReport(options["recipe"], PLAN, (), (), Bits(1.25, 3.0, 2048), {"fit": 2.0})
+        report = QuantizeReport(options["recipe"], PLAN, (), (), Bits(1.25, 3.0, 2048), {"fit": 2.0})
+        for name, text in options["beside"](report).items():
+            (out / name).write_text(text)
+        return report
 
     def bits(self, model: Any) -> Any:
         return SimpleNamespace(linears=1.25, model=3.0, n_bytes=2048)

@@ -203,7 +203,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(source: Path, whole: Pa
     assert not out.exists()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         api.load(tmp_path / "out.partial")
-    report = api.quantize_to(source, out, settings=FAST, calibration=TOKENS, on_block=told.append)
+    report = api.quantize_to(
+        source, out, settings=FAST, calibration=TOKENS, on_block=told.append, beside=lambda report: {"a.txt": "é"}
+    )
+    assert (out / "a.txt").read_text("utf-8") == "é"
+    (out / "a.txt").unlink()
     assert [block.restored for block in told] == [True, False]
     assert content(out) == content(whole)
     assert {x.name.split(".")[2] for x in report.linears} == {"0", "1"}
