@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.runtime import on_triton
@@ -98,17 +99,18 @@ class _Kept:
     sources: tuple[_Source, ...]
     make: Make
     buffer: Tensor
-    seen: list[tuple["weakref.ref[Tensor]", int]] = field(default_factory=list)
+    seen: list[tuple["weakref.ref[Tensor]", int, StorageWeakRef]] = field(default_factory=list)
 
     def look(self, inputs: Sequence[Any]) -> None:
         """Remember the tensors of these inputs."""
-        self.seen = [(weakref.ref(t), _version(t)) for t in (source.now(inputs) for source in self.sources)]
+        found = (source.now(inputs) for source in self.sources)
+        self.seen = [(weakref.ref(t), _version(t), StorageWeakRef(t.untyped_storage())) for t in found]
 
     def is_true(self, inputs: Sequence[Any]) -> bool:
         """Whether the stored tensors are those that were seen, unedited."""
-        for source, (ref, version) in zip(self.sources, self.seen, strict=True):
+        for source, (ref, version, storage) in zip(self.sources, self.seen, strict=True):
             stored = source.now(inputs)
-            if ref() is not stored or _version(stored) != version:
+            if ref() is not stored or _version(stored) != version or stored.untyped_storage()._cdata != storage.cdata:
                 return False
         return True
 

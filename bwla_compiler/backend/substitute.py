@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwla_compiler.backend.owner import Owner
 from bwla_compiler.backend.substitute_experts import call_experts
+from bwla_compiler.errors import PlanError
 from bwla_compiler.graph.planner import is_linear
 from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, PackedLinear, TiedHead
 
@@ -24,7 +25,10 @@ Parameters = Mapping[Node, tuple[str, ...]]
 
 
 def bound_to(owner: Owner, gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, list[Any]]:
-    """Return the graph with the owner's tensors as attributes, and the example values of the inputs that remain."""
+    """Return the graph with the owner's tensors as attributes, and the example values of the inputs that remain.
+
+    Raises PlanError where the graph holds graphs of its own, as of torch.cond or flex attention.
+    """
     graph, placeholders = _copied(gm)
     left = []
     for (original, node), value in zip(placeholders.items(), example_inputs, strict=True):
@@ -35,6 +39,9 @@ def bound_to(owner: Owner, gm: GraphModule, example_inputs: Sequence[Any]) -> tu
             graph.erase_node(node)
         else:
             left.append(_concrete(value))
+    for node in graph.find_nodes(op="get_attr"):
+        if not hasattr(owner.module, str(node.target).partition(".")[0]):
+            raise PlanError(f"the graph calls a graph of its own ({node.target}), which no pass looks into")
     return GraphModule(owner.module, graph), left
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.backend import disk
 from bwla_compiler.backend.options import Options
@@ -25,10 +26,10 @@ class Seen:
     """One parameter as it was when the copy was made.
 
     It is held, since the address of a dead one may be taken again; not weakly, since torch does not swap tensors that
-    have weak references.
+    have weak references. Its storage is held weakly: the memory may go, but no other storage takes its place.
     """
 
-    __slots__ = ("address", "tensor", "version")
+    __slots__ = ("address", "storage", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.look(tensor)
@@ -36,10 +37,16 @@ class Seen:
     def look(self, tensor: Tensor) -> None:
         """Take note of the tensor as it is now."""
         self.tensor, self.address, self.version = tensor, tensor.data_ptr(), _version(tensor)
+        self.storage = StorageWeakRef(tensor.untyped_storage())
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether this is that tensor, unedited as far as torch can tell."""
-        return self.tensor is tensor and self.version == _version(tensor) and self.address == tensor.data_ptr()
+        return (
+            self.tensor is tensor
+            and self.version == _version(tensor)
+            and self.address == tensor.data_ptr()
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+        )
 
     def forget(self) -> None:
         """Hold for no tensor until the next look."""

@@ -138,6 +138,8 @@ def check_weights(model: nn.Module) -> None:
             raise WeightError(f"{name} has no values (meta device): load the model with its weights")
         if not parameter.is_floating_point():
             raise WeightError(f"{name} is {parameter.dtype}: only floating-point weights can be quantized")
+        if parameter.numel() and not parameter.untyped_storage().nbytes():
+            raise WeightError(f"{name} was released by free_weights=True: load the model anew")
         if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise WeightError(

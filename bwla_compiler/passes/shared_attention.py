@@ -36,6 +36,8 @@ def attention(
     if not _is_ours(query, key, value, attention_mask) or _asks_more(options):
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
+    if attention_mask is not None and attention_mask.shape[2] == 1:
+        attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)  # one row for all tokens
     tokens, scaling, causal = query.shape[2], options.get("scaling"), options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if bool(causal) and attention_mask is None and tokens > 1:
@@ -64,6 +66,10 @@ def _asks_more(options: dict[str, Any]) -> bool:
     return bool(options.get("dropout")) or any(options.get(name) is not None for name in REFUSED)
 
 
+AttentionInterface.register(OURS, attention)  # at import: a model that is unpickled asks for it by name
+AttentionMaskInterface.register(OURS, sdpa_mask)
+
+
 def share_attention(model: nn.Module) -> bool:
     """Have a model of transformers attend by OURS where it would by "sdpa", and return whether it does.
 
@@ -73,8 +79,6 @@ def share_attention(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != REPLACED or not _is_open(model):
         return False
-    AttentionInterface.register(OURS, attention)
-    AttentionMaskInterface.register(OURS, sdpa_mask)
     model.set_attn_implementation(OURS)  # type: ignore[operator]
     return bool(config._attn_implementation == OURS)
 

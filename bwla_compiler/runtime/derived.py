@@ -1,8 +1,9 @@
 """Values derived from tensors (kernel layouts, decoded scales), kept while the tensor lives and is not edited.
 
-Keyed by a weak reference, the address and the version of the tensor: an id alone may be recycled, an edit in place
-moves only the version. An inference tensor has no version, so nothing is kept for it. `x.data.mul_()` moves neither
-address nor version and cannot be seen: call `native.forget` after such an edit.
+Keyed by a weak reference, the storage, the address and the version of the tensor: an id or an address alone may be
+recycled (hence weak references to storages too), an edit in place moves only the version. An inference tensor has no
+version, so nothing is kept for it. `x.data.mul_()` moves none of them and cannot be seen: call `native.forget` after
+such an edit.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.errors import BwlaError
 
@@ -25,13 +27,16 @@ class _Entry(Generic[V]):
 
     owner: "weakref.ref[Tensor]"
     state: tuple[Any, ...]
+    storages: tuple[StorageWeakRef, ...]
     value: V
 
 
 def _state(tensor: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
     """Return what changes whenever the tensor, or the one beside it, is replaced, moved or edited in place."""
-    own = (tensor.data_ptr(), tensor._version, tensor.shape)
-    return own if beside is None else (*own, id(beside), beside.data_ptr(), beside._version)
+    own = (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version, tensor.shape)
+    if beside is None:
+        return own
+    return (*own, id(beside), beside.untyped_storage()._cdata, beside.data_ptr(), beside._version)
 
 
 def _recording(tensor: Tensor) -> bool:
@@ -67,7 +72,8 @@ class Derived(Generic[V]):
                 "call the model once outside the recording, after the last edit of its weights"
             )
         value = make()
-        self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), state, value)
+        storages = tuple(StorageWeakRef(t.untyped_storage()) for t in (tensor, beside) if t is not None)
+        self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), state, storages, value)
         return value
 
     def forget(self, tensor: Tensor) -> None:

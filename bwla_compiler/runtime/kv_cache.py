@@ -5,7 +5,7 @@ one read in pieces agree.
 """
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def set_cache_bits(model: nn.Module, bits: int) -> None:
     check_cache_bits(model, bits)
     vars(model).pop(_HOOK, None)
     if bits < FLOAT_BITS:
-        vars(model)[_HOOK] = MethodType(_prepare_in_int8, model)
+        vars(model)[_HOOK] = partial(_prepare_in_int8, model)  # unlike a method, it is pickled as what it is
 
 
 _HOOK = "_prepare_cache_for_generation"

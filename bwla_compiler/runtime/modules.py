@@ -198,6 +198,10 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
     for module in model.modules():
         if isinstance(module, (PackedLinear, PackedExperts, SimulatedLinear)):
             module.activation_bits = bits
+    described = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "modules", {})
+    for entry in described.values():  # what is saved with the model
+        if "spec" in entry:
+            entry["spec"]["activation_bits"] = bits
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -209,6 +209,34 @@ def stored(model: nn.Module) -> int:
     return sum(storages.values())
 
 
+def test_a_model_whose_weights_were_released_is_not_quantized() -> None:
+    model = small.llama()
+    model.lm_head.weight.data.untyped_storage().resize_(0)
+    with pytest.raises(WeightError, match=r"lm_head\.weight was released by free_weights=True"):
+        bwla_compiler.quantize(model, recipe="rtn")
+
+
+class Branch(nn.Module):
+    """Takes one of two branches, which Dynamo makes graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+        y: Tensor = self.up(chosen)
+        return y
+
+
+def test_a_graph_with_graphs_of_its_own_stays_in_floats(caplog: pytest.LogCaptureFixture) -> None:
+    module = Branch()
+    x = torch.ones(2, 16)
+    with torch.no_grad():
+        assert torch.allclose(small.compiled(module)(x), module(x), atol=1e-6)
+    assert "which no pass looks into" in caplog.text
+
+
 def test_edits_of_a_packed_model(graphs: list[GraphModule]) -> None:
     model = small.llama()
     quantize_model(model, load_recipe("rtn"), None)

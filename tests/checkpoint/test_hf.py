@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +174,14 @@ def test_floats_of_a_loaded_model_begin_on_cache_lines(llama: tuple[nn.Module, P
     """Those of a mapped file need not, and products of some libraries then add up in another order."""
     again = api.load(llama[1]).model
     assert all(t.data_ptr() % 64 == 0 for t in (*again.parameters(), *again.buffers()) if t.is_floating_point())
+
+
+def test_activation_bits_that_were_set_are_saved(tmp_path: Path) -> None:
+    model: Any = tiny.make("llama")
+    api.quantize(model, recipe="rtn")
+    api.set_activation_bits(model, 4)
+    api.save(model, tmp_path)
+    again = api.load(tmp_path).model
+    with torch.no_grad():
+        assert torch.equal(again(tiny.ids()).logits, model(tiny.ids()).logits)
+    assert {m.activation_bits for m in again.modules() if isinstance(m, PackedLinear)} == {4}

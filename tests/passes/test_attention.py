@@ -61,6 +61,17 @@ def test_padding_is_not_seen() -> None:
         assert torch.allclose(padded, model(ids).logits, atol=1e-5)
 
 
+def test_a_mask_may_have_one_row_for_all_tokens() -> None:
+    model: Any = tiny.make("llama")
+    mask = torch.ones(1, 1, 1, 12, dtype=torch.bool)
+    mask[..., :3] = False
+    ids = tiny.ids(batch=1, length=12)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        assert share_attention(model)
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_another_choice_of_attention_stays() -> None:
     model: Any = tiny.make("llama")
     model.set_attn_implementation("eager")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bwla_compiler.backend.variant import Seen
 from bwla_compiler.runtime.derived import Derived
 from bwla_compiler.runtime.halves import decoded
 
@@ -91,3 +92,14 @@ def test_scales_decoded_while_torch_compiles_are_kept(monkeypatch: pytest.Monkey
     bits, exponent = torch.ones(3).half().view(torch.int16), torch.tensor(1, dtype=torch.int8)
     assert decoded(bits, exponent).tolist() == [2.0] * 3
     assert decoded(bits, exponent) is decoded(bits, exponent)
+
+
+def test_an_address_that_is_taken_again_is_no_evidence() -> None:
+    cache: Derived[float] = Derived("first value")
+    tensor = torch.ones(1 << 24)  # so large that the allocator gives the memory back, and takes the same anew
+    seen = Seen(tensor)
+    assert cache.get(tensor, lambda: float(tensor[0])) == 1
+    for value in (2.0, 3.0):
+        tensor.data = torch.full_like(tensor, value)
+    assert not seen.holds(tensor)
+    assert cache.get(tensor, lambda: float(tensor[0])) == 3

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,19 @@ def test_generate_keeps_int8_until_it_is_told_otherwise() -> None:
     again = twin.generate(ids, **options)
     assert Int8Layer not in {type(layer) for layer in again.past_key_values.layers}
     assert torch.equal(again.sequences, plain.sequences)
+
+
+def test_a_copy_and_a_pickled_model_keep_int8_themselves() -> None:
+    model: Any = tiny.make("llama")
+    set_cache_bits(model, 8)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        hook = vars(other)["_prepare_cache_for_generation"]
+        assert hook.args == (other,)
+        found = other.generate(tiny.ids(batch=1), max_new_tokens=2, return_dict_in_generate=True)
+        assert all(isinstance(layer, Int8Layer) for layer in found.past_key_values.layers)
 
 
 def test_a_cache_can_be_emptied_cropped_and_repeated() -> None:
