@@ -146,7 +146,8 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 def int8_embedding(ids: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return codes[ids] * scale[ids] [..., width] of `dtype`; codes int8 [rows, width], scale [rows]."""
-    return (codes[ids].float() * scale.float()[ids].unsqueeze(-1)).to(dtype)
+    rows = torch.embedding(codes, ids)  # refuses ids below 0, which an index would count from the end
+    return (rows.float() * scale.float()[ids].unsqueeze(-1)).to(dtype)
 
 
 def int4_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
@@ -169,4 +170,4 @@ def int4_embedding(
     ids: Tensor, codes: Tensor, scale: Tensor, width: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Return rows [..., width] of `dtype`; codes uint8 [rows, ceil(width / 2)], scale [rows, groups]."""
-    return dequantized(codes[ids], scale[ids], columns=width, group_size=group_size).to(dtype)
+    return dequantized(torch.embedding(codes, ids), scale[ids], columns=width, group_size=group_size).to(dtype)
