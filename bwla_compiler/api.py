@@ -21,9 +21,17 @@ from bwla_compiler.checkpoint.gguf_export import export_gguf
 from bwla_compiler.checkpoint.ledger import Ledger
 from bwla_compiler.checkpoint.ledger import ledger as checkpoint_ledger
 from bwla_compiler.checkpoint.saving import save_checked
-from bwla_compiler.checkpoint.source import DAMAGED, source_folder
+from bwla_compiler.checkpoint.source import DAMAGED, incomplete, source_folder
 from bwla_compiler.demo import demo_path, is_demo, load_demo
-from bwla_compiler.errors import BwlaError, CalibrationError, CheckpointError, DeviceError, ModelError, PlanError
+from bwla_compiler.errors import (
+    BwlaError,
+    CalibrationError,
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    PlanError,
+    first_line,
+)
 from bwla_compiler.evaluate.fidelity import Fidelity
 from bwla_compiler.evaluate.fidelity import fidelity as fidelity_to
 from bwla_compiler.evaluate.harness import run_tasks
@@ -122,16 +130,11 @@ def load(
     except (*DAMAGED, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, BwlaError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name}: cannot be loaded as a causal LM: {first}. Give a model folder, a hub id, or demo:"
+            f"{name}: cannot be loaded as a causal LM: {first_line(error)}. Give a model folder, a hub id, or demo:"
         ) from error
     if missing := sorted(found["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(
-            f"{name}: the checkpoint lacks {', '.join(missing[:3])}{more}, which {type(model).__name__} needs: it is "
-            "incomplete, or its config.json belongs to another model"
-        )
+        raise incomplete(name, missing, model)
     return LoadedModel(model.eval().to(device), _tokenizer(name), name)
 
 
@@ -140,9 +143,8 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
         raise DeviceError(
-            f"device {name!r} cannot be used: {first}. `bwla-compile doctor` lists what is here"
+            f"device {name!r} cannot be used: {first_line(error)}. `bwla-compile doctor` lists what is here"
         ) from error
 
 
@@ -164,10 +166,9 @@ def skeleton(source: str | Path, *, device: str = "cpu", progress: Progress | No
     except DAMAGED as error:
         if isinstance(error, CheckpointError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name}: its config does not describe a causal LM: {first}. Give a model folder, a config.json, a hub id, "
-            "or demo:"
+            f"{name}: its config does not describe a causal LM: {first_line(error)}. Give a model folder, a "
+            "config.json, a hub id, or demo:"
         ) from error
     return LoadedModel(model.eval(), None, name)
 
@@ -187,8 +188,7 @@ def _tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if folder.is_dir():
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            log.warning("%s: its tokenizer cannot be read and is left out: %s", name, first)
+            log.warning("%s: its tokenizer cannot be read and is left out: %s", name, first_line(error))
         return None  # many test models have none; whoever needs one says so
 
 

@@ -71,3 +71,8 @@ class WorkerError(BwlaError, RuntimeError):
 
 class HarnessError(BwlaError, RuntimeError):
     """The harness of the benchmarks is not beside the package."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of another library, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

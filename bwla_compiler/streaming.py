@@ -26,7 +26,7 @@ from bwla_compiler.checkpoint.files import file_sha256, write_json, writing
 from bwla_compiler.checkpoint.source import DAMAGED, INDEX, SourceWeights
 from bwla_compiler.checkpoint.streamed import StreamedWeights
 from bwla_compiler.checkpoint.work import WorkFolder
-from bwla_compiler.errors import CheckpointError, RecipeError
+from bwla_compiler.errors import CheckpointError, RecipeError, first_line
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.graph.planner import make_plan
 from bwla_compiler.memory import release, told_of_shortage
@@ -128,9 +128,8 @@ def _empty(folder: Path) -> nn.Module:
     except DAMAGED as error:
         if isinstance(error, CheckpointError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{folder}: its config does not describe a causal LM: {first}. Give a model folder or a hub id"
+            f"{folder}: its config does not describe a causal LM: {first_line(error)}. Give a model folder or a hub id"
         ) from error
 
 

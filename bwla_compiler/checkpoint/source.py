@@ -6,7 +6,7 @@ matrices) is asked of transformers, for the parameters that are wanted alone.
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.hub import cached_file
 
 from bwla_compiler.checkpoint.files import opened
-from bwla_compiler.errors import CheckpointError, WeightError
+from bwla_compiler.errors import CheckpointError, WeightError, first_line
 from bwla_compiler.numerics.finite import all_finite
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
@@ -54,11 +54,7 @@ class SourceWeights:
         self._check_ties()
         missing = [n for n in self._expected if n in self._parameters and not self.has(n)]
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise CheckpointError(
-                f"{folder}: the checkpoint lacks {', '.join(missing[:3])}{more}, which {type(model).__name__} needs: "
-                "it is incomplete, or its config.json belongs to another model"
-            )
+            raise incomplete(folder, missing, model)
 
     def _check_ties(self) -> None:
         """Raise CheckpointError where the config ties two tensors that the checkpoint holds apart.
@@ -164,6 +160,15 @@ class SourceWeights:
         return sum(path.stat().st_size for path in set(self.files.values()))
 
 
+def incomplete(source: str | Path, missing: Sequence[str], model: nn.Module) -> CheckpointError:
+    """Return the error of a checkpoint that lacks tensors which a model needs."""
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return CheckpointError(
+        f"{source}: the checkpoint lacks {', '.join(missing[:3])}{more}, which {type(model).__name__} needs: it is "
+        "incomplete, or its config.json belongs to another model"
+    )
+
+
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return, for each parameter that has several names, the others."""
     names: dict[int, list[str]] = {}
@@ -212,6 +217,5 @@ def source_folder(source: str) -> Path:
                 cached_file(source, name)
             found = index
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: neither a folder nor a model of the hub: {first}") from error
+        raise CheckpointError(f"{source}: neither a folder nor a model of the hub: {first_line(error)}") from error
     return Path(found).parent

@@ -1,7 +1,8 @@
 """The folder of a run under way: finished shards and a manifest of their hashes; renamed when all is there.
 
 OUT.partial holds what OUT will hold. The manifest is rewritten, whole, after each shard, so that what it names is on
-the disk; a run that finds it goes on from there. OUT itself appears by one rename, with everything in it.
+the disk; a run that finds it goes on from there. OUT itself appears by one rename, with everything in it;
+what only the run needed is removed from it then.
 """
 
 import json

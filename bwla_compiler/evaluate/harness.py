@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bwla_compiler.errors import CalibrationError
+from bwla_compiler.errors import CalibrationError, first_line
 from bwla_compiler.tokens import evaluating
 
 ZERO_SHOT = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
@@ -39,10 +39,9 @@ def run_tasks(
                 bootstrap_iters=0,
             )
     except (OSError, KeyError, ValueError, TypeError) as error:  # what it raises for tasks and data that it cannot get
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CalibrationError(
-            f"tasks {', '.join(tasks)}: {first}. Give names that `lm-eval ls tasks` lists, or .yaml files; their data "
-            "are downloaded at first use"
+            f"tasks {', '.join(tasks)}: {first_line(error)}. Give names that `lm-eval ls tasks` lists, or .yaml "
+            "files; their data are downloaded at first use"
         ) from error
     return {task: _figures(table) for task, table in found["results"].items()}
 
