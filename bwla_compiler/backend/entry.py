@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from bwla_compiler.backend.guards import leave_out_guards
 from bwla_compiler.backend.lower import HandOver, lower
+from bwla_compiler.backend.numbers import settle_numbers
 from bwla_compiler.backend.options import read_options
 from bwla_compiler.backend.owner import find_owner
 from bwla_compiler.backend.progress import telling
@@ -43,6 +44,7 @@ def compile_backend(
     if owner is None:
         log.info("the graph reads no parameters: left to Inductor")
         return hand_over(gm, example_inputs, mode=mode)
+    settle_numbers(gm)
     with torch.no_grad(), telling() as progress:
         return RawGraph(gm, example_inputs, owner, chosen, progress, hand_over).compiled()
 

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.backend import disk
 from bwla_compiler.backend.options import Options
+from bwla_compiler.calibrate.hooks import drop_hooks
 from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Plan
@@ -155,6 +156,7 @@ def quantized_copy(
     quantized.float()
     tokens = _tokens(quantized, recipe, options, progress)
     quantize_model(quantized, recipe, tokens, plan=plan, seed=options.seed, progress=progress)
+    drop_hooks(quantized)  # Dynamo has traced what they do into the graph
     common = next((d for d in dtypes.values() if d.is_floating_point), torch.float32)
     for name, tensor in _state(quantized):
         wanted = dtypes.get(name, common)  # mixed models keep each tensor's own dtype

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from bwla_compiler.calibrate.blocks import Blocks
 from bwla_compiler.calibrate.experts import ExpertsFit, fit_experts
 from bwla_compiler.calibrate.fit import LinearFit, fit_group, rank_of
+from bwla_compiler.calibrate.hooks import Hooks
 from bwla_compiler.calibrate.observe import Observer
 from bwla_compiler.calibrate.overrides import check_overrides
 from bwla_compiler.calibrate.report import BlockReport, LinearReport, QuantizeReport
@@ -112,6 +113,7 @@ class _Quantizer:
 
     def run(self) -> QuantizeReport:
         start = time.perf_counter()
+        hooks = Hooks(self.model)
         self._afford()
         self.context = PassContext(self.model, self.plan, self.recipe, self.seed)
         self.weights.prepare(self.plan)
@@ -124,6 +126,7 @@ class _Quantizer:
         self.weights.fetch_rest()
         teacher = self._teacher()
         self._pass(ends)
+        hooks.put_back(self.model)
         if teacher is not None:
             self._tune(teacher)
         self.seconds["total"] = time.perf_counter() - start

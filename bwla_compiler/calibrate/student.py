@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from bwla_compiler.calibrate.hooks import Hooks
 from bwla_compiler.graph.planner import block_of
 from bwla_compiler.numerics.kronecker import apply_kronecker
 from bwla_compiler.numerics.planes import BinaryWeight, pack_signs, unpack_signs
@@ -34,6 +35,7 @@ def students(model: nn.Module) -> Iterator[list["Student"]]:
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, (PackedLinear, TiedHead, EndLinear))]
     diagonals: dict[int, Diagonal] = {}
     found: dict[str, Student] = {}
+    hooks = Hooks(model)
     try:
         for name, module in packed:
             if isinstance(module, PackedLinear):
@@ -41,6 +43,7 @@ def students(model: nn.Module) -> Iterator[list["Student"]]:
                 replace_module(model, name, found[name])
             else:
                 replace_module(model, name, _Head(module))
+        hooks.put_back(model)
         yield [*found.values()]
     except BaseException:
         for name, module in packed:
@@ -52,6 +55,7 @@ def students(model: nn.Module) -> Iterator[list["Student"]]:
         for name, module in packed:
             student = found.get(name)
             replace_module(model, name, module if student is None else student.packed())
+    hooks.put_back(model)
 
 
 class Diagonal(nn.Module):

@@ -95,7 +95,8 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Build the packed modules; raise CheckpointError where the files are damaged or lack a tensor."""
+        """Build the packed modules; raise CheckpointError for another class, damaged files, or a tensor that lacks."""
+        _check_class(model)
         with torch.device("meta"):
             for name, module in build_skeleton(self.quantization_config.modules).items():
                 replace_module(model, name, module)
@@ -147,6 +148,16 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Whether generate may compile the model: yes."""
         return True
+
+
+def _check_class(model: Any) -> None:
+    """Raise CheckpointError for a class that the checkpoint was not packed as: its modules have other names."""
+    packed_as = getattr(model.config, "architectures", None) or ()
+    if packed_as and not {cls.__name__ for cls in type(model).__mro__}.intersection(packed_as):
+        raise CheckpointError(
+            f"the checkpoint was packed as {packed_as[0]}, of which no {type(model).__name__} can be made; load it "
+            "with AutoModelForCausalLM (output_hidden_states=True gives what is below the head)"
+        )
 
 
 def _expect(model: Any, patterns: set[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -140,6 +141,12 @@ def test_a_tensor_that_is_missing_is_never_made_up(saved: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.signs"):
         api.load(saved)
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_another_class_than_was_packed_is_refused_with_the_remedy(kind: str, saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"packed as LlamaForCausalLM.*load it with AutoModelForCausalLM"):
+        getattr(transformers, kind).from_pretrained(saved)
 
 
 def test_a_tied_float_head_is_tied_again(tmp_path: Path) -> None:
