@@ -9,23 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from bwla_compiler.backend.entry import compile_backend
-from bwla_compiler.calibrate.quantize import quantize_model
-from bwla_compiler.passes.shared_functions import share_functions
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.anchors import module_of
 from bwla_compiler.runtime.functions import Norm
 from bwla_compiler.runtime.modules import OnlineTransform, PackedLinear
+from tests import packed as packed_models
 from tests import tiny
 from tests.wider import wider
 
 
 def packed(**settings: Any) -> nn.Module:
-    model = tiny.make("qwen3", layers=1)
     chosen = {"psp.rank": 2, "psp.hidden_over": 32, "transform.kind": "okt", "tuning.steps": 0}
-    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    quantize_model(model, load_recipe("bwla-w1a6", chosen | settings), tokens)
-    share_functions(model)
-    return model
+    return packed_models.packed("qwen3", "bwla-w1a6", layers=1, tokens=(4, 16), **(chosen | settings))
 
 
 class Backend:

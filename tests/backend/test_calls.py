@@ -1,6 +1,7 @@
 """Every way to call a compiled model: gradient modes, dtypes, padding, generation, copies."""
 
 import copy
+import functools
 import importlib.metadata
 import io
 from pathlib import Path
@@ -24,9 +25,13 @@ from tests.wider import wider
 
 
 def made(kind: str, **kwargs: Any) -> nn.Module:
+    return copy.deepcopy(packed(**kwargs)) if kind == "packed" else small.llama(**kwargs)
+
+
+@functools.cache
+def packed(**kwargs: Any) -> nn.Module:
     model = small.llama(**kwargs)
-    if kind == "packed":
-        quantize_model(model, load_recipe("hadamard-rtn"), None)
+    quantize_model(model, load_recipe("hadamard-rtn"), None)
     return model
 
 
@@ -92,12 +97,15 @@ def test_autocast_and_padding(kind: str, graphs: list[GraphModule]) -> None:
             assert small.error(found, reference(model)(ids, attention_mask=mask).logits) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["raw", *wider("packed")])
-def test_generation(kind: str, graphs: list[GraphModule]) -> None:
+GREEDY: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}]
+CHOSEN: list[dict[str, Any]] = [{"num_beams": 2}, {"do_sample": True}]
+
+
+@pytest.mark.parametrize("kind, ways", [("raw", GREEDY), *wider(("raw", CHOSEN), ("packed", [*GREEDY, *CHOSEN]))])
+def test_generation(kind: str, ways: list[dict[str, Any]], graphs: list[GraphModule]) -> None:
     model = made(kind)
     model.generation_config.eos_token_id = None
     model.compile(backend=compile_backend, options=small.OPTIONS)  # generate() of a wrapper would run the float model
-    ways: list[dict[str, Any]] = [{}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}]
     for way in ways:
         found = generated(model, **way)
         assert torch.equal(found, generated(eager(model), **way)), way

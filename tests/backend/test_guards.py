@@ -11,22 +11,16 @@ from bwla_compiler.backend import entry
 from bwla_compiler.backend.entry import compile_backend
 from bwla_compiler.backend.guards import leave_out_guards
 from bwla_compiler.backend.owner import name_of
-from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.errors import ShapeError
-from bwla_compiler.passes.shared_functions import share_functions
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.modules import PackedLinear
+from tests import packed as packed_models
 from tests import tiny
 from tests.wider import wider
 
 
 def packed() -> nn.Module:
-    model = tiny.make("qwen3", layers=1)
     settings = {"psp.rank": 2, "psp.hidden_over": 32, "transform.kind": "okt", "tuning.steps": 0}
-    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    quantize_model(model, load_recipe("bwla-w1a6", settings), tokens)
-    share_functions(model)
-    return model
+    return packed_models.packed("qwen3", "bwla-w1a6", layers=1, tokens=(4, 16), **settings)
 
 
 def logits(run: Callable[..., Any]) -> Tensor:

@@ -26,20 +26,13 @@ from bwla_compiler.passes.bind_calls import BindCalls
 from bwla_compiler.passes.expand_anchors import CollapseAnchors
 from bwla_compiler.passes.fuse_kernels import FuseKernels
 from bwla_compiler.passes.shared_attention import share_attention
-from bwla_compiler.passes.shared_functions import share_functions
 from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime import compiled
 from bwla_compiler.runtime.modules import PackedLinear
 from tests import tiny
 from tests.backend import small
+from tests.packed import packed
 from tests.wider import wider
-
-
-def packed(name: str = "llama", recipe: str = "hadamard-rtn") -> nn.Module:
-    model = tiny.make(name)
-    quantize_model(model, load_recipe(recipe), None)
-    share_functions(model)
-    return model
 
 
 @pytest.mark.parametrize("name", ["gpt2", *wider("llama-tied", "llama", "qwen2", "qwen3", "mistral", "phi3", "opt")])
@@ -89,9 +82,7 @@ class Attended(CustomGraphPass):
 def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = {**inductor_passes(), "post_grad_custom_post_pass": (seen := Attended())}
     monkeypatch.setattr(lower, "inductor_passes", lambda *_: passes)
-    model, ids = tiny.make("llama", layers=1), tiny.ids()
-    quantize_model(model, load_recipe("hadamard-rtn"), None)
-    share_functions(model)
+    model, ids = packed("llama", layers=1), tiny.ids()
     torch._dynamo.reset()
     logits = []
     uncached = (inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False))
@@ -112,9 +103,7 @@ def test_steps_read_the_heads_of_a_cache_themselves(monkeypatch: pytest.MonkeyPa
 def test_a_prompt_over_a_static_cache_has_the_bits_of_eager(name: str) -> None:
     if compiled.kernels() is None:
         pytest.skip("torch's kernel attends, in another order where there is a mask")
-    model, ids = tiny.make(name, layers=2), tiny.ids()
-    quantize_model(model, load_recipe("hadamard-rtn"), None)
-    share_functions(model)
+    model, ids = packed(name), tiny.ids()
     assert share_attention(model)
     torch._dynamo.reset()
     logits = []

@@ -15,6 +15,7 @@ def test_documents_and_their_sources_have_the_package_s_name() -> None:
     assert package_version("rich")
 
 
+@pytest.mark.exhaustive  # reads all of the standard library
 def test_a_package_adds_text_and_its_held_out_files_add_code() -> None:
     kept, held_out, code = texts(0, fraction=0.06, packages=["rich"])
     names = [document.name for document in kept + held_out]

@@ -71,13 +71,10 @@ def test_the_same_seed_gives_the_same_bytes_with_signs_that_learn(learnt: Quanti
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_signs_of_one_block_at_a_time_learn_too_and_give_the_same_bytes(still: Quantized) -> None:
-    (learnt, report), (again, _) = (
-        quantized("llama", steps=96, tuning__signs=0.2, tuning__signs_at_once="block") for _ in range(2)
-    )
+def test_signs_of_one_block_at_a_time_learn_too(still: Quantized) -> None:
+    learnt, report = quantized("llama", steps=96, tuning__signs=0.2, tuning__signs_at_once="block")
     assert loss(report) < loss(still[1])
     assert {name.split(".")[2] for name in flipped(learnt, still[0])} == {"0", "1"}
-    assert not flipped(learnt, again)
     assert "one block at a time" in next(p.changed for p in report.passes if p.name == "tune")[0][0]
 
 
@@ -87,11 +84,12 @@ def flipped(model: nn.Module, other: nn.Module) -> set[str]:
     return {k for k, v in model.state_dict().items() if k.endswith("signs") and not torch.equal(v, theirs[k])}
 
 
-def test_products_of_bfloat16_tune_as_well(still: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, report = quantized("llama", steps=96, tuning__signs=0.0, tuning__products="float32")
-    assert loss(still[1]) == pytest.approx(loss(report), rel=0.1)
+def test_products_of_bfloat16_tune_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fastest = quantized("llama", steps=24, tuning__signs=0.0)
+    exact, report = quantized("llama", steps=24, tuning__signs=0.0, tuning__products="float32")
+    assert loss(fastest) == pytest.approx(loss(report), rel=0.1)
     monkeypatch.setattr("bwla_compiler.numerics.products.native_bfloat16", lambda: False)
-    elsewhere, _ = quantized("llama", steps=96, tuning__signs=0.0)
+    elsewhere, _ = quantized("llama", steps=24, tuning__signs=0.0)
     assert all(
         torch.equal(a, b) for a, b in zip(exact.state_dict().values(), elsewhere.state_dict().values(), strict=True)
     )

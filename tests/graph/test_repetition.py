@@ -46,10 +46,7 @@ def bare(config: PretrainedConfig) -> nn.Module:
 # each captures 15 blocks: Deep, below, does the same in a tenth of the time
 @pytest.mark.parametrize(
     "name, depth",
-    [
-        ("qwen3", 6),
-        *wider(("gpt2", 6), ("mixtral", 6), ("llama", 6), ("gemma2", 6), ("opt", 6), ("qwen3", 13), ("gpt2", 13)),
-    ],
+    wider(*((name, 6) for name in ("qwen3", "gpt2", "mixtral", "llama", "gemma2", "opt")), ("qwen3", 13), ("gpt2", 13)),
 )
 def test_the_repeated_plan_is_the_whole_plan(name: str, depth: int) -> None:
     model = bare(CONFIGS[name](depth))

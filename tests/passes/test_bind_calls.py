@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.passes.base import PassReport
 from bwla_compiler.passes.bind_calls import BindCalls
-from bwla_compiler.passes.shared_functions import share_functions
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime import ops
 from bwla_compiler.runtime.programs import Program
 from bwla_compiler.runtime.routines import Routine, parsed
 from tests import tiny
+from tests.packed import packed
 from tests.passes.test_fuse_kernels import Fusing, count
 from tests.runtime.test_ops import make_linear
 from tests.wider import wider
@@ -59,9 +57,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", ["qwen3", *wider("llama")])
 def test_a_model_has_a_routine_between_two_attentions(name: str) -> None:
-    model = tiny.make(name)
-    quantize_model(model, load_recipe("hadamard-rtn"), None)
-    share_functions(model)
+    model = packed(name)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(tiny.ids(), use_cache=False).logits

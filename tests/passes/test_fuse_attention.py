@@ -14,15 +14,13 @@ from transformers import StaticCache
 
 from bwla_compiler.backend import compile_backend, lower
 from bwla_compiler.backend.lower import inductor_passes
-from bwla_compiler.calibrate.quantize import quantize_model
 from bwla_compiler.passes.fuse_attention import FuseAttention
 from bwla_compiler.passes.read_codes import ReadCodes
 from bwla_compiler.passes.shared_attention import share_attention
-from bwla_compiler.passes.shared_functions import share_functions
-from bwla_compiler.recipe import load_recipe
 from bwla_compiler.runtime.kv_cache import int8_cache
 from bwla_compiler.runtime.kv_rounding import restored, rounded
 from tests import tiny
+from tests.packed import packed
 from tests.passes.test_attention import traced
 from tests.wider import wider
 
@@ -182,9 +180,7 @@ def test_what_is_not_proven_the_same_stays(name: str) -> None:
 @pytest.mark.parametrize("bits", [8, *wider(16)])
 @pytest.mark.parametrize("name", ["qwen3", *wider("llama", "mistral", "gpt2", "phi3")])
 def test_all_blocks_of_a_step_are_one_routine(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.make(name)
-    quantize_model(model, load_recipe("hadamard-rtn"), None)
-    share_functions(model)
+    model = packed(name)
     share_attention(model)
     caches: list[Any] = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
     if bits == 8:
