@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from bwla_compiler.backend.guards import leave_out_guards
+from bwla_compiler.backend.guards import leave_out_guards, refuse_replaced_tensors
 from bwla_compiler.backend.lower import HandOver, lower
 from bwla_compiler.backend.numbers import settle_numbers
 from bwla_compiler.backend.options import read_options
@@ -38,6 +38,7 @@ def compile_backend(
     chosen = read_options(options, mode)
     hand_over = hand_over or lower
     if _is_packed(gm):
+        refuse_replaced_tensors(gm)
         leave_out_guards(gm, example_inputs)
         return hand_over(gm, example_inputs, mode=mode)
     owner = find_owner(gm, example_inputs)

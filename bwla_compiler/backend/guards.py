@@ -6,6 +6,7 @@ which attributes there are is told by the module's facts (`runtime.sealed`): one
 what others read stay; so do all on the tensors of a GPU, where kernels in the graph read them with no operator to look.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bwla_compiler.backend.owner import evaluate, name_of
+from bwla_compiler.errors import CaptureError
 from bwla_compiler.runtime.ops import LIBRARY
-from bwla_compiler.runtime.sealed import FACTS, WATCHED, Sealed
+from bwla_compiler.runtime.sealed import FACTS, TENSORS, WATCHED, Sealed
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
 _ANCHORED = (_OPS.linear_of.default, _OPS.transform_of.default, _OPS.prologue_of.default)
@@ -44,6 +46,27 @@ def leave_out_guards(gm: GraphModule, example_inputs: Sequence[Any]) -> int:
     left = [guard for guard in guards.inner if not (guard.originating_source in free and _is_tensors(guard))]
     guards.inner = type(guards.inner)(_without_sealed(left))
     return len(free)
+
+
+def refuse_replaced_tensors(gm: GraphModule) -> None:
+    """Raise CaptureError where the traced function puts other tensors into a packed module that anchors stand for.
+
+    gm: as Dynamo passes it to a backend, while it traces. An anchor stands for what its module holds when compiled code
+    runs: its own tensors again, by then.
+    """
+    if not facts_of_anchors(gm) or torch._guards.TracingContext.try_get() is None:
+        return
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # Dynamo traces: it has been imported
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    for changed in filter(effects.is_modified, effects.id_to_variable.values()):
+        source: Any = getattr(changed, "source", None)
+        if getattr(source, "member", "") in TENSORS and isinstance(evaluate(source.base), Sealed):
+            module = re.sub(r"\._modules\['(\w+)'\]", r".\1", name_of(source.base))
+            raise CaptureError(
+                f"{module}: the compiled function puts other tensors into this packed module, as functional_call does, "
+                "and compiled code would read its own: have functional_call around compiled code, not within"
+            )
 
 
 def facts_of_anchors(gm: GraphModule) -> dict[int, str]:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.func import functional_call
 
 from bwla_compiler.backend.entry import compile_backend
 from bwla_compiler.runtime.anchors import module_of
@@ -154,3 +156,17 @@ def test_other_backends_run_the_operators_that_take_anchors(backend: Backend) ->
     linear = next(m for m in model.modules() if isinstance(m, PackedLinear))
     past_setattr(linear)
     torch.testing.assert_close(logits(run), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_functional_call_is_right_around_compiled_code_and_refused_within(backend: Backend) -> None:
+    model = packed()
+    name = "model.layers.0.mlp.up_proj.row_scale"
+    other = {name: torch.zeros_like(model.get_buffer(name))}
+    inputs = {"input_ids": tiny.ids(), "use_cache": False}
+    with torch.no_grad():
+        expected = functional_call(model, other, (), inputs).logits
+        assert not torch.equal(expected, model(**inputs).logits)
+        compiled = torch.compile(model, backend=backend)
+        assert torch.equal(functional_call(compiled, {f"_orig_mod.{name}": other[name]}, (), inputs).logits, expected)
+        with pytest.raises(BackendCompilerFailed, match=r"layers\.0\.mlp\.up_proj: .*functional_call around"):
+            torch.compile(lambda: functional_call(model, other, (), inputs).logits, backend=backend)()
