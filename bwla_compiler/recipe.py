@@ -25,6 +25,8 @@ from bwla_compiler.spec import CACHE_BITS, END_GROUPS, FLOAT_BITS, INT8_ROWS, Co
 DATA_FREE = frozenset(("round", "paper"))
 SIMULATED = frozenset(("billm", "arb"))
 MOST_PLANES = 4
+MOST_TOKENS = 2**24
+"""Of a calibration sequence, and sequences: more is a slip of the hand, which would end in an overflow."""
 
 
 @dataclass(frozen=True)
@@ -297,10 +299,9 @@ def _check_ranges(recipe: Recipe) -> None:
         f"smoothing.exponent = {recipe.smoothing.exponent}: must be 0 (off) to 1": 0 <= recipe.smoothing.exponent <= 1,
         f"transform.iterations = {recipe.transform.iterations}: must be 0 or more": recipe.transform.iterations >= 0,
         f"psp.iterations = {recipe.psp.iterations}: must be at least 1": recipe.psp.iterations >= 1,
-        "calibration.sequences and calibration.length must be at least 1": min(
-            recipe.calibration.sequences, recipe.calibration.length
-        )
-        >= 1,
+        f"calibration.sequences and calibration.length must be 1 to {MOST_TOKENS:,}": all(
+            1 <= value <= MOST_TOKENS for value in (recipe.calibration.sequences, recipe.calibration.length)
+        ),
         f"transform.budget = {recipe.transform.budget}: must be 0 to 1": 0 <= recipe.transform.budget <= 1,
         f"transform.device = {recipe.transform.device!r}: must be one of {', '.join(DEVICES)}": (
             recipe.transform.device in DEVICES

@@ -80,6 +80,7 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "weights": {"planes": "two"}}, "weights.planes = 'two': must be of type float"),
         ({**PLAIN, "weights": {"planes": True}}, "must be of type float"),
         ({**PLAIN, "head": {"bits": 5}}, "head.bits = 5: must be 4, 8 or 16"),
+        ({**PLAIN, "calibration": {"sequences": 10**21}}, "calibration.length must be 1 to 16,777,216"),
         ({**PLAIN, "head": {"bits": 4, "group_size": 48}}, "head.group_size = 48: must be one of 32, 64, 128"),
         ({**PLAIN, "cache": {"bits": 4}}, "cache.bits = 4: must be 8 or 16"),
         ({**PLAIN, "cache": {"bit": 8}}, "did you mean 'bits'"),

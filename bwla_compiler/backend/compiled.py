@@ -58,7 +58,7 @@ class CompiledGraph:
         """Free the float weights that this graph was given."""
         model = self._model()
         assert model is not None
-        self._variant.free((name, inputs[i]) for i, name in self._parameters)
+        self._variant.free(model, ((name, inputs[i]) for i, name in self._parameters))
         self._variant.look(model)
 
     def _refresh(self) -> None:

@@ -99,10 +99,11 @@ class Variant:
         for seen in self.seen.values():
             seen.forget()
 
-    def free(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def free(self, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Release the storage of matrices that compiled code no longer reads; their shapes stay, as guards ask.
 
-        Vectors are small, and the analysis of later graphs reads the values of gains.
+        Vectors are small, and the analysis of later graphs reads the values of gains. Copies and files of what is left
+        are refused.
         """
         for name, parameter in parameters:
             if parameter.ndim < 2 or parameter.untyped_storage().nbytes() == 0:
@@ -112,11 +113,12 @@ class Variant:
                 empty.untyped_storage().resize_(0)
                 parameter.data = empty
             parameter.__deepcopy__ = _refuse_copy  # type: ignore[method-assign]  # torch's own reads address 0
+            model.get_submodule(name.rpartition(".")[0]).register_state_dict_pre_hook(_refuse_copy)
             self.freed.add(name)
 
 
-def _refuse_copy(memo: object) -> None:
-    raise WeightError("float weights were released by free_weights=True: the model cannot be copied")
+def _refuse_copy(*_: object) -> None:
+    raise WeightError("float weights were released by free_weights=True: the model can be neither copied nor saved")
 
 
 def make_variant(

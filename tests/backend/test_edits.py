@@ -198,6 +198,8 @@ def test_freed_weights(graphs: list[GraphModule]) -> None:
             fast(inputs_embeds=torch.randn(2, 7, 32))
         with pytest.raises(WeightError, match="released by free_weights=True"):
             copy.deepcopy(model)
+        with pytest.raises(WeightError, match="neither copied nor saved"):
+            model.state_dict()
         model.lm_head.weight.data = other.lm_head.weight.data
         with pytest.raises(WeightError, match="edited after free_weights=True"):
             fast(ids)
