@@ -9,7 +9,7 @@ from functools import cache
 
 from bwla_compiler.errors import ShapeError
 
-LONGEST = 4
+LONGEST = 5
 """Side of a Hadamard factor, at most, over the square root of the channels: a GPU multiplies by it as by any matrix."""
 
 LARGEST_TILE = 32768

@@ -74,7 +74,7 @@ def test_prologue_on_nvidia_stays_in_registers() -> None:
     assert r.spills == r.stack_bytes == 0
 
 
-@pytest.mark.parametrize("n1, n2", [(24, 128), (48, 256), (50, 512)])
+@pytest.mark.parametrize("n1, n2", [(12, 256), (24, 512), (50, 512)])
 def test_long_right_factors_stay_in_registers(n1: int, n2: int) -> None:
     kernel = PrologueKernel(
         n1 * n2, "silu_mul", TransformSpec("kronecker", n1, n2, True, True, True), activation_bits=6

@@ -88,12 +88,12 @@ def test_the_factor_across_heads_is_kept_or_left_out() -> None:
 @pytest.mark.parametrize(
     "n, pair",
     [
-        (3072, (24, 128)),
-        (12288, (48, 256)),
+        (3072, (12, 256)),
+        (12288, (24, 512)),
         (25600, (50, 512)),
         (11008, (43, 256)),
         (96, (3, 32)),
-        (53248, (104, 512)),  # no pair is held
+        (53248, (52, 1024)),  # no pair is held
         (9, None),
         (2, None),
         (1, None),
