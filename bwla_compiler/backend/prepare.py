@@ -9,15 +9,13 @@ Where a graph calls modules (those of a raw model's quantized copy), their opera
 derived, which is done here, before anything is recorded.
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.errors import BwlaError
 from bwla_compiler.runtime import on_triton
@@ -25,6 +23,7 @@ from bwla_compiler.runtime.checks import values
 from bwla_compiler.runtime.halves import DECODED, whole_factor
 from bwla_compiler.runtime.modules import EndEmbedding, EndLinear, OnlineTransform, PackedLinear, TiedHead
 from bwla_compiler.runtime.ops import LIBRARY
+from bwla_compiler.runtime.seen import Seen
 from bwla_compiler.runtime.triton_layout import exact_in_tf32, float32, in_words, packed_scale, packed_signs
 
 _OPS: Any = getattr(torch.ops, LIBRARY.ns)
@@ -99,20 +98,15 @@ class _Kept:
     sources: tuple[_Source, ...]
     make: Make
     buffer: Tensor
-    seen: list[tuple["weakref.ref[Tensor]", int, StorageWeakRef]] = field(default_factory=list)
+    seen: tuple[Seen, ...] = ()
 
     def look(self, inputs: Sequence[Any]) -> None:
         """Remember the tensors of these inputs."""
-        found = (source.now(inputs) for source in self.sources)
-        self.seen = [(weakref.ref(t), _version(t), StorageWeakRef(t.untyped_storage())) for t in found]
+        self.seen = tuple(Seen(source.now(inputs)) for source in self.sources)
 
     def is_true(self, inputs: Sequence[Any]) -> bool:
         """Whether the stored tensors are those that were seen, unedited."""
-        for source, (ref, version, storage) in zip(self.sources, self.seen, strict=True):
-            stored = source.now(inputs)
-            if ref() is not stored or _version(stored) != version or stored.untyped_storage()._cdata != storage.cdata:
-                return False
-        return True
+        return all(seen.holds(source.now(inputs)) for source, seen in zip(self.sources, self.seen, strict=True))
 
     def renew(self, inputs: Sequence[Any]) -> None:
         """Write the buffer anew. Raises BwlaError where its shape is another, or while a CUDA graph is recorded."""
@@ -124,10 +118,6 @@ class _Kept:
             )
         self.buffer.copy_(found)
         self.look(inputs)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class Prepared:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.backend import disk
 from bwla_compiler.backend.options import Options
@@ -17,45 +16,11 @@ from bwla_compiler.errors import WeightError
 from bwla_compiler.graph.plan import Plan
 from bwla_compiler.recipe import Recipe
 from bwla_compiler.runtime.device_signs import settle_signs
+from bwla_compiler.runtime.seen import Seen
 from bwla_compiler.tokens import calibration_tokens, longest
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-
-
-class Seen:
-    """One parameter as it was when the copy was made.
-
-    It is held, since the address of a dead one may be taken again; not weakly, since torch does not swap tensors that
-    have weak references. Its storage is held weakly: the memory may go, but no other storage takes its place.
-    """
-
-    __slots__ = ("address", "storage", "tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.look(tensor)
-
-    def look(self, tensor: Tensor) -> None:
-        """Take note of the tensor as it is now."""
-        self.tensor, self.address, self.version = tensor, tensor.data_ptr(), _version(tensor)
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether this is that tensor, unedited as far as torch can tell."""
-        return (
-            self.tensor is tensor
-            and self.version == _version(tensor)
-            and self.address == tensor.data_ptr()
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-        )
-
-    def forget(self) -> None:
-        """Hold for no tensor until the next look."""
-        self.version = -1
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no count of their edits
 
 
 @dataclass
@@ -129,7 +94,7 @@ def make_variant(
     Raises WeightError where float weights were freed, which only the copy made before can stand for.
     """
     _check_present(model)
-    seen = {name: Seen(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    seen = {name: Seen(p, hold=True) for name, p in model.named_parameters(remove_duplicate=False)}
     key = disk.pack_key(model, plan, recipe, options) if options.cache else ""
     quantized = disk.load_pack(key, model) if options.cache else None
     if quantized is None:

@@ -1,42 +1,35 @@
 """Values derived from tensors (kernel layouts, decoded scales), kept while the tensor lives and is not edited.
 
-Keyed by a weak reference, the storage, the address and the version of the tensor: an id or an address alone may be
-recycled (hence weak references to storages too), an edit in place moves only the version. An inference tensor has no
-version, so nothing is kept for it. `x.data.mul_()` moves none of them and cannot be seen: call `native.forget` after
-such an edit.
+What is edited is told by `runtime.seen`. An inference tensor has no count of its edits, so nothing is kept for it;
+`x.data.mul_()` cannot be seen: call `native.forget` after such an edit.
 """
 
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from bwla_compiler.errors import BwlaError
+from bwla_compiler.runtime.seen import Seen
 
 V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class _Entry(Generic[V]):
-    """A value, and the state of the tensor (and of the one beside it) that it was derived from."""
+    """A value, and the tensor (and the one beside it) that it was derived from. owner: tells when the first dies."""
 
     owner: "weakref.ref[Tensor]"
-    state: tuple[Any, ...]
-    storages: tuple[StorageWeakRef, ...]
+    seen: tuple[Seen, ...]
     value: V
 
-
-def _state(tensor: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
-    """Return what changes whenever the tensor, or the one beside it, is replaced, moved or edited in place."""
-    own = (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version, tensor.shape)
-    if beside is None:
-        return own
-    return (*own, id(beside), beside.untyped_storage()._cdata, beside.data_ptr(), beside._version)
+    def holds(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are the tensors that the value was derived from, unedited."""
+        return len(tensors) == len(self.seen) and all(map(Seen.holds, self.seen, tensors))
 
 
 def _recording(tensor: Tensor) -> bool:
@@ -59,21 +52,22 @@ class Derived(Generic[V]):
         beside: a second tensor (an exponent) that the value depends on. Raises BwlaError where that would have to be
         derived while a CUDA graph is recorded: it would live in the graph's memory.
         """
-        if tensor.is_inference() or (beside is not None and beside.is_inference()):
+        sources = (tensor,) if beside is None else (tensor, beside)
+        if any(source.is_inference() for source in sources):
             self._warn_inference()
             return make()
-        key, state = id(tensor), _state(tensor, beside)
+        key = id(tensor)
         entry = self._entries.get(key)
-        if entry is not None and entry.owner() is tensor and entry.state == state:
+        if entry is not None and entry.holds(sources):
             return entry.value
         if _recording(tensor):
             raise BwlaError(
                 f"a weight's {self._name} is asked for while a CUDA graph is recorded, and was not derived before: "
                 "call the model once outside the recording, after the last edit of its weights"
             )
+        seen = tuple(map(Seen, sources))  # before: an edit while the value is made is one to be seen
         value = make()
-        storages = tuple(StorageWeakRef(t.untyped_storage()) for t in (tensor, beside) if t is not None)
-        self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), state, storages, value)
+        self._entries[key] = _Entry(weakref.ref(tensor, lambda ref: self._drop(key, ref)), seen, value)
         return value
 
     def forget(self, tensor: Tensor) -> None:

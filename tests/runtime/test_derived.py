@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwla_compiler.backend.variant import Seen
 from bwla_compiler.runtime.derived import Derived
 from bwla_compiler.runtime.halves import decoded
+from bwla_compiler.runtime.seen import Seen
 
 
 def counted(tensor: Tensor) -> tuple[Callable[[], float], list[int]]:
