@@ -345,8 +345,12 @@ def with_settings(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         *sections, last = key.split(".")
         place = table
         for section in sections:
-            if not isinstance(place.get(section), dict):
+            if section not in place:
                 raise unknown_key(section, list(place), f"recipe {recipe.name}, setting {key!r}")
+            if not isinstance(place[section], dict):
+                raise RecipeError(
+                    f"recipe {recipe.name}, setting {key!r}: {section} is one value; set {section} itself"
+                )
             place = place[section]
         if last not in place:
             raise unknown_key(last, list(place), f"recipe {recipe.name}, setting {key!r}")

@@ -12,7 +12,7 @@ from bwla_compiler.errors import RecipeError
 def unknown_key(key: str, known: list[str], where: str) -> RecipeError:
     """Return the error of a key that is none of those known, with the nearest one."""
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return RecipeError(f"{where}: unknown key {key!r}{hint} Known keys: {', '.join(known)}")
 
 

@@ -180,8 +180,11 @@ def test_settings_change_one_field_and_know_their_names() -> None:
     recipe = load_recipe("rtn")
     changed = with_settings(recipe, {"psp.hidden_over": 32})
     assert changed == dataclasses.replace(recipe, psp=dataclasses.replace(recipe.psp, hidden_over=32))
-    for key in ("psp.hidden", "pps.hidden_over", "psp.hidden_over.deep"):
+    for key in ("psp.hidden", "pps.hidden_over"):
         with pytest.raises(RecipeError, match="unknown key"):
+            with_settings(recipe, {key: 1})
+    for key, value in (("residual.x", "residual"), ("psp.hidden_over.deep", "hidden_over")):
+        with pytest.raises(RecipeError, match=f"setting {key!r}: {value} is one value; set {value} itself"):
             with_settings(recipe, {key: 1})
 
 
