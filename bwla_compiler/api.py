@@ -120,6 +120,8 @@ def load(
         demo = load_demo(name, progress=progress)
         return LoadedModel(demo.model.to(dtype or torch.float32).to(device), demo.tokenizer, name)
     path = Path(name)
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; give the folder that holds the config and the weights")
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{name}: the folder has no config.json; give the folder that save_pretrained wrote")
     try:
@@ -139,9 +141,9 @@ def load(
 
 
 def _check_device(name: str) -> None:
-    """Raise DeviceError where torch does not know a device, or the machine does not have it."""
+    """Raise DeviceError where torch does not know a device, the machine does not have it, or it holds no values."""
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(
             f"device {name!r} cannot be used: {first_line(error)}. `bwla-compile doctor` lists what is here"

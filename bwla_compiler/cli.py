@@ -1,5 +1,6 @@
 """The command line, bwla-compile: the commands that show, check and emit, and those of the other cli_ files."""
 
+import io
 import logging
 import os
 import sys
@@ -58,16 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         warnings.filterwarnings("ignore", category=FutureWarning)
     command = typer.main.get_command(app)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such characters shows the others
     try:
         code = command.main(
             list(sys.argv[1:] if arguments is None else arguments), "bwla-compile", standalone_mode=False
         )
+        sys.stdout.flush()
     except UsageError as error:
         message: str = getattr(error, "format_message", error.__str__)()
         return _fail(message, code=2) if message else 2  # no message: the help was asked for and is printed
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", code=130)
-    except BwlaError as error:
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 1
+    except (BwlaError, OSError) as error:  # of the operating system: what is printed cannot be written, for example
         if debug:
             raise
         return _fail(str(error), code=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -64,9 +65,15 @@ def inspect(
     """
     if not model and diff is None:
         raise typer.BadParameter("Missing argument 'MODEL' (it may be left out with --diff A B, of two models)")
+    others = {"--recipe": recipe, "--why": why, "--out": html, "--dump": dump, "--verify": verify}
     if by_bits:
+        _refuse("--bits", {**others, "--diff": diff})
         _print_ledger(model, as_json=as_json)
         return
+    if diff is not None:
+        _refuse("--diff", others)
+    if why:
+        _refuse("--why", {"--json": as_json})
     from bwla_compiler import inspection
 
     if diff is None and (verify or dump or settings().dump):
@@ -94,6 +101,12 @@ def inspect(
         print(report.to_json())
     else:
         print_report(report, stdout_console())
+
+
+def _refuse(option: str, others: Mapping[str, object]) -> None:
+    """Raise BadParameter for options that would go unheard beside another."""
+    if given := [name for name, value in others.items() if value]:
+        raise typer.BadParameter(f"{option} does not go with {', '.join(given)}: run it once more without {option}")
 
 
 def _run_passes(source: str, recipe: str, *, folder: Path | None, verify: bool) -> None:

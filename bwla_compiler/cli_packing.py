@@ -166,10 +166,10 @@ def evaluate(
         loaded = api.load(model, device=device, progress=progress)
         if source:
             tokens = _tokens(source, loaded.tokenizer, sequences=sequences, length=length)
-            fields |= _on_text(loaded.model, tokens, context=length, stride=stride, progress=progress)
-            if against:
+            if against:  # first, since it may be refused
                 original = api.load(against, device=device, progress=progress)
                 fields |= _nearness(original.model, loaded.model, tokens, progress=progress)
+            fields |= _on_text(loaded.model, tokens, context=length, stride=stride, progress=progress)
         if tasks:
             fields["tasks"] = api.run_tasks(loaded.model, loaded.tokenizer, tasks.split(","), limit=limit or None)
     bits = api.bits(loaded.model)
@@ -195,8 +195,8 @@ def _nearness(original: Any, model: Any, tokens: Any, *, progress: Any) -> dict[
     """Return KL, agreement and per-layer errors against the original."""
     from bwla_compiler import api
 
+    layers = api.layer_errors(original, model, tokens, progress=progress)  # refuses what is not alike
     near = api.fidelity(original, model, tokens, progress=progress)
-    layers = api.layer_errors(original, model, tokens, progress=progress)
     return {"kl": near.kl, "top1_agreement": near.top1_agreement, "layer_errors": layers}
 
 

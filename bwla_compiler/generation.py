@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from bwla_compiler.errors import CalibrationError, CheckpointError, WeightError
-from bwla_compiler.tokens import check_length
+from bwla_compiler.tokens import check_length, device_of
+
+COLDEST = 1e-4
+"""Least temperature that logits are divided by: below, the likeliest token is as good as certain, and they overflow."""
 
 
 def generate(
@@ -31,20 +34,31 @@ def generate(
         raise CheckpointError(
             "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
         )
+    if not _encodable(prompt):
+        raise CalibrationError(f"prompt {prompt!r}: it is no UTF-8; give another one")
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if encoded.numel() == 0:
         raise CalibrationError(f"prompt {prompt!r}: the tokenizer makes no token of it; give another one")
     check_length(model, encoded.shape[1] + tokens - 1)  # the last one is not read
     options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": temperature > 0}
     if temperature > 0:
-        options |= {"temperature": temperature, "top_k": 50}
+        options |= {"temperature": max(temperature, COLDEST), "top_k": 50}
     options["logits_processor"] = LogitsProcessorList([_Numbers()])
     if on_text is not None:
         options["streamer"] = _Pieces(tokenizer, on_text)
     torch.manual_seed(seed)
     with torch.no_grad():
-        out = model.generate(encoded, **options)  # type: ignore[operator]
+        out = model.generate(encoded.to(device_of(model)), **options)  # type: ignore[operator]
     return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text is UTF-8: arguments of a command may hold bytes that are none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Numbers(LogitsProcessor):  # type: ignore[misc]

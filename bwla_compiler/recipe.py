@@ -261,13 +261,13 @@ class Recipe:
 
     def override_for(self, linear: str) -> "Recipe | None":
         """Return the recipe that holds for one linear, or None where an override keeps it as it is."""
-        recipe: Recipe = self
+        changes: dict[str, Any] = {}
         for entry in self.overrides:
             if fnmatch.fnmatch(linear, entry.pattern):
                 if entry.keep:
                     return None
-                recipe = with_settings(recipe, entry.set)
-        return recipe
+                changes |= entry.set
+        return with_settings(self, changes) if changes else self  # together: one may need another
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data; `from_dict` gives it back."""
@@ -290,12 +290,14 @@ def _check_ranges(recipe: Recipe) -> None:
         ),
         f"tuning.steps = {recipe.tuning.steps}: must be 0 (off) or more": recipe.tuning.steps >= 0,
         "tuning.sequences must be at least 1": recipe.tuning.sequences >= 1,
-        "tuning's rates must be 0 or more": all(
-            value >= 0 for value in dataclasses.asdict(recipe.tuning).values() if isinstance(value, float)
+        "tuning's rates must be 0 or more, and finite": all(
+            0 <= value < math.inf for value in dataclasses.asdict(recipe.tuning).values() if isinstance(value, float)
         ),
         f"signs.sweeps = {recipe.signs.sweeps}: must be at least 1": recipe.signs.sweeps >= 1,
-        f"signs.damping = {recipe.signs.damping}: must be 0 or more": recipe.signs.damping >= 0,
-        f"target.damping = {recipe.target.damping}: must be 0 or more": recipe.target.damping >= 0,
+        f"signs.damping = {recipe.signs.damping}: must be 0 or more, and finite": 0 <= recipe.signs.damping < math.inf,
+        f"target.damping = {recipe.target.damping}: must be 0 or more, and finite": (
+            0 <= recipe.target.damping < math.inf
+        ),
         f"smoothing.exponent = {recipe.smoothing.exponent}: must be 0 (off) to 1": 0 <= recipe.smoothing.exponent <= 1,
         f"transform.iterations = {recipe.transform.iterations}: must be 0 or more": recipe.transform.iterations >= 0,
         f"psp.iterations = {recipe.psp.iterations}: must be at least 1": recipe.psp.iterations >= 1,

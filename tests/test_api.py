@@ -60,6 +60,14 @@ def test_a_folder_that_is_not_there_is_one_clear_error() -> None:
         bwla.load("nowhere-at-all/model")
 
 
+def test_a_file_in_place_of_a_folder_is_one_clear_error(tmp_path: Path) -> None:
+    tiny.make("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json is a file; give the folder"):
+        bwla.load(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"no folder with a config\.json"):
+        api.ledger(tmp_path / "none")
+
+
 def test_a_config_is_enough_for_plan_and_cost(tmp_path: Path) -> None:
     model = tiny.make("llama-tied")
     model.config.architectures = ["LlamaForCausalLM"]  # type: ignore[union-attr]
@@ -105,7 +113,7 @@ def test_what_is_no_decoder_is_refused_before_it_is_run(make: Callable[[], Any])
         bwla.quantize(make())
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
 def test_a_device_that_is_not_there_is_one_clear_error(device: str, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=f"device '{device}' cannot be used.*doctor"):
         bwla.load(tmp_path, device=device)

@@ -204,6 +204,9 @@ def test_help_lists_every_command(run: Run, api: FakeApi) -> None:
         (("verify", "demo:", "--seed", "three"), "--seed"),
         (("generate", "demo:", "--tokens", "0"), "--tokens"),
         (("inspect",), "MODEL"),
+        (("inspect", "demo:", "--diff", "rtn", "gptq", "--verify", "-o", "page.html"), "go with --out, --verify"),
+        (("inspect", "packed", "--bits", "--why", "lm_head"), "--bits does not go with --why"),
+        (("inspect", "demo:", "--why", "lm_head", "--json"), "--why does not go with --json"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(arguments: tuple[str, ...], words: str, run: Run, api: FakeApi) -> None:
@@ -258,6 +261,14 @@ def test_an_error_of_the_api_is_one_line_unless_debugging(
     monkeypatch.setenv("BWLA_DEBUG", "1")
     with pytest.raises(WeightError):
         cli.main(["inspect", "x"])
+
+
+def test_what_the_system_refuses_is_one_line(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any) -> Plan:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(api, "plan", refuse)
+    assert run("inspect", "x")[::2] == (1, "error: [Errno 28] No space left on device\n")
 
 
 def test_an_interrupt_is_code_130(run: Run, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:

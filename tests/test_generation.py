@@ -39,6 +39,16 @@ def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
         bwla.generate(model, letters(), "")
 
 
+def test_a_prompt_that_is_no_utf_8_is_refused(model: Any) -> None:
+    with pytest.raises(CalibrationError, match="it is no UTF-8"):
+        bwla.generate(model, letters(), "the \udcff")  # as Python reads such an argument of a command
+
+
+def test_next_to_no_temperature_takes_the_likeliest(model: Any) -> None:
+    greedy, cold = (bwla.generate(model, letters(), "Once", tokens=8, temperature=t) for t in (0.0, 1e-40))
+    assert cold == greedy
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_model_that_gives_no_numbers_is_told(temperature: float) -> None:
     damaged: Any = tiny.make("llama")

@@ -93,6 +93,8 @@ def test_dictionary_round_trip(name: str) -> None:
         ({**PLAIN, "psp": {"iterations": 0}}, "psp.iterations = 0: must be at least 1"),
         ({**PLAIN, "transform": {"iterations": -1}}, "transform.iterations = -1: must be 0 or more"),
         ({**PLAIN, "smoothing": {"exponent": float("nan")}}, r"smoothing.exponent = nan: must be 0 \(off\) to 1"),
+        ({**PLAIN, "signs": {"damping": float("inf")}}, "signs.damping = inf: must be 0 or more, and finite"),
+        ({**PLAIN, "tuning": {"pairs": float("inf")}}, "rates must be 0 or more, and finite"),
         ({**PLAIN, "signs": {"damping": -0.1}}, "signs.damping = -0.1: must be 0 or more"),
         ({**PLAIN, "target": {"damping": float("nan")}}, "target.damping = nan: must be 0 or more"),
         ({**PLAIN, "transform": {"folded": False}}, 'needs residual = "online"'),
@@ -186,6 +188,15 @@ def test_settings_change_one_field_and_know_their_names() -> None:
     for key, value in (("residual.x", "residual"), ("psp.hidden_over.deep", "hidden_over")):
         with pytest.raises(RecipeError, match=f"setting {key!r}: {value} is one value; set {value} itself"):
             with_settings(recipe, {key: 1})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_several_overrides_set_holds_together(turned: bool) -> None:
+    entries = (Override("*", set={"weights.scales": "group"}), Override("*.q", set={"psp.hidden_over": 0}))
+    recipe = dataclasses.replace(load_recipe("bwla-w1a6"), overrides=entries[::-1] if turned else entries)
+    found = recipe.override_for("layers.0.q")  # groups of columns alone, with a pair beside them, are refused
+    assert found is not None
+    assert (found.weights.scales, found.psp.wanted) == ("group", False)
 
 
 def test_overrides_hold_for_matching_linears_only() -> None:

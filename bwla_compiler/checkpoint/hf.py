@@ -227,6 +227,8 @@ def packed_skeleton(folder: Path, *, check: bool = False) -> Any:
 
     Raises CheckpointError where the config describes no packed model, or where files are damaged or lack a tensor.
     """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no folder with a config.json; give a folder that quantize wrote")
     config = AutoConfig.from_pretrained(folder)
     table = getattr(config, "quantization_config", None)
     if table is None or (isinstance(table, dict) and table.get("quant_method") != METHOD):

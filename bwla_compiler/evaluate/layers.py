@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bwla_compiler.errors import ModelError
 from bwla_compiler.graph.planner import block_of
 from bwla_compiler.tokens import check, device_of, evaluating, vocabulary
 
@@ -28,9 +29,11 @@ def layer_errors(
     """Return ||hq R^T - h|| / ||h|| of each repeated block's output, over tokens [n, length] int64.
 
     reference: the model before it was quantized. Blocks whose output has another width than the embedding, and those
-    that only one of the two models has, are left out. Raises CalibrationError for unusable tokens.
+    that only one of the two models has, are left out. Raises CalibrationError for unusable tokens, ModelError for
+    models of different widths.
     """
     check(tokens, vocab_size=vocabulary(reference))
+    _check_widths(reference, model)
     chosen = tokens[:SEQUENCES]
     energy: dict[str, float] = {}
     error: dict[str, float] = {}
@@ -48,15 +51,28 @@ def layer_errors(
     return {name: (error[name] / max(energy[name], 1e-300)) ** 0.5 for name in energy}
 
 
+def _check_widths(reference: nn.Module, model: nn.Module) -> None:
+    """Raise ModelError where two models' embeddings have other widths: one was not made from the other."""
+    widths = [_rows(m, torch.zeros(1, dtype=torch.int64)).shape[-1] for m in (reference, model)]
+    if widths[0] != widths[1]:
+        raise ModelError(
+            f"the models are {widths[0]} and {widths[1]} wide: one was not made from the other; compare a quantized "
+            "model with its original"
+        )
+
+
+def _rows(model: Any, ids: Tensor) -> Tensor:
+    """Return the embeddings of ids."""
+    found: Tensor = model.get_input_embeddings()(ids.to(device_of(model)))
+    return found
+
+
 def residual_turn(reference: nn.Module, model: nn.Module) -> Tensor:
     """Return the orthogonal R [h, h] float64, on the CPU, that turns the reference's embeddings into the model's."""
-    tables: Any = [m.get_input_embeddings() for m in (reference, model)]  # type: ignore[operator]
     n = vocabulary(reference)
-    width = tables[0](torch.zeros(1, dtype=torch.int64, device=device_of(reference))).shape[-1]
+    width = _rows(reference, torch.zeros(1, dtype=torch.int64)).shape[-1]
     ids = torch.linspace(0, n - 1, min(n, ROWS * width)).long()
-    rows, turned = (
-        table(ids.to(device_of(m))).double().cpu() for table, m in zip(tables, (reference, model), strict=True)
-    )
+    rows, turned = (_rows(m, ids).double().cpu() for m in (reference, model))
     u, _, v = torch.linalg.svd(rows.T @ turned)
     turn: Tensor = u @ v
     return turn

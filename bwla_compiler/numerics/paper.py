@@ -38,7 +38,8 @@ def split_as_paper(W: Tensor, *, rank: int, generator: torch.Generator, iteratio
     losses = []
     for _ in range(iterations if rank else 0):
         A, B = _step(W - _binary_part(W - A @ B)[0], A, B)
-        losses.append(float((W - A @ B - _binary_part(W - A @ B)[0]).square().sum() / W.square().sum()))
+        left = (W - A @ B - _binary_part(W - A @ B)[0]).square().sum()
+        losses.append(float(left / W.square().sum().clamp_min(torch.finfo(W.dtype).tiny)))
     _, mean, signs, row, column = _binary_part(W - A @ B)
     ones = torch.ones_like(column)[None]
     return PaperSplit(signs, row, column, torch.cat([A, mean], 1), torch.cat([B, ones]), tuple(losses))
@@ -64,7 +65,7 @@ def _step(T: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def _proximal(B: Tensor, T: Tensor, A: Tensor) -> Tensor:
     """Return the X that minimises ||T - X B||^2 + rho ||X - A||^2; B [r, n], T [m, n], A [m, r]."""
     gram = B @ B.mT
-    rho = PROXIMITY * gram.diagonal().mean().clamp_min(torch.finfo(B.dtype).tiny)
+    rho = (PROXIMITY * gram.diagonal().mean()).clamp_min(torch.finfo(B.dtype).tiny)  # also where B is zero
     eye = torch.eye(B.shape[0], dtype=B.dtype, device=B.device)
     solved: Tensor = torch.linalg.solve(gram + rho * eye, (T @ B.mT + rho * A).mT).mT
     return solved

@@ -63,6 +63,12 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         """Whether tokens beyond a window are kept until the next `crop`."""
         return bool(getattr(self.codes, "record_past", False))
 
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        for layer in (self.codes, self.scales):
+            if hasattr(layer, "record_past"):
+                layer.record_past = wanted
+
     @property
     def batch_size(self) -> int:
         """Sequences; an AttributeError, which transformers expects, before there are any or where they are not told."""
@@ -158,13 +164,20 @@ def _int8_layer(layer: Any, *, place: int) -> Any:
 
 def _empty(like: Any) -> Int8Layer:
     make = KINDS[type(like)]
-    return Int8Layer(make(like), make(like))
+    layer = Int8Layer(make(like), make(like))
+    if getattr(like, "record_past", False):  # an assistant's, which takes back what was refused
+        layer.activate_past_recording()
+    return layer
+
+
+def _empty_of(kind: Any) -> Int8Layer:
+    return _empty(kind())
 
 
 def _replicated(kind: Any) -> Callable[[], Int8Layer]:
     """Return what makes the layers of a cache that makes them when they are first written to."""
     _check_kind(kind, "the cache")
-    return lambda: _empty(kind())
+    return partial(_empty_of, kind)  # which is pickled, as a function in here would not be
 
 
 def _check_kind(kind: type, where: str) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bwla_compiler import api
-from bwla_compiler.errors import CalibrationError
+from bwla_compiler.errors import CalibrationError, ModelError
 from bwla_compiler.evaluate.layers import layer_errors, residual_turn
 from tests import tiny
+from tests.backend import small
 
 BLOCKS = ["model.layers.0", "model.layers.1"]
 
@@ -49,6 +50,11 @@ def test_quantizing_shows_in_every_block_and_hooks_are_gone(model: Any) -> None:
     assert all(0.05 < error < 2 for error in errors.values())
     assert told[-1] == ("layers", 3, 3)
     assert not any(m._forward_hooks for net in (model, packed) for m in net.modules())
+
+
+def test_models_of_different_widths_are_refused(model: Any) -> None:
+    with pytest.raises(ModelError, match=r"are 64 and \d+ wide: one was not made from the other"):
+        layer_errors(model, small.llama(), tiny.ids())
 
 
 def test_unusable_tokens_are_refused(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 
 from bwla_compiler.numerics.paper import split_as_paper
@@ -47,6 +48,13 @@ def test_the_split_falls_and_holds_the_row_means() -> None:
     assert found.losses[-1] < 0.7 * found.losses[0]
     dense = found.row_scale * found.column_scale * found.signs + found.low_rank_out @ found.low_rank_in
     assert abs(float((W - dense).square().sum() / W.square().sum()) - found.losses[-1]) < 1e-9  # float64
+
+
+@pytest.mark.parametrize("W", [torch.zeros(8, 16), torch.ones(8, 16), torch.ones(8, 1), torch.full((8, 16), 1e-30)])
+def test_weights_without_a_residual_have_a_finite_split(W: torch.Tensor) -> None:
+    found = split_as_paper(W, rank=2, generator=torch.Generator().manual_seed(0))
+    dense = found.row_scale * found.column_scale * found.signs + found.low_rank_out @ found.low_rank_in
+    torch.testing.assert_close(dense, W)
 
 
 def test_rank_zero_centres_and_scales_alone() -> None:

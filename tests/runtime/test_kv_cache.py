@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,28 @@ def test_a_copy_and_a_pickled_model_keep_int8_themselves() -> None:
         assert hook.args == (other,)
         found = other.generate(tiny.ids(batch=1), max_new_tokens=2, return_dict_in_generate=True)
         assert all(isinstance(layer, Int8Layer) for layer in found.past_key_values.layers)
+
+
+def test_a_cache_that_makes_its_layers_itself_is_pickled() -> None:
+    model: Any = tiny.make("llama", layers=1)
+    ids, cache = tiny.ids(batch=1, length=9), int8_cache(DynamicCache())
+    read(model, ids[:, :6], cache, step=6)
+    other = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(read(model, ids[:, 6:], other, step=3), read(model, ids[:, 6:], cache, step=3))
+
+
+@pytest.mark.parametrize("bits", [(16, 8), (8, 8)])
+def test_an_assistant_takes_back_tokens_beyond_its_window(bits: tuple[int, int]) -> None:
+    models: list[Any] = []
+    for n_bits in bits:
+        torch.manual_seed(0)
+        config = tiny.CONFIGS["mistral"]()
+        config.sliding_window = 6
+        models.append(transformers.AutoModelForCausalLM.from_config(config).eval())
+        set_cache_bits(models[-1], n_bits)
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 1, "do_sample": False}
+    found = models[0].generate(tiny.ids(batch=1, length=9), assistant_model=models[1], **options)
+    assert torch.equal(found, models[0].generate(tiny.ids(batch=1, length=9), **options))
 
 
 def test_a_cache_can_be_emptied_cropped_and_repeated() -> None:
