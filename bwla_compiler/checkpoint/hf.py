@@ -96,7 +96,9 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         """Build the packed modules; raise CheckpointError for another class, damaged files, or a tensor that lacks."""
-        _check_class(model)
+        stranger = _stranger(model)
+        if stranger and not all(_has(model, name) for name in self.quantization_config.modules):
+            raise CheckpointError(stranger)
         with torch.device("meta"):
             for name, module in build_skeleton(self.quantization_config.modules).items():
                 replace_module(model, name, module)
@@ -109,7 +111,8 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         for path in paths:
             check_file(path)
         if paths:
-            _check_complete(model, {n: s for path in paths for n, s in shapes(path).items() if n not in guards})
+            found = {n: s for path in paths for n, s in shapes(path).items() if n not in guards}
+            _check_complete(model, found, stranger=stranger)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,14 +153,25 @@ class BwlaQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _check_class(model: Any) -> None:
-    """Raise CheckpointError for a class that the checkpoint was not packed as: its modules have other names."""
+def _stranger(model: Any) -> str:
+    """Return what to say where a model is of another class than was packed, and does not fit; "" for the same."""
     packed_as = getattr(model.config, "architectures", None) or ()
-    if packed_as and not {cls.__name__ for cls in type(model).__mro__}.intersection(packed_as):
-        raise CheckpointError(
-            f"the checkpoint was packed as {packed_as[0]}, of which no {type(model).__name__} can be made; load it "
-            "with AutoModelForCausalLM (output_hidden_states=True gives what is below the head)"
-        )
+    if not packed_as or {cls.__name__ for cls in type(model).__mro__}.intersection(packed_as):
+        return ""
+    return (
+        f"the checkpoint was packed as {packed_as[0]}, of which no {type(model).__name__} can be made; load it with "
+        "AutoModelForCausalLM (output_hidden_states=True gives what is below the head)"
+    )
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module, or a parameter of experts, of a name."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return False
+    return leaf in owner._modules or leaf in owner._parameters
 
 
 def _expect(model: Any, patterns: set[str]) -> None:
@@ -166,12 +180,17 @@ def _expect(model: Any, patterns: set[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = known | patterns
 
 
-def _check_complete(model: Any, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError where a model's tensors are missing or have other shapes: none is ever made up."""
+def _check_complete(model: Any, found: Mapping[str, tuple[int, ...]], *, stranger: str) -> None:
+    """Raise CheckpointError where a model's tensors are missing or have other shapes: none is ever made up.
+
+    stranger: what to say of missing ones where the class is another one than was packed.
+    """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in found and tied.get(name) not in found:
-            raise CheckpointError(f"the checkpoint lacks {name}: it is incomplete; copy or quantize it again")
+            raise CheckpointError(
+                stranger or f"the checkpoint lacks {name}: it is incomplete; copy or quantize it again"
+            )
         if name in found and found[name] != tuple(tensor.shape):
             raise CheckpointError(
                 f"{name} has shape {list(found[name])}, its config says {list(tensor.shape)}: files of two models are "

@@ -149,6 +149,17 @@ def test_another_class_than_was_packed_is_refused_with_the_remedy(kind: str, sav
         getattr(transformers, kind).from_pretrained(saved)
 
 
+def test_a_class_of_another_name_that_fits_is_taken(tmp_path: Path) -> None:
+    class Renamed(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        pass
+
+    model = Renamed(tiny.CONFIGS["llama"]()).eval()
+    api.quantize(model, recipe="rtn", calibration="none")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Renamed"]
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 def test_a_tied_float_head_is_tied_again(tmp_path: Path) -> None:
     model = tiny.make("llama-tied")
     api.quantize(model, recipe="rtn", settings={"head.bits": 16})
