@@ -28,14 +28,17 @@ def generate(
 
     temperature: of sampling among the 50 likeliest tokens; 0: always the likeliest.
     on_text: told of the text piece by piece, as soon as it is sure. Raises CheckpointError where there is no tokenizer,
-    CalibrationError for a prompt without tokens and for more than the model has positions, WeightError for NaN logits.
+    CalibrationError for a prompt without tokens or that is no UTF-8 and for more than the model has positions,
+    WeightError for NaN logits.
     """
     if tokenizer is None:
         raise CheckpointError(
             "the model's folder has no tokenizer, so a prompt cannot be read; save one beside the model"
         )
-    if not _encodable(prompt):
-        raise CalibrationError(f"prompt {prompt!r}: it is no UTF-8; give another one")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # arguments of a command may hold bytes that are none
+        raise CalibrationError(f"prompt {prompt!r}: it is no UTF-8; give another one") from error
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if encoded.numel() == 0:
         raise CalibrationError(f"prompt {prompt!r}: the tokenizer makes no token of it; give another one")
@@ -50,15 +53,6 @@ def generate(
     with torch.no_grad():
         out = model.generate(encoded.to(device_of(model)), **options)  # type: ignore[operator]
     return str(tokenizer.decode(out[0, encoded.shape[1] :], skip_special_tokens=True))
-
-
-def _encodable(text: str) -> bool:
-    """Whether a text is UTF-8: arguments of a command may hold bytes that are none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Numbers(LogitsProcessor):  # type: ignore[misc]

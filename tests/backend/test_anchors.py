@@ -14,14 +14,9 @@ from bwla_compiler.backend.entry import compile_backend
 from bwla_compiler.runtime.anchors import module_of
 from bwla_compiler.runtime.functions import Norm
 from bwla_compiler.runtime.modules import OnlineTransform, PackedLinear
-from tests import packed as packed_models
 from tests import tiny
+from tests.packed import calibrated_qwen3 as packed
 from tests.wider import wider
-
-
-def packed(**settings: Any) -> nn.Module:
-    chosen = {"psp.rank": 2, "psp.hidden_over": 32, "transform.kind": "okt", "tuning.steps": 0}
-    return packed_models.packed("qwen3", "bwla-w1a6", layers=1, tokens=(4, 16), **(chosen | settings))
 
 
 class Backend:

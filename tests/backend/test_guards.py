@@ -13,14 +13,9 @@ from bwla_compiler.backend.guards import leave_out_guards
 from bwla_compiler.backend.owner import name_of
 from bwla_compiler.errors import ShapeError
 from bwla_compiler.runtime.modules import PackedLinear
-from tests import packed as packed_models
 from tests import tiny
+from tests.packed import calibrated_qwen3 as packed
 from tests.wider import wider
-
-
-def packed() -> nn.Module:
-    settings = {"psp.rank": 2, "psp.hidden_over": 32, "transform.kind": "okt", "tuning.steps": 0}
-    return packed_models.packed("qwen3", "bwla-w1a6", layers=1, tokens=(4, 16), **settings)
 
 
 def logits(run: Callable[..., Any]) -> Tensor:

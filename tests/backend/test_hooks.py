@@ -11,7 +11,6 @@ import bwla_compiler
 from bwla_compiler.calibrate.student import students
 from tests import tiny
 from tests.backend import small
-from tests.backend.conftest import graphs  # noqa: F401
 
 DOWN = "model.layers.0.mlp.down_proj"
 NEAR = 0.3
@@ -61,7 +60,7 @@ def test_what_tuning_puts_in_the_place_of_packed_linears_runs_their_hooks(fails:
     assert hook.n_calls == 3
 
 
-def test_compiled_code_runs_the_hooks_of_a_raw_model_once(graphs: list[GraphModule]) -> None:  # noqa: F811
+def test_compiled_code_runs_the_hooks_of_a_raw_model_once(graphs: list[GraphModule]) -> None:
     model, ids = small.llama().requires_grad_(False), tiny.ids()
     model.get_submodule(DOWN).register_forward_hook(Steering())
     with torch.no_grad():
